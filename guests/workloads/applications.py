@@ -1,0 +1,50 @@
+"""UUIDs and commands of the TAs that workloads use: those of optee_examples and optee_test."""
+
+from enum import IntEnum
+from typing import Final
+from uuid import UUID
+
+HELLO_WORLD: Final = UUID("8aaaf200-2450-11e4-abe2-0002a5d5c51b")
+RANDOM: Final = UUID("b6c53aba-9669-4668-a7f2-205629d00f86")
+AES: Final = UUID("5dbac793-f574-4871-8ad3-04331ec17f24")
+INVOKE_TESTS: Final = UUID("d96a5b40-c3e5-21e3-8794-1002a5d5c61b")
+"""Pseudo TA for tests (CFG_ENABLE_EMBEDDED_TESTS): needs no image."""
+OS_TEST: Final = UUID("5b9e0e40-2636-11e1-ad9e-0002a5d5c51b")
+
+
+class HelloWorld(IntEnum):
+    """Commands of hello_world."""
+
+    INC_VALUE = 0
+    DEC_VALUE = 1
+
+
+class Random(IntEnum):
+    """Commands of random."""
+
+    GENERATE = 0
+
+
+class Aes(IntEnum):
+    """Commands of aes: prepare with (algorithm, key size, mode) values, then key, IV, and data."""
+
+    PREPARE = 0
+    SET_KEY = 1
+    SET_IV = 2
+    CIPHER = 3
+
+
+class InvokeTests(IntEnum):
+    """Commands of the pseudo TA, as xtest uses them."""
+
+    TRACE = 0
+    PARAMS = 1
+    SELF_TESTS = 2
+
+
+class OsTest(IntEnum):
+    """Commands of os_test."""
+
+    BASIC = 5
+    PANIC = 6
+    WAIT = 9

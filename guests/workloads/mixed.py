@@ -1,0 +1,143 @@
+"""Workload `mixed`: what a guest full of different clients does, well-behaved and not."""
+
+from random import Random
+from typing import Final
+
+import trio
+
+from guests.client import Context, Session, TeeError
+from guests.guest import Guest
+from guests.parameters import Direction, MemoryResult, Partial, Temporary, Value, Values
+from guests.workloads.applications import AES, HELLO_WORLD, OS_TEST, RANDOM, Aes, HelloWorld, OsTest
+from guests.workloads.applications import Random as RandomCommand
+from guests.workloads.refusals import try_refusals
+from guests.workloads.report import Report
+from optee.abi.results import Origin, Result
+
+CALLERS: Final = 12
+"""Clients at once: more than OP-TEE has threads, so that some wait for one."""
+
+_OPERATIONS: Final = 16  # of each client in a round
+_PAUSE: Final = 20  # milliseconds that every client sleeps inside a TA, all at the same time
+_LONG_WAIT: Final = 200  # milliseconds of the wait that is cancelled
+_TEXT: Final = 512  # bytes to encrypt
+_AES_CTR, _AES_KEY_SIZE, _ENCODE, _DECODE = 2, 16, 1, 0
+_IV: Final = bytes(16)
+
+
+async def mixed(
+    guest: Guest, report: Report, *, rounds: int | None = None, seed: int = 0, callers: int = CALLERS
+) -> None:
+    """Try the refusals once; then `rounds` times (None: for ever) all of it.
+
+    A round: all clients sleep in a TA at once; then each mixes hello_world, random and aes (through registered and
+    through temporary memory); then one wait is cancelled and one TA panics. A TA that is not there is left out, and
+    the report names it.
+    """
+    await try_refusals(guest, report)
+    choose = Random(seed)
+    done = 0
+    while rounds is None or done < rounds:
+        async with trio.open_nursery() as nursery:
+            for _ in range(callers):
+                nursery.start_soon(_client, guest, report, Random(choose.random()))
+        async with guest.context() as context:
+            await _cancelled_wait(context, report)
+            await _panic(context, report)
+        done += 1
+
+
+async def _client(guest: Guest, report: Report, choose: Random) -> None:
+    async with guest.context() as context:
+        await _sleep(context, report)
+        hello = await report.open_if_present(context, HELLO_WORLD, "hello_world")
+        random = await report.open_if_present(context, RANDOM, "random")
+        aes = await report.open_if_present(context, AES, "aes")
+        work = [(use, session) for use, session in ((_increment, hello), (_random, random), (_aes, aes)) if session]
+        if not work:
+            return
+        for _ in range(_OPERATIONS):
+            use, session = choose.choice(work)
+            await use(context, session, report, choose)
+
+
+async def _sleep(context: Context, report: Report) -> None:
+    """Occupy a thread without occupying a vCPU."""
+    session = await report.open_if_present(context, OS_TEST, "os_test")
+    if session is not None:
+        with report.operation("wait"):
+            await session.invoke(OsTest.WAIT, Value(_PAUSE))
+        await session.close()
+
+
+async def _increment(context: Context, session: Session, report: Report, choose: Random) -> None:
+    value = choose.randrange(1 << 31)
+    with report.operation("hello_world INC_VALUE"):
+        outputs = await session.invoke(HelloWorld.INC_VALUE, Value(value))
+        report.expect("hello_world INC_VALUE", outputs == (Values(value + 1, 0),))
+
+
+async def _random(context: Context, session: Session, report: Report, choose: Random) -> None:
+    size = choose.randint(1, 64)
+    with report.operation("random GENERATE"):
+        parameter = Temporary(size=size, direction=Direction.OUTPUT)
+        (output,) = await session.invoke(RandomCommand.GENERATE, parameter)
+        report.expect("random GENERATE", isinstance(output, MemoryResult) and len(output.data) == size)
+
+
+async def _aes(context: Context, session: Session, report: Report, choose: Random) -> None:
+    """Encrypt through registered memory, decrypt through temporary memory: the text must come back."""
+    key, text = choose.randbytes(_AES_KEY_SIZE), choose.randbytes(_TEXT)
+    with report.operation("aes there and back"):
+        await _prepare(session, _ENCODE, key)
+        async with await context.allocate(2 * _TEXT) as memory:
+            memory.write(text)
+            source = Partial(memory, 0, _TEXT, Direction.INPUT)
+            target = Partial(memory, _TEXT, _TEXT, Direction.OUTPUT)
+            await session.invoke(Aes.CIPHER, source, target)
+            cipher = memory.read(_TEXT)
+        await _prepare(session, _DECODE, key)
+        *_, output = await session.invoke(
+            Aes.CIPHER,
+            Temporary(cipher, direction=Direction.INPUT),
+            Temporary(size=_TEXT, direction=Direction.OUTPUT),
+        )
+        report.expect("aes there and back", cipher != text and output == MemoryResult(_TEXT, text))
+
+
+async def _prepare(session: Session, mode: int, key: bytes) -> None:
+    values = [Value(word, direction=Direction.INPUT) for word in (_AES_CTR, _AES_KEY_SIZE, mode)]
+    await session.invoke(Aes.PREPARE, *values)
+    await session.invoke(Aes.SET_KEY, Temporary(key, direction=Direction.INPUT))
+    await session.invoke(Aes.SET_IV, Temporary(_IV, direction=Direction.INPUT))
+
+
+async def _cancelled_wait(context: Context, report: Report) -> None:
+    """Cancel a wait that has begun: it ends with CANCEL, when the sleep that is under way is over."""
+    session = await report.open_if_present(context, OS_TEST, "os_test")
+    if session is None:
+        return
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_wait_until_cancelled, session, report)
+        await trio.sleep(_LONG_WAIT / 4000)
+        with report.operation("request cancellation"):
+            await session.request_cancellation()
+    await session.close()
+
+
+async def _wait_until_cancelled(session: Session, report: Report) -> None:
+    with report.operation("cancelled wait", result=Result.CANCEL):
+        await session.invoke(OsTest.WAIT, Value(_LONG_WAIT))
+
+
+async def _panic(context: Context, report: Report) -> None:
+    """Make a TA panic, twice use the dead session, close it, and open a new one."""
+    session = await report.open_if_present(context, OS_TEST, "os_test")
+    if session is None:
+        return
+    for _ in range(2):
+        with report.operation("panic", result=Result.TARGET_DEAD, origin=Origin.TEE):
+            await session.invoke(OsTest.PANIC)
+    await session.close()
+    with report.operation("open after panic"):
+        await (await context.open_session(OS_TEST)).close()

@@ -1,0 +1,353 @@
+"""Physical memory: page stores, banks of frames, and look-up by physical address.
+
+A *page store* is a run of 4 KiB pages in a sealed memfd, so that another process can map the very same
+pages. A *bank* gives each page of a store a physical address (it becomes a *frame*) and counts the
+references that outsiders hold on it. `PhysicalMemory` is what a machine's bus sees: all banks, and holes.
+
+Nothing here costs time or memory in proportion to the size of a store before its pages are touched.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, NewType, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Ipa = NewType("Ipa", int)
+"""Intermediate physical address: what a guest calls physical (bytes)."""
+Pa = NewType("Pa", int)
+"""Physical address as the bus and the secure world see it (bytes)."""
+Gfn = NewType("Gfn", int)
+"""Guest frame number: `Ipa >> PAGE_SHIFT`."""
+
+PAGE_SHIFT: Final = 12
+PAGE_SIZE: Final = 1 << PAGE_SHIFT
+PAGE_MASK: Final = PAGE_SIZE - 1
+WORDS_PER_PAGE: Final = PAGE_SIZE // 8
+
+PageArray: TypeAlias = npt.NDArray[np.uint64]
+"""Addresses of pages (IPA or PA, as the name of the variable says), one u64 each."""
+IndexArray: TypeAlias = npt.NDArray[np.int64]
+"""Numbers of pages within a store."""
+
+_BUCKET_SHIFT: Final = 32  # banks are looked up by the 4 GiB of address space they reach into
+_CACHED_FRAMES: Final = 65536  # bounds the host memory that look-ups of single frames may take
+_SHIFT: Final = np.uint64(PAGE_SHIFT)
+
+
+class PhysicalFault(Exception):
+    """An access to a physical address at which there is no memory."""
+
+    def __init__(self, pa: int) -> None:
+        super().__init__(f"no memory at PA {pa:#x}")
+        self.pa = Pa(pa)
+
+
+class PageStore:
+    """Pages of memory in a sealed memfd: zero filled, of fixed size, committed on first touch.
+
+    The seals (F_SEAL_SHRINK, F_SEAL_GROW, F_SEAL_SEAL) are what makes it safe to map the file: a peer that
+    could truncate it would kill every process that reads its mapping (SIGBUS). Where memfd does not exist
+    the pages are anonymous memory of this process and `fd` is -1.
+    """
+
+    def __init__(self, name: str, pages: int) -> None:
+        if pages <= 0:
+            raise ValueError(f"{name}: a store needs at least one page, not {pages}")
+        self._adopt(_sealed_memfd(name, pages * PAGE_SIZE), 0, pages)
+
+    @classmethod
+    def attach(cls, fd: int, *, offset: int = 0, pages: int | None = None, limit: int | None = None) -> PageStore:
+        """Map a memfd of somebody else, from a byte `offset`; the file descriptor becomes the store's own.
+
+        Raises ValueError if the file may shrink or grow, if what is asked for is not whole pages within it
+        (`pages` None: up to its end), or has more than `limit` pages. The descriptor is then still the caller's.
+        """
+        try:
+            seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+        except OSError as error:
+            raise ValueError("guest memory must be a memfd") from error
+        if ~seals & (fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW):
+            raise ValueError("guest memory must be sealed against shrinking and growing")
+        size = os.fstat(fd).st_size
+        if pages is None:
+            pages = (size - offset) >> PAGE_SHIFT
+        if size % PAGE_SIZE or offset % PAGE_SIZE or offset < 0 or pages <= 0 or offset + pages * PAGE_SIZE > size:
+            raise ValueError(f"{pages} pages at {offset} are not whole pages of a file of {size} bytes")
+        if limit is not None and pages > limit:
+            raise ValueError(f"guest memory of {pages} pages exceeds the limit of {limit}")
+        store = cls.__new__(cls)
+        store._adopt(fd, offset, pages)
+        return store
+
+    def _adopt(self, fd: int, offset: int, pages: int) -> None:
+        self.fd = fd
+        self.pages = pages
+        self.view = memoryview(mmap.mmap(fd, pages * PAGE_SIZE, offset=offset))
+        """All bytes, writable."""
+        self.words: PageArray = np.frombuffer(self.view, dtype="<u8").reshape(pages, WORDS_PER_PAGE)
+        """The same memory as u64, shape (pages, 512)."""
+        self.file: tuple[int, int] | None = None
+        """Device and inode: stores with the same ones show the same memory."""
+        self._offset = offset
+        self._closer = weakref.finalize(self, _close, fd)
+        if fd >= 0:
+            status = os.fstat(fd)
+            self.file = status.st_dev, status.st_ino
+
+    def touched(self) -> Iterator[range]:
+        """Runs of pages that memory was committed for; all others are zero and need not be looked at."""
+        if self.fd < 0:
+            yield range(self.pages)
+            return
+        end, last = self._offset, self._offset + self.pages * PAGE_SIZE
+        while end < last:
+            try:
+                start = os.lseek(self.fd, end, os.SEEK_DATA)
+            except OSError:  # ENXIO: only a hole is left
+                return
+            end = min(os.lseek(self.fd, start, os.SEEK_HOLE), last)
+            if start < end:
+                yield range(start - self._offset >> PAGE_SHIFT, end - self._offset >> PAGE_SHIFT)
+
+    def close(self) -> None:
+        """Give up the file; the memory goes when the last view of it does."""
+        self._closer()
+        self.fd = -1
+        self.view = memoryview(b"")
+        self.words = np.empty((0, WORDS_PER_PAGE), dtype=np.uint64)
+
+
+def _close(fd: int) -> None:
+    if fd >= 0:
+        os.close(fd)
+
+
+def _sealed_memfd(name: str, size: int) -> int:
+    if not hasattr(os, "memfd_create"):
+        return -1
+    fd = os.memfd_create(name, os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
+    os.ftruncate(fd, size)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    return fd
+
+
+@dataclass(frozen=True, slots=True)
+class Frames:
+    """Where the pages of a bank lie: PA(page i) = base + ((i XOR permutation) * stride) * 4096.
+
+    With a stride above 1 the frames between belong to other banks; with a permutation consecutive pages are
+    not consecutive frames. Both directions are arithmetic, so that no table is needed to turn a PA round.
+    """
+
+    base: int
+    pages: int
+    stride: int = 1
+    permutation: int = 0
+
+    def __post_init__(self) -> None:
+        if self.base <= 0 or self.base % PAGE_SIZE:
+            raise ValueError(f"frames start at a page-aligned PA above 0, not {self.base:#x}")
+        if self.pages <= 0 or self.permutation < 0:
+            raise ValueError("frames need pages and a permutation of at least 0")
+        if self.stride <= 0 or self.stride & (self.stride - 1):
+            raise ValueError(f"the stride of frames is a power of two, not {self.stride}")
+
+    @property
+    def end(self) -> int:
+        """First PA behind every place a frame may have."""
+        places = 1 << max((self.pages - 1).bit_length(), self.permutation.bit_length())
+        return self.base + (places * self.stride << PAGE_SHIFT)
+
+    def addresses(self) -> PageArray:
+        """PA of each page."""
+        places = np.arange(self.pages, dtype=np.uint64)
+        places ^= np.uint64(self.permutation)
+        places *= np.uint64(self.stride << PAGE_SHIFT)
+        places += np.uint64(self.base)
+        return places
+
+    def page(self, pa: int) -> int | None:
+        """Number of the page whose frame contains `pa`, if one does."""
+        offset = pa - self.base
+        page = (offset >> self._shift) ^ self.permutation
+        between = (self.stride - 1) << PAGE_SHIFT
+        return page if offset >= 0 and not offset & between and page < self.pages else None
+
+    def find(self, pas: PageArray) -> IndexArray:
+        """Number of the page of each PA; -1 for those that are not here."""
+        offsets = pas - np.uint64(self.base)
+        pages = offsets >> np.uint64(self._shift)
+        pages ^= np.uint64(self.permutation)
+        between = np.uint64((self.stride - 1) << PAGE_SHIFT)
+        return np.where((offsets & between == 0) & (pages < self.pages), pages.view(np.int64), -1)
+
+    @property
+    def _shift(self) -> int:
+        return PAGE_SHIFT + self.stride.bit_length() - 1
+
+
+class Bank:
+    """The frames of one page store, and how often each is pinned.
+
+    Translation tables number the pages of a bank from 1 and let 0 mean "no page". `entry_pa` and
+    `entry_pins` are indexed by such numbers; their element 0 belongs to no page. `pa` and `pins` are the
+    same memory without it, indexed by page.
+    """
+
+    def __init__(self, name: str, store: PageStore, frames: Frames) -> None:
+        if frames.pages != store.pages:
+            raise ValueError(f"{name}: {frames.pages} frames for a store of {store.pages} pages")
+        self.name = name
+        self.store = store
+        self.frames = frames
+        self.entry_pa: PageArray = np.zeros(store.pages + 1, dtype=np.uint64)
+        self.entry_pa[1:] = frames.addresses()
+        self.entry_pins: npt.NDArray[np.int32] = np.zeros(store.pages + 1, dtype=np.int32)
+        self.pa: PageArray = self.entry_pa[1:]
+        """PA of each page of the store."""
+        self.pins: npt.NDArray[np.int32] = self.entry_pins[1:]
+        """References held on each page of the store."""
+        self.pa.flags.writeable = self.entry_pa.flags.writeable = False
+
+    def __repr__(self) -> str:
+        return f"<Bank {self.name}: {self.store.pages} pages from PA {self.frames.base:#x}>"
+
+    def pinned(self) -> dict[int, int]:
+        """References per page, of the pages that have any."""
+        pages = np.flatnonzero(self.pins)
+        return dict(zip(pages.tolist(), self.pins[pages].tolist(), strict=True))
+
+    def page_view(self, page: int) -> memoryview:
+        """The 4096 bytes of one page."""
+        return self.store.view[page << PAGE_SHIFT : (page + 1) << PAGE_SHIFT]
+
+
+class PhysicalMemory:
+    """All memory of a machine by physical address. What no bank covers is a hole (`PhysicalFault`)."""
+
+    def __init__(self) -> None:
+        self._banks: list[Bank] = []
+        self._buckets: dict[int, list[Bank]] = {}
+        self._found: dict[int, tuple[Bank, int]] = {}
+        self._views: dict[int, memoryview] = {}
+
+    @property
+    def banks(self) -> tuple[Bank, ...]:
+        """The banks present, in the order in which they came."""
+        return tuple(self._banks)
+
+    def add(self, bank: Bank) -> None:
+        """Make the frames of a bank answer. The caller sees to it that no other bank has them."""
+        self._banks.append(bank)
+        for bucket in _buckets(bank.frames):
+            self._buckets.setdefault(bucket, []).append(bank)
+
+    def remove(self, bank: Bank) -> None:
+        """Turn the frames of a bank into holes."""
+        self._banks.remove(bank)
+        for bucket in _buckets(bank.frames):
+            self._buckets[bucket].remove(bank)
+            if not self._buckets[bucket]:
+                del self._buckets[bucket]
+        self._forget()
+
+    def reaching(self, first: int, last: int) -> list[Bank]:
+        """Banks that may have frames between two addresses, both included."""
+        return [bank for bank in self._banks if bank.frames.base <= last and first < bank.frames.end]
+
+    def find(self, pa: int) -> tuple[Bank, int]:
+        """The bank that holds `pa` and the number of the page in it. Raises PhysicalFault."""
+        number = pa >> PAGE_SHIFT
+        found = self._found.get(number)
+        if found is None:
+            for bank in self._buckets.get(pa >> _BUCKET_SHIFT, ()):
+                page = bank.frames.page(pa)
+                if page is not None:
+                    found = bank, page
+                    break
+            else:
+                raise PhysicalFault(pa)
+            if len(self._found) >= _CACHED_FRAMES:
+                self._forget()
+            self._found[number] = found
+        return found
+
+    def frame(self, pa: int) -> memoryview:
+        """The 4096 writable bytes of the frame that contains `pa`. Raises PhysicalFault."""
+        view = self._views.get(pa >> PAGE_SHIFT)
+        if view is None:
+            bank, page = self.find(pa)
+            view = self._views[pa >> PAGE_SHIFT] = bank.page_view(page)
+        return view
+
+    def read(self, pa: int, size: int) -> bytes:
+        """Copy `size` bytes; each frame on the way is looked up. Raises PhysicalFault."""
+        offset = pa & PAGE_MASK
+        if offset + size <= PAGE_SIZE:
+            return self.frame(pa)[offset : offset + size].tobytes()
+        return b"".join(self.frame(at)[start:stop] for at, start, stop in _pieces(pa, size))
+
+    def write(self, pa: int, data: bytes | bytearray | memoryview) -> None:
+        """Write `data`; all frames are looked up before the first byte changes. Raises PhysicalFault."""
+        offset = pa & PAGE_MASK
+        if offset + len(data) <= PAGE_SIZE:
+            self.frame(pa)[offset : offset + len(data)] = data
+            return
+        pieces = [(self.frame(at), start, stop) for at, start, stop in _pieces(pa, len(data))]
+        done = 0
+        for view, start, stop in pieces:
+            view[start:stop] = data[done : done + stop - start]
+            done += stop - start
+
+    def _forget(self) -> None:
+        self._found.clear()
+        self._views.clear()
+
+
+def _buckets(frames: Frames) -> range:
+    return range(frames.base >> _BUCKET_SHIFT, ((frames.end - 1) >> _BUCKET_SHIFT) + 1)
+
+
+def _pieces(address: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """Cut a run of bytes at page boundaries: (address, first, behind last) within each page."""
+    while size:
+        offset = address & PAGE_MASK
+        count = min(size, PAGE_SIZE - offset)
+        yield address, offset, offset + count
+        address += count
+        size -= count
+
+
+class GuestRam:
+    """A stretch of RAM as the guest itself sees it: by IPA, without translation or bookkeeping."""
+
+    def __init__(self, store: PageStore, base: int) -> None:
+        self.store = store
+        self.base = Ipa(base)
+        self.size = store.pages * PAGE_SIZE
+        self.words = store.words
+        """The RAM as u64, shape (pages, 512): row n is the page at IPA base + 4096 * n."""
+
+    def read(self, ipa: int, size: int) -> bytes:
+        """Copy `size` bytes. Raises ValueError outside of this RAM."""
+        offset = self._offset(ipa, size)
+        return self.store.view[offset : offset + size].tobytes()
+
+    def write(self, ipa: int, data: bytes | bytearray | memoryview) -> None:
+        """Write `data`. Raises ValueError outside of this RAM."""
+        offset = self._offset(ipa, len(data))
+        self.store.view[offset : offset + len(data)] = data
+
+    def _offset(self, ipa: int, size: int) -> int:
+        offset = ipa - self.base
+        if offset < 0 or size < 0 or offset + size > self.size:
+            raise ValueError(f"{size} bytes at IPA {ipa:#x} are outside of the RAM at {self.base:#x}")
+        return offset

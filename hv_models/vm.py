@@ -1,0 +1,424 @@
+"""Virtual machines: vCPUs, interrupts, and guest memory as the mediator reaches it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar, Final
+
+import numpy as np
+
+from hv_models.memory import (
+    PAGE_MASK,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    Bank,
+    Gfn,
+    GuestRam,
+    Ipa,
+    PageArray,
+    PhysicalFault,
+    PhysicalMemory,
+)
+from hv_models.region import Part, Pinned, Region
+from hv_models.smccc import Hypervisor
+from hv_models.stage2 import PageKind, Reason, Stage2, Stage2Fault
+from hv_models.walk import REFUSED_KINDS
+from optee.abi.smc import VmId
+
+_SHIFT = np.array(PAGE_SHIFT, dtype=np.uint64)  # arrays without dimensions are the fastest operands
+_MASK = np.array(PAGE_MASK, dtype=np.uint64)
+_ONE = np.int32(1)
+_READABLE: Final = frozenset({PageKind.RAM_RW, PageKind.RAM_RO})
+
+
+class _NoRegion(Region):
+    """Stands for the first region of a VM that has no RAM: every look-up misses."""
+
+    def __init__(self) -> None:
+        self.base = Ipa(0)
+        self.size = self.pages = 0
+        self.base_word = np.array(0, dtype=np.uint64)
+        self.entries = np.zeros(1, dtype=np.int64)
+
+
+_NO_REGION: Final[Region] = _NoRegion()
+
+
+class VirtualMachine:
+    """A VM: RAM, stage-2 tables, vCPUs. `KvmVm` and `XenVm` say how pages come and go.
+
+    The methods from `read` to `mark_dirty` are what a mediator may do with guest memory. They take any
+    integer for an address; whatever is not allowed raises `Stage2Fault` and changes nothing.
+    """
+
+    hypervisor: ClassVar[Hypervisor]
+    """Flavour: conduit and what the hypervisor answers itself."""
+
+    def __init__(
+        self,
+        name: str,
+        client_id: VmId,
+        memory: PhysicalMemory,
+        stage2: Stage2,
+        vcpus: int,
+        release: Callable[[Bank], None],
+    ) -> None:
+        if vcpus < 1:
+            raise ValueError(f"{name}: a VM has at least one vCPU, not {vcpus}")
+        self.name = name
+        self.client_id = client_id
+        """The id by which OP-TEE knows this VM (a7)."""
+        self.stage2 = stage2
+        self.vcpus = range(vcpus)
+        """Numbers of the virtual CPUs."""
+        self.alive = True
+        """False once the machine destroyed it."""
+        self.on_interrupt: Callable[[], object] | None = None
+        """Called whenever an interrupt becomes pending."""
+        self._memory = memory
+        self._release = release
+        self._pending: dict[int, None] = {}
+        self._first = _NO_REGION
+        self._removed: list[Region] = []
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}, client id {self.client_id}>"
+
+    @property
+    def regions(self) -> Sequence[Region]:
+        """The RAM of the VM, in the order in which it was added."""
+        return self.stage2.regions
+
+    @property
+    def ram(self) -> tuple[GuestRam, ...]:
+        """The RAM as the guest sees it, one `GuestRam` per region."""
+        return tuple(GuestRam(region.bank.store, region.base) for region in self.regions)
+
+    @property
+    def allowed_shared_frames(self) -> frozenset[int]:
+        """IPAs of pages that this VM may share with OP-TEE although another VM maps their frame (R26)."""
+        return self.stage2.allowed
+
+    @allowed_shared_frames.setter
+    def allowed_shared_frames(self, ipas: frozenset[int]) -> None:
+        self.stage2.allow(ipas)
+
+    def read(self, ipa: int, size: int, *, writable: bool = False) -> bytes:
+        """Copy bytes of one page of RAM; with `writable` it must be read-write RAM. Raises Stage2Fault."""
+        region = self._first
+        offset = ipa - region.base
+        within = offset & PAGE_MASK
+        if 0 <= offset < region.size and 0 <= size <= PAGE_SIZE - within:
+            entry = region.lookup[offset >> PAGE_SHIFT]
+            if entry:
+                start = (entry - 1 << PAGE_SHIFT) + within
+                return region.view[start : start + size].tobytes()
+        bank, page = self._resolve(ipa, size, writable)
+        return bank.page_view(page)[within : within + size].tobytes()
+
+    def write(self, ipa: int, data: bytes | bytearray | memoryview) -> None:
+        """Write bytes of one page of read-write RAM. Raises Stage2Fault."""
+        region = self._first
+        offset = ipa - region.base
+        within = offset & PAGE_MASK
+        size = len(data)
+        if 0 <= offset < region.size and size <= PAGE_SIZE - within:
+            index = offset >> PAGE_SHIFT
+            entry = region.lookup[index]
+            if entry:
+                start = (entry - 1 << PAGE_SHIFT) + within
+                region.view[start : start + size] = data
+                if region.dirty is not None:
+                    region.dirty[index] = True
+                return
+        bank, page = self._resolve(ipa, size, True)
+        bank.page_view(page)[within : within + size] = data
+        for region in self.regions:
+            index = (ipa - region.base) >> PAGE_SHIFT
+            if region.dirty is not None and 0 <= index < region.pages:
+                region.dirty[index] = True
+
+    def write_fields(self, ipa: int, fields: Sequence[tuple[int, bytes]]) -> None:
+        """Write `(offset, bytes)` fields of the page that starts at `ipa`, looked up once. Raises Stage2Fault.
+
+        The fields lie within the page; the caller has made sure of that.
+        """
+        region = self._first
+        distance = ipa - region.base
+        if 0 <= distance < region.size and not distance & PAGE_MASK:
+            index = distance >> PAGE_SHIFT
+            entry = region.lookup[index]
+            if entry:
+                start = entry - 1 << PAGE_SHIFT
+                view = region.view
+                for offset, data in fields:
+                    view[start + offset : start + offset + len(data)] = data
+                if region.dirty is not None:
+                    region.dirty[index] = True
+                return
+        for offset, data in fields:
+            self.write(ipa + offset, data)
+
+    def pin(self, ipas: PageArray) -> Pinned:
+        """Translate page addresses and keep each page from being given away until `unpin`.
+
+        Only normal read-write RAM of this VM may be pinned, not the page at IPA 0 and no frame that another
+        VM maps. A page that is named twice is pinned twice. All or nothing: raises Stage2Fault for the
+        first page that cannot be pinned. `ipas` is read once only.
+        """
+        region = self._first
+        offsets = ipas - region.base_word
+        index = (offsets >> _SHIFT).view(np.int64)
+        entries = region.entries.take(index, mode="clip")
+        if np.count_nonzero(entries) != len(entries) or np.count_nonzero(offsets & _MASK):
+            return self._pin_slowly(offsets + region.base_word)
+        bank = region.bank
+        np.add.at(bank.entry_pins, entries, _ONE)
+        return Pinned(self, bank.entry_pa[entries], (Part(bank, entries, region, index, None),))
+
+    def unpin(self, pinned: Pinned) -> None:
+        """Undo one `pin`. Raises ValueError if these pages are not pinned by this VM (any more)."""
+        if pinned.owner is not self:
+            raise ValueError(f"{pinned!r} is not pinned by {self.name}")
+        pinned.owner = None
+        for part in pinned.parts:
+            np.subtract.at(part.bank.entry_pins, part.entries, _ONE)
+        if self._removed:
+            self._release_removed()
+
+    def load(self, pinned: Pinned, offset: int, size: int) -> bytes:
+        """Copy bytes of pinned pages; `offset` counts from the start of the first page."""
+        pieces = [page[start:stop] for page, start, stop in self._pieces(pinned, offset, size)]
+        return pieces[0].tobytes() if len(pieces) == 1 else b"".join(pieces)
+
+    def store(self, pinned: Pinned, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Write bytes of pinned pages; `offset` counts from the start of the first page."""
+        done = 0
+        for page, start, stop in self._pieces(pinned, offset, len(data)):
+            page[start:stop] = data[done : done + stop - start]
+            done += stop - start
+        first, last = offset >> PAGE_SHIFT, (offset + len(data) + PAGE_MASK) >> PAGE_SHIFT
+        self._mark(pinned, first, last)
+
+    def mark_dirty(self, pinned: Pinned) -> None:
+        """Tell the hypervisor that the secure world may have written to all pages of a pin (R27)."""
+        self._mark(pinned, 0, len(pinned))
+
+    def touch(self, ipa: int, size: int, *, write: bool = False) -> None:
+        """Do what the guest's own access to a range does to the tables. Raises Stage2Fault.
+
+        The guest's bytes go straight to its RAM (`ram`); a hypervisor only notices faults.
+        """
+        first = ipa >> PAGE_SHIFT
+        last = (ipa + max(size, 1) - 1) >> PAGE_SHIFT
+        ipas = np.arange(first, last + 1, dtype=np.uint64) << _SHIFT
+        self._fault_in(ipas)
+        for page in ipas.tolist():
+            walk = self.stage2.walk(page)
+            if walk.fault:
+                raise Stage2Fault(page, Reason.UNMAPPED)
+            if write and not walk.descriptor.writable:
+                self._write_fault(page, walk.kind)
+
+    def pinned(self) -> dict[Gfn, int]:
+        """References per page, of the pages that have any. A page counts where its RAM lies, or lay."""
+        return {
+            Gfn((region.base >> PAGE_SHIFT) + page): count
+            for region in (*self._removed, *self.regions)
+            for page, count in region.bank.pinned().items()
+        }
+
+    @property
+    def pins(self) -> int:
+        """Sum of all references on pages of this VM."""
+        return sum(int(region.bank.pins.sum()) for region in (*self._removed, *self.regions))
+
+    def find(self, pa: int) -> Ipa | None:
+        """IPA of the byte at `pa`: where the VM maps it, or where its RAM lies; None if it is not its own."""
+        for region in (*self.regions, *self._removed):
+            page = region.bank.frames.page(pa)
+            if page is not None:
+                mapped = self.stage2.walk(region.ipa(page)).pa
+                if mapped is None or mapped != pa & ~PAGE_MASK:
+                    elsewhere = self.stage2.find(pa)
+                    if elsewhere:
+                        return Ipa(elsewhere[0] + (pa & PAGE_MASK))
+                return Ipa(region.ipa(page) + (pa & PAGE_MASK))
+        return None
+
+    def inject(self, interrupt: int) -> None:
+        """Make a virtual interrupt pending; one that is pending already stays one."""
+        self._pending[interrupt] = None
+        if self.on_interrupt is not None:
+            self.on_interrupt()
+
+    def acknowledge(self) -> int | None:
+        """Take the interrupt that has been pending for longest; None if there is none."""
+        interrupt = next(iter(self._pending), None)
+        if interrupt is not None:
+            del self._pending[interrupt]
+        return interrupt
+
+    def map_device(self, ipa: int, pa: int, pages: int) -> None:
+        """Map device registers, such as the GIC's virtual CPU interface."""
+        self._map_run(ipa, pa, pages, PageKind.MMIO)
+
+    def set_kind(self, ipa: int, kind: PageKind, *, pages: int = 1, page: int | None = None) -> None:
+        """Change stage-2 entries of pages of this VM's RAM.
+
+        `page` maps that page of the first region (and those that follow); otherwise what is mapped keeps
+        its frames, and what is not mapped gets those that belong to its place in RAM. Raises ValueError
+        where nothing is mapped and no RAM lies.
+        """
+        if kind is PageKind.NONE:
+            self.stage2.unmap(ipa, pages)
+        elif page is not None:
+            self.stage2.map(ipa, self.regions[0].bank.pa[page : page + pages], kind)
+        else:
+            for at in range(ipa, ipa + (pages << PAGE_SHIFT), PAGE_SIZE):
+                if self.stage2.walk(at).fault:
+                    self.stage2.map(at, self._home(at), kind)
+                else:
+                    self.stage2.change(at, 1, kind)
+
+    def map_frames_of(
+        self,
+        other: VirtualMachine,
+        other_ipa: int,
+        ipa: int,
+        pages: int = 1,
+        kind: PageKind = PageKind.RAM_RW,
+    ) -> None:
+        """Map frames that another VM has at `other_ipa`. None of the two may share them with OP-TEE then."""
+        other._fault_in((np.arange(pages, dtype=np.uint64) << _SHIFT) + np.uint64(other_ipa))
+        pas = [other.stage2.walk(other_ipa + (n << PAGE_SHIFT)).pa for n in range(pages)]
+        found = [pa for pa in pas if pa is not None]
+        if len(found) < pages:
+            raise Stage2Fault(other_ipa + (pas.index(None) << PAGE_SHIFT), Reason.UNMAPPED)
+        self.stage2.map(ipa, np.array(found, dtype=np.uint64), kind)
+
+    def add_ram(self, base: int, bank: Bank) -> Region:
+        """Give the VM the memory of a bank as RAM. Raises ValueError on an overlap."""
+        region = Region(base, bank)
+        self.stage2.add_region(region)
+        self._first = self.regions[0]
+        return region
+
+    def destroy(self) -> None:
+        """Take away RAM and tables; banks that are still pinned stay part of physical memory."""
+        self.alive = False
+        for region in list(self.regions):
+            self._remove_ram(region)
+        self.stage2.close()
+
+    def _remove_ram(self, region: Region) -> None:
+        self.stage2.remove_region(region)
+        self._first = self.regions[0] if self.regions else _NO_REGION
+        self._removed.append(region)
+        self._release_removed()
+
+    def _release_removed(self) -> None:
+        for region in list(self._removed):
+            if not region.bank.pins.any():
+                self._removed.remove(region)
+                self._release(region.bank)
+
+    def _fault_in(self, ipas: PageArray) -> bool:
+        """Map those of the pages that should be mapped but are not; whether there were any."""
+        return False
+
+    def _write_fault(self, ipa: int, kind: PageKind) -> None:
+        """The guest wrote to a page that it cannot write to."""
+        raise Stage2Fault(ipa, REFUSED_KINDS[kind])
+
+    def _map_run(self, ipa: int, pa: int, pages: int, kind: PageKind) -> None:
+        self.stage2.map(ipa, (np.arange(pages, dtype=np.uint64) << _SHIFT) + np.uint64(pa), kind)
+
+    def _home(self, ipa: int) -> PageArray:
+        for region in self.regions:
+            index = region.index(ipa)
+            if index is not None:
+                return region.bank.pa[index : index + 1]
+        raise ValueError(f"{self.name} has no RAM at IPA {ipa:#x}")
+
+    def _resolve(self, ipa: int, size: int, writable: bool) -> tuple[Bank, int]:
+        """The page behind an access that the TLB did not answer, by a walk. Raises Stage2Fault."""
+        if size < 0 or (ipa & PAGE_MASK) + size > PAGE_SIZE:
+            raise Stage2Fault(ipa, Reason.CROSSES_PAGE)
+        bank, page, kind = self._backing(ipa)
+        if kind not in _READABLE or (writable and kind is not PageKind.RAM_RW):
+            raise Stage2Fault(ipa, REFUSED_KINDS[kind])
+        return bank, page
+
+    def _backing(self, ipa: int) -> tuple[Bank, int, PageKind]:
+        walk = self.stage2.walk(ipa)
+        if walk.fault and 0 <= ipa < 1 << 64 and self._fault_in(np.array([ipa & ~PAGE_MASK], dtype=np.uint64)):
+            walk = self.stage2.walk(ipa)
+        if walk.pa is None:
+            raise Stage2Fault(ipa, Reason.UNMAPPED)
+        if walk.kind not in _READABLE:
+            raise Stage2Fault(ipa, REFUSED_KINDS[walk.kind])
+        try:
+            bank, page = self._memory.find(walk.pa)
+        except PhysicalFault:
+            raise Stage2Fault(ipa, Reason.HOLE) from None
+        return bank, page, walk.kind
+
+    def _pin_slowly(self, ipas: PageArray) -> Pinned:
+        """Pin pages some of which are not in the first region's TLB, or not allowed."""
+        self._fault_in(ipas)
+        parts: list[Part] = []
+        unaligned = ipas & _MASK != 0
+        missing = np.ones(len(ipas), dtype=np.bool_)
+        for region in self.regions:
+            offsets = ipas - region.base_word
+            index = (offsets >> _SHIFT).view(np.int64)
+            entries = region.entries.take(index, mode="clip")
+            good = (entries != 0) & ~unaligned
+            if good.any():
+                missing &= ~good
+                parts.append(Part(region.bank, entries[good], region, index[good], np.flatnonzero(good)))
+        for position in np.flatnonzero(missing).tolist():
+            bank, page = self._shareable(int(ipas[position]))
+            entry, place = np.array([page + 1]), np.array([position])
+            parts.append(Part(bank, entry, None, place, place))
+        pas = np.zeros(len(ipas), dtype=np.uint64)
+        for part in parts:
+            np.add.at(part.bank.entry_pins, part.entries, _ONE)
+            pas[part.positions] = part.bank.entry_pa[part.entries]
+        return Pinned(self, pas, tuple(parts))
+
+    def _shareable(self, ipa: int) -> tuple[Bank, int]:
+        """The page of an address that the TLBs do not have. Raises Stage2Fault if it may not be pinned."""
+        if ipa == 0:
+            raise Stage2Fault(ipa, Reason.NULL)
+        if ipa & PAGE_MASK:
+            raise Stage2Fault(ipa, Reason.UNALIGNED)
+        bank, page, kind = self._backing(ipa)
+        if kind is not PageKind.RAM_RW:
+            raise Stage2Fault(ipa, REFUSED_KINDS[kind])
+        if not self.stage2.shareable(ipa, bank, page):
+            raise Stage2Fault(ipa, Reason.SHARED)
+        return bank, page
+
+    def _pieces(self, pinned: Pinned, offset: int, size: int) -> Iterator[tuple[memoryview, int, int]]:
+        if pinned.owner is not self:
+            raise ValueError(f"{pinned!r} is not pinned by {self.name}")
+        if offset < 0 or size < 0 or offset + size > len(pinned) << PAGE_SHIFT:
+            raise ValueError(f"{size} bytes at {offset} are outside of {pinned!r}")
+        while size:
+            start = offset & PAGE_MASK
+            count = min(size, PAGE_SIZE - start)
+            yield pinned.page(offset >> PAGE_SHIFT), start, start + count
+            offset += count
+            size -= count
+
+    def _mark(self, pinned: Pinned, first: int, last: int) -> None:
+        for part in pinned.parts:
+            if part.region is not None and part.region.dirty is not None:
+                index = part.places
+                if part.positions is None:
+                    index = index[first:last]
+                else:
+                    index = index[(part.positions >= first) & (part.positions < last)]
+                part.region.dirty[index] = True

@@ -1,0 +1,347 @@
+"""Compare what we did with what was recorded, and report: agree, differ, or differ as a rule demands."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from mediator.conformance import vectors as v
+from mediator.conformance.intended import Declaration, declarations
+from mediator.conformance.run import Observed, Run
+from mediator.core.policy import Policy
+from mediator.invariants import Violation
+from optee.abi.message import OFFSET_RET
+from optee.abi.smc import Function
+
+_MEDIATOR_ANSWERS: Final = 0xFFFFFFFF
+_STATE_FIELDS: Final = ("pins", "state.call_count", "state.quota_pages", "state.quota_bufs", "state.rpc_bufs", "state.shm_bufs")
+_COMPARED_STATE: Final = ("call_count", "quota_pages", "quota_bufs", "rpc_bufs")
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One field of one step that is not as recorded."""
+
+    field: str
+    expected: Any
+    got: Any
+
+
+@dataclass(slots=True)
+class Report:
+    """What a comparison found; the counts are of steps."""
+
+    vectors: int = 0
+    steps: int = 0
+    agree: int = 0
+    intended: Counter[str] = field(default_factory=Counter)
+    not_compared: int = 0
+    differ: list[dict[str, Any]] = field(default_factory=list)
+    violations: list[tuple[str, Violation]] = field(default_factory=list)
+    observed: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def good(self) -> bool:
+        """Nothing differs but as declared, and no invariant is violated."""
+        return not self.differ and not self.violations
+
+    def as_data(self) -> dict[str, Any]:
+        """The JSON document of `mediator conform --vectors`."""
+        return {
+            "format": "mediator-conform/1",
+            "vectors": self.vectors,
+            "steps": self.steps,
+            "agree": self.agree,
+            "intended": dict(sorted(self.intended.items())),
+            "not_compared": self.not_compared,
+            "differ": self.differ,
+            "violations": [{"vector": name, **violation.as_data()} for name, violation in self.violations],
+        }
+
+
+@dataclass(slots=True)
+class _Extra:
+    """What the recorded mediator still holds of a domain and ours, by a rule, does not."""
+
+    rule: str
+    cookie: int | None
+    pages: int
+    pins: Counter[str]
+
+
+class _Comparison:
+    """One vector."""
+
+    def __init__(self, vector: v.Vector, policy: Policy, kinds: list[Declaration], report: Report) -> None:
+        self.vector = vector
+        self.policy = policy
+        self.kinds = kinds
+        self.report = report
+        self.extras: dict[int, list[_Extra]] = {}
+        self.diverged = False
+        self.relinquished: dict[int, list[str]] = {}
+
+    def run(self, *, observe: bool) -> None:
+        run = Run(self.vector, self.policy)
+        observed: list[dict[str, Any]] = []
+        try:
+            for index, (recorded, ours) in enumerate(zip(self.vector.steps, run.steps(), strict=True)):
+                self._step(index, recorded, ours)
+                if observe:
+                    observed.append(ours.step.model_dump(mode="json", exclude_none=True))
+            run.checker.scan()
+            self.report.violations.extend((self.vector.name, found) for found in run.checker.violations)
+        finally:
+            run.close()
+        if observe:
+            self.report.observed.append(
+                {**self.vector.model_dump(mode="json", exclude={"steps"}), "steps": observed}
+            )
+
+    def _step(self, index: int, recorded: v.Step, ours: Observed) -> None:
+        report = self.report
+        report.steps += 1
+        differences = list(_differences(recorded, ours))
+        if isinstance(recorded, v.Relinquish) and isinstance(ours.step, v.Relinquish):
+            differences = list(self._relinquish(index, recorded, ours.step))
+        domain = getattr(recorded, "domain", None)
+        rules: list[str] = []
+        if differences and domain is not None and self.extras.get(domain):
+            differences, rules = self._without_extras(domain, recorded, ours, differences)
+        if not differences:
+            if rules:
+                report.intended[rules[0]] += 1
+            else:
+                report.agree += 1
+            return
+        left = []
+        for difference in differences:
+            kind = next((k for k in self.kinds if k.covers(recorded.op, ours.facts, difference.field)), None)
+            if kind is None:
+                left.append(difference)
+                continue
+            rules.insert(0, kind.rule)
+            self._remember(kind, domain, recorded, ours, difference)
+        if not left:
+            report.intended[rules[0]] += 1
+            if any(d.field in _STATE_FIELDS for d in differences) and not self.extras.get(domain or -1):
+                self.diverged = True
+        elif self.diverged:
+            report.not_compared += 1
+        elif domain is not None and self.extras.get(domain):
+            # What the recorded mediator still holds changed its course: from here on it is another story.
+            self.diverged = True
+            report.not_compared += 1
+        else:
+            for difference in left:
+                report.differ.append(
+                    {
+                        "vector": self.vector.name,
+                        "step": index,
+                        "field": difference.field,
+                        "expected": difference.expected,
+                        "got": difference.got,
+                    }
+                )
+
+    def _remember(
+        self, kind: Declaration, domain: int | None, recorded: v.Step, ours: Observed, difference: Difference
+    ) -> None:
+        """Note what the recorded mediator keeps, from the first difference that shows it."""
+        if kind.holds == "nothing" or domain is None:
+            return
+        assert isinstance(recorded, v.Smc) and isinstance(ours.step, v.Smc)
+        extras = self.extras.setdefault(domain, [])
+        theirs, mine = recorded.out.state, ours.step.out.state
+        assert theirs is not None and mine is not None
+        if kind.holds == "quota_pages" and difference.field == "state.quota_pages":
+            known = sum(extra.pages for extra in extras)
+            extras.append(_Extra(kind.rule, None, theirs.quota_pages - mine.quota_pages - known, Counter()))
+        elif kind.holds == "buffer" and difference.field == "state.shm_bufs":
+            known_cookies = {extra.cookie for extra in extras} | {buffer.cookie for buffer in mine.shm_bufs}
+            pins = Counter(recorded.out.pins.get(str(domain), {}))
+            pins.subtract(ours.step.out.pins.get(str(domain), {}))
+            for extra in extras:
+                pins.subtract(extra.pins)
+            for buffer in theirs.shm_bufs:
+                if buffer.cookie not in known_cookies:
+                    extras.append(_Extra(kind.rule, buffer.cookie, buffer.pages, +pins))
+
+    def _without_extras(
+        self, domain: int, recorded: v.Step, ours: Observed, differences: list[Difference]
+    ) -> tuple[list[Difference], list[str]]:
+        """Take from the record what it holds by a known difference; what is left is new."""
+        if not isinstance(recorded, v.Smc) or not isinstance(ours.step, v.Smc):
+            return differences, []
+        state = recorded.out.state
+        extras = self.extras[domain]
+        if state is not None:
+            held = {buffer.cookie for buffer in state.shm_bufs}
+            extras[:] = [extra for extra in extras if extra.cookie is None or extra.cookie in held]
+        rules = [extra.rule for extra in extras]
+        left = []
+        for difference in differences:
+            adjusted = _subtract(extras, difference.field, difference.expected)
+            if adjusted != difference.got:
+                left.append(Difference(difference.field, adjusted, difference.got))
+        return left, rules
+
+    def _relinquish(self, index: int, recorded: v.Relinquish, ours: v.Relinquish) -> Iterator[Difference]:
+        """A run of relinquish steps is compared as a whole: it ends with everything given back."""
+        calls = self.relinquished.setdefault(recorded.domain, [])
+        calls.extend(hex(forward.regs[0]) for forward in ours.out.forwarded)
+        following = self.vector.steps[index + 1] if index + 1 < len(self.vector.steps) else None
+        if isinstance(following, v.Relinquish) and following.domain == recorded.domain:
+            return
+        del self.relinquished[recorded.domain]
+        if recorded.out.rc != 0:
+            return
+        if ours.out.rc != 0:
+            yield Difference("rc", 0, ours.out.rc)
+        announced = [] if recorded.domain not in self._created(index) else [hex(Function.VM_DESTROYED)]
+        if calls != announced:
+            yield Difference("forwarded", announced, calls)
+        empty = v.State()
+        if ours.out.state != empty:
+            yield Difference("state", empty.model_dump(), None if ours.out.state is None else ours.out.state.model_dump())
+        pins = ours.out.pins.get(str(recorded.domain), {})
+        if pins:
+            yield Difference("pins", {}, pins)
+        self.extras.pop(recorded.domain, None)
+
+    def _created(self, index: int) -> set[int]:
+        """Domains that OP-TEE knew when the run of relinquish steps before `index` began."""
+        live: set[int] = set()
+        steps = self.vector.steps
+        first = index
+        domain = getattr(steps[index], "domain", None)
+        while first and isinstance(steps[first - 1], v.Relinquish) and steps[first - 1].domain == domain:  # type: ignore[union-attr]
+            first -= 1
+        for step in steps[:first]:
+            if isinstance(step, v.Create) and step.out.rc == 0:
+                live.add(step.domain)
+            elif isinstance(step, v.Relinquish) and step.out.rc == 0:
+                live.discard(step.domain)
+        return live
+
+
+def _subtract(extras: list[_Extra], name: str, expected: Any) -> Any:
+    if name.endswith("pins") or name.endswith("pins_during"):
+        pins = Counter(expected)
+        for extra in extras:
+            pins.subtract(extra.pins)
+        return {gfn: count for gfn, count in pins.items() if count}
+    if name == "state.quota_pages":
+        return expected - sum(extra.pages for extra in extras)
+    if name == "state.quota_bufs":
+        return expected - sum(extra.cookie is not None for extra in extras)
+    if name == "state.shm_bufs":
+        cookies = {hex(extra.cookie) for extra in extras if extra.cookie is not None}
+        return [buffer for buffer in expected if buffer[0] not in cookies]
+    return expected
+
+
+def _differences(recorded: v.Step, ours: Observed) -> Iterator[Difference]:
+    done = ours.step
+    if isinstance(recorded, v.Probe) and isinstance(done, v.Probe):
+        yield from _field("result", recorded.out.result, done.out.result)
+        yield from _forwards(recorded.out.forwarded, done.out.forwarded, None)
+    elif isinstance(recorded, v.Create) and isinstance(done, v.Create):
+        yield from _field("rc", recorded.out.rc, done.out.rc)
+        yield from _forwards(recorded.out.forwarded, done.out.forwarded, None)
+    elif isinstance(recorded, v.Smc) and isinstance(done, v.Smc):
+        theirs, mine = recorded.out, done.out
+        yield from _field("handled", theirs.handled, mine.handled)
+        if theirs.handled and mine.handled:
+            yield from _field("regs", _hexes(theirs.regs), _hexes(mine.regs))
+        yield from _forwards(theirs.forwarded, mine.forwarded, recorded.domain)
+        if ours.memory is not None:
+            yield Difference("mem_changes", *ours.memory)
+        yield from _pins("pins", theirs.pins, mine.pins, recorded.domain)
+        if theirs.state is not None and mine.state is not None:
+            for name in _COMPARED_STATE:
+                yield from _field(f"state.{name}", getattr(theirs.state, name), getattr(mine.state, name))
+            yield from _field("state.shm_bufs", _buffers(theirs.state), _buffers(mine.state))
+
+
+def _field(name: str, expected: Any, got: Any) -> Iterator[Difference]:
+    if expected != got:
+        yield Difference(name, expected, got)
+
+
+def _hexes(regs: list[int]) -> list[str]:
+    return [hex(word) for word in regs]
+
+
+def _buffers(state: v.State) -> list[tuple[str, int, bool]]:
+    return sorted((hex(buffer.cookie), buffer.pages, buffer.has_page_list) for buffer in state.shm_bufs)
+
+
+def _pins(
+    name: str, expected: dict[str, dict[str, int]], got: dict[str, dict[str, int]], domain: int
+) -> Iterator[Difference]:
+    """Pins of the calling domain, by guest frame."""
+    theirs, mine = (
+        {hex(int(gfn, 16)): count for gfn, count in pins.get(str(domain), {}).items()} for pins in (expected, got)
+    )
+    yield from _field(name, theirs, mine)
+
+
+def _forwards(expected: list[v.Forwarded], got: list[v.Forwarded], domain: int | None) -> Iterator[Difference]:
+    if len(expected) != len(got):
+        yield Difference("forwarded", len(expected), len(got))
+    for index, (theirs, mine) in enumerate(zip(expected, got, strict=False)):
+        name = f"forwarded[{index}]"
+        symbolic = "a1:a2" in theirs.sym
+        yield from _field(f"{name}.sym", theirs.sym, mine.sym)
+        hidden = slice(1, 3) if symbolic else slice(0, 0)
+        words, own = _hexes(theirs.regs), _hexes(mine.regs)
+        words[hidden] = own[hidden] = []
+        yield from _field(f"{name}.regs", words, own)
+        yield from _field(f"{name}.resumes", theirs.resumes, mine.resumes)
+        if theirs.arg is not None:
+            yield from _shadow(f"{name}.arg", theirs.arg, mine.arg, preset=True)
+        if theirs.rpc_arg is not None:
+            yield from _shadow(f"{name}.rpc_arg", theirs.rpc_arg, mine.rpc_arg, preset=False)
+        if domain is not None and theirs.pins_during is not None:
+            yield from _pins(f"{name}.pins_during", theirs.pins_during, mine.pins_during or {}, domain)
+
+
+def _shadow(name: str, expected: v.Shadow, got: v.Shadow | None, *, preset: bool) -> Iterator[Difference]:
+    if got is None:
+        yield Difference(name, "a message", None)
+        return
+    yield from _field(f"{name}.owner", expected.owner, got.owner)
+    theirs, mine = bytearray(expected.hex), bytearray(got.hex)
+    if preset:
+        # R11 presets ret before the first forward of a call.
+        theirs[OFFSET_RET : OFFSET_RET + 4] = mine[OFFSET_RET : OFFSET_RET + 4] = bytes(4)
+    yield from _field(f"{name}.hex", theirs.hex(), mine.hex())
+    for index in sorted(expected.translated.keys() | got.translated.keys()):
+        lists = [
+            None
+            if shadow.translated.get(index) is None
+            else (
+                shadow.translated[index].offset,
+                [(owner, hex(gfn)) for owner, gfn in shadow.translated[index].pages],
+            )
+            for shadow in (expected, got)
+        ]
+        yield from _field(f"{name}.translated.{index}", *lists)
+
+
+def compare(
+    document: v.Document,
+    policy: Policy,
+    *,
+    observe: bool = False,
+    progress: Callable[[str], None] = lambda name: None,
+) -> Report:
+    """Run every vector of a file under a policy."""
+    report = Report()
+    kinds = declarations()
+    for vector in document.vectors:
+        progress(vector.name)
+        report.vectors += 1
+        _Comparison(vector, policy, kinds, report).run(observe=observe)
+    return report

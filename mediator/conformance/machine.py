@@ -1,0 +1,249 @@
+"""The machine of a vector file: domains with the stated frames, flips and allocation faults on demand."""
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from hv_models.machine import MEDIATOR_BASE, Machine, RamBlock
+from hv_models.memory import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Frames
+from hv_models.pages import Page
+from hv_models.stage2 import PageKind, Pinned, Stage2Fault
+from hv_models.vm import VirtualMachine
+from mediator.conformance.vectors import AllocFault, Domain, Flip, MemoryWrite, P2m
+from mediator.core.ledger import Charge, Ledger, Limits, OverLimit
+from mediator.core.ports import SharedPage
+from mediator.invariants import pins_by_frame
+
+POISON: Final = 0xA5
+"""What a fresh page of the observed mediator's heap holds."""
+_KINDS: Final = {
+    "ram_rw": PageKind.RAM_RW,
+    "ram_ro": PageKind.RAM_RO,
+    "mmio": PageKind.MMIO,
+    "grant_rw": PageKind.GRANT_RW,
+    "grant_ro": PageKind.GRANT_RO,
+    "foreign_rw": PageKind.FOREIGN_RW,
+    "none": PageKind.NONE,
+}
+
+
+class Countdown:
+    """The nth call of `due` is True, once; -1 never."""
+
+    def __init__(self) -> None:
+        self.left = -1
+
+    def due(self) -> bool:
+        """Count one."""
+        if self.left < 0:
+            return False
+        self.left -= 1
+        return self.left < 0
+
+
+class VectorMemory:
+    """A domain's memory as the mediator reaches it, with flips just before look-ups."""
+
+    def __init__(self, vm: VirtualMachine) -> None:
+        self.vm = vm
+        self.flips: dict[int, list[tuple[Countdown, Flip]]] = {}
+
+    def look_up(self, gfn: int) -> None:
+        """Count a stage-2 look-up of a page; flips that wait for it happen now."""
+        for countdown, flip in self.flips.get(gfn, ()):
+            if countdown.due():
+                value = flip.value & (1 << 8 * flip.size) - 1
+                poke(self.vm, gfn << PAGE_SHIFT, flip.offset, value.to_bytes(flip.size, "little"))
+
+    def read(self, ipa: int, size: int, *, writable: bool = False) -> bytes:
+        """See `GuestMemory`."""
+        self.look_up(ipa >> PAGE_SHIFT)
+        return self.vm.read(ipa, size, writable=writable)
+
+    def write_fields(self, ipa: int, fields: Sequence[tuple[int, bytes]]) -> None:
+        """See `GuestMemory`."""
+        self.look_up(ipa >> PAGE_SHIFT)
+        self.vm.write_fields(ipa, fields)
+
+    def pin(self, ipas: npt.NDArray[np.uint64]) -> Pinned:
+        """See `GuestMemory`."""
+        if self.flips:
+            for ipa in ipas.tolist():
+                self.look_up(ipa >> PAGE_SHIFT)
+        return self.vm.pin(ipas)
+
+    def unpin(self, pinned: Pinned) -> None:
+        """See `GuestMemory`."""
+        self.vm.unpin(pinned)
+
+    def load(self, pinned: Pinned, offset: int, size: int) -> bytes:
+        """See `GuestMemory`."""
+        return self.vm.load(pinned, offset, size)
+
+    def store(self, pinned: Pinned, offset: int, data: bytes) -> None:
+        """See `GuestMemory`."""
+        self.vm.store(pinned, offset, data)
+
+    def mark_dirty(self, pinned: Pinned) -> None:
+        """See `GuestMemory`."""
+        self.vm.mark_dirty(pinned)
+
+
+def poke(vm: VirtualMachine, page_ipa: int, offset: int, data: bytes) -> None:
+    """Change guest bytes whatever the type of their page is: what the guest's own vCPU or a device does."""
+    address = page_ipa + offset
+    while data:
+        room = (PAGE_MASK + 1) - (address & PAGE_MASK)
+        part, data = data[:room], data[room:]
+        try:
+            vm.write(address, part)
+        except Stage2Fault:
+            # Not read-write RAM for the mediator, or not mapped: the RAM behind the address is meant.
+            for ram in vm.ram:
+                if ram.base <= address < ram.base + ram.size:
+                    ram.write(address, part)
+        address += len(part)
+
+
+class VectorMachine:
+    """Domains, and the mediator's heap; everything a vector does to the machine."""
+
+    def __init__(self, domains: Sequence[Domain]) -> None:
+        self.machine = Machine()
+        self.described = {domain.id: domain for domain in domains}
+        self.vms: dict[int, VirtualMachine] = {}
+        self.memories: dict[int, VectorMemory] = {}
+        self.pages = Countdown()
+        self.objects = Countdown()
+        self._common = domains[0] if domains else Domain(id=0)
+        for domain in domains:
+            self.memory(domain.id)
+
+    def close(self) -> None:
+        """Give back all memory."""
+        self.machine.close()
+
+    def memory(self, domain: int) -> VectorMemory:
+        """A domain's memory; a domain that was not described has 64 pages, the common base and permutation."""
+        memory = self.memories.get(domain)
+        if memory is None:
+            described = self.described.get(domain)
+            if described is None:
+                described = Domain(id=domain, npages=64, base_gfn=self._common.base_gfn, perm=self._common.perm)
+            self.described[domain] = described
+            vm = self.machine.create_xen(
+                f"dom-{domain}",
+                [
+                    RamBlock(
+                        described.base_gfn << PAGE_SHIFT,
+                        described.npages << PAGE_SHIFT,
+                        frames=Frames((domain + 8) << 32, described.npages, permutation=described.perm),
+                    )
+                ],
+                domain=domain,
+            )
+            memory = VectorMemory(vm)
+            self.vms[domain] = vm
+            self.memories[domain] = memory
+        return memory
+
+    # The secure world's port of the core, with faults
+
+    def call(self, regs: tuple[int, ...]) -> tuple[int, ...]:
+        """The secure world is a script: the comparison answers itself."""
+        raise NotImplementedError
+
+    def lend(self) -> SharedPage | None:
+        """See `SecureWorld`."""
+        return None if self.pages.due() else self.machine.pages.allocate()
+
+    def take_back(self, page: SharedPage) -> None:
+        """See `SecureWorld`."""
+        assert isinstance(page, Page)
+        self.machine.pages.release(page)
+
+    def ledger(self, limits: Limits) -> Ledger:
+        """A ledger whose records can fail to be allocated."""
+        if self.objects.due():
+            raise OverLimit("memory")
+        return _FaultyLedger(limits, self.objects)
+
+    # Steps that are no calls
+
+    def write(self, domain: int, write: MemoryWrite) -> None:
+        """Bytes that the guest wrote before its call."""
+        poke(self.memory(domain).vm, write.ipa, 0, write.hex + bytes(write.zeros_after))
+
+    def p2m(self, step: P2m) -> None:
+        """A change of a stage-2 entry."""
+        vm = self.memory(step.domain).vm
+        vm.set_kind(step.gfn << PAGE_SHIFT, _KINDS[step.type], page=step.page_index)
+
+    def flip(self, step: Flip) -> None:
+        """Memory that will change; look-ups count from now on."""
+        countdown = Countdown()
+        countdown.left = step.nth_lookup
+        self.memory(step.domain).flips.setdefault(step.gfn, []).append((countdown, step))
+
+    def alloc_fault(self, step: AllocFault) -> None:
+        """Allocations that will fail; both counts start now."""
+        self.pages.left = step.heap_page_alloc_nth
+        self.objects.left = step.xzalloc_nth
+
+    # For the comparison and the checker
+
+    def image(self, domain: int) -> bytes:
+        """All bytes of a domain's RAM, page by page."""
+        return b"".join(ram.read(ram.base, ram.size) for ram in self.vms[domain].ram)
+
+    def gfn_pins(self, domain: int) -> dict[int, int]:
+        """References by guest frame."""
+        return {int(gfn): count for gfn, count in self.vms[domain].pinned().items()}
+
+    def owner(self, pa: int) -> tuple[int, int] | None:
+        """Domain and guest frame of a physical address."""
+        for domain, vm in self.vms.items():
+            ipa = vm.find(pa)
+            if ipa is not None:
+                return domain, ipa >> PAGE_SHIFT
+        return None
+
+    def pins(self, vm: int) -> Mapping[int, int]:
+        """See `mediator.invariants.Host`."""
+        return pins_by_frame(self.vms[vm - 1])
+
+    def pin_count(self, vm: int) -> int:
+        """See `mediator.invariants.Host`."""
+        return self.vms[vm - 1].pins
+
+    def frame(self, pa: int) -> memoryview:
+        """See `mediator.invariants.Host`."""
+        if pa not in self.machine.pages:
+            raise KeyError(pa)
+        return self.machine.memory.frame(pa)
+
+    def host_addresses(self) -> Sequence[tuple[int, int]]:
+        """See `mediator.invariants.Host`. The frames of a vector's domains have addresses that a guest may name."""
+        pages = self.machine.pages
+        return ((MEDIATOR_BASE, MEDIATOR_BASE + pages.capacity * PAGE_SIZE),)
+
+
+class _FaultyLedger(Ledger):
+    """Every record (call, buffer, RPC argument) is one allocation, which may fail."""
+
+    __slots__ = ("_objects",)
+
+    def __init__(self, limits: Limits, objects: Countdown) -> None:
+        super().__init__(limits)
+        self._objects = objects
+
+    def charge(
+        self, pages: int = 0, buffers: int = 0, rpc_arguments: int = 0, calls: int = 0, memory: int = 0
+    ) -> Charge:
+        if calls and self.calls + calls > self.limits.calls:
+            raise OverLimit("calls")
+        if (calls or buffers or rpc_arguments) and self._objects.due():
+            raise OverLimit("memory")
+        return super().charge(pages, buffers, rpc_arguments, calls, memory)

@@ -1,0 +1,307 @@
+"""Vector files: guests' calls and the secure world's answers, with everything a mediator did about them.
+
+Source of the format: the vector-file description, "xen-optee-mediator-vectors/1".
+"""
+
+import gzip
+import json
+import zlib
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+
+from mediator.documents import DocumentError
+
+FORMAT: Final = "xen-optee-mediator-vectors/1"
+MAX_SIZE: Final = 1 << 30
+"""Bytes of an unpacked file: stops a small compressed file from filling memory."""
+
+
+def _number(value: object) -> object:
+    if isinstance(value, str):
+        try:
+            return int(value, 16)
+        except ValueError:
+            raise ValueError(f"{value!r} is no hexadecimal number") from None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError("a number or a hexadecimal string is wanted")
+    return value
+
+
+def _bytes(value: object) -> object:
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, str):
+        try:
+            return bytes.fromhex(value)
+        except ValueError:
+            raise ValueError("hexadecimal digits are wanted, two for a byte") from None
+    raise ValueError("a string of hexadecimal digits is wanted")
+
+
+_as_hex = PlainSerializer(hex, return_type=str, when_used="json")
+_as_digits = PlainSerializer(bytes.hex, return_type=str, when_used="json")
+
+U64 = Annotated[int, BeforeValidator(_number), Field(ge=0, lt=1 << 64), _as_hex]
+Count = Annotated[int, Field(ge=0, le=1 << 32)]
+Hex = Annotated[bytes, BeforeValidator(_bytes), _as_digits]
+Gfn = Annotated[int, BeforeValidator(_number), Field(ge=0, lt=1 << 52), _as_hex]
+Registers = Annotated[list[U64], Field(min_length=8, max_length=8)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Domain(_Model):
+    """A domain of the machine: page i is guest frame base_gfn + i."""
+
+    id: Annotated[int, Field(ge=0, le=65534)]
+    npages: Annotated[int, Field(ge=1, le=1 << 18)] = 64
+    base_gfn: Gfn = 0x40000
+    perm: Annotated[int, BeforeValidator(_number), Field(ge=0, lt=1 << 18), _as_hex] = 0x2B
+
+
+class Setup(_Model):
+    """The machine before the first step."""
+
+    max_threads: Annotated[int, Field(ge=0, le=1 << 31)]
+    domains: list[Domain]
+
+
+class Answer(_Model):
+    """The scripted secure world: a0..a3, and what it writes before it returns."""
+
+    ret: Annotated[list[U64], Field(min_length=4, max_length=4)]
+    writes: list[tuple[str, Annotated[int, Field(ge=0, le=4096)], Hex]] = []
+
+
+class Translated(_Model):
+    """A page list as the secure world sees it."""
+
+    offset: Annotated[int, Field(ge=0, lt=4096)]
+    n_pages_from_size: Count = 0
+    list_pages: Count = 0
+    pages: list[tuple[int, Gfn]]
+
+
+class Shadow(_Model):
+    """A message or RPC argument as the secure world sees it before it answers."""
+
+    owner: str
+    hex: Hex
+    num_params: Count = 0
+    translated: dict[Annotated[int, BeforeValidator(lambda value: int(value))], Translated] = {}
+
+
+class Forwarded(_Model):
+    """One SMC to the secure world."""
+
+    regs: Registers
+    sym: dict[str, str] = {}
+    resumes: str | None = None
+    arg: Shadow | None = None
+    rpc_arg: Shadow | None = None
+    rpc_cookie: U64 | None = None
+    pins_during: dict[str, dict[str, int]] | None = None
+    answer: Answer
+
+
+class Change(_Model):
+    """Guest bytes that differ after a step."""
+
+    domain: int
+    ipa: U64
+    hex: Hex
+
+
+class SharedBuffer(_Model):
+    """A shared buffer of a guest."""
+
+    cookie: U64
+    pages: Count
+    has_page_list: bool
+
+
+class State(_Model):
+    """What the observed mediator held after a step."""
+
+    call_count: int = 0
+    quota_pages: int = 0
+    quota_bufs: int = 0
+    rpc_bufs: int = 0
+    shm_bufs: list[SharedBuffer] = []
+
+
+class ProbeOut(_Model):
+    """What start-up did."""
+
+    result: bool
+    forwarded: list[Forwarded] = []
+
+
+class CreateOut(_Model):
+    """What VM creation did: 0, or a negative errno."""
+
+    rc: int
+    forwarded: list[Forwarded] = []
+
+
+class SmcOut(_Model):
+    """What one call did."""
+
+    handled: bool
+    regs: Registers
+    forwarded: list[Forwarded] = []
+    mem_changes: list[Change] = []
+    pins: dict[str, dict[str, int]] = {}
+    state: State | None = None
+
+
+class RelinquishOut(_Model):
+    """What a piece of teardown did: -85 asks to come again."""
+
+    rc: int
+    forwarded: list[Forwarded] = []
+    pins: dict[str, dict[str, int]] = {}
+    state: State | None = None
+
+
+class MemoryWrite(_Model):
+    """Guest bytes written before a call."""
+
+    ipa: U64
+    hex: Hex
+    zeros_after: Annotated[int, Field(ge=0, le=1 << 20)] = 0
+
+
+class Probe(_Model):
+    """Mediator start-up."""
+
+    op: Literal["probe"]
+    out: ProbeOut
+
+
+class Create(_Model):
+    """VM creation."""
+
+    op: Literal["create"]
+    domain: Annotated[int, Field(ge=0, le=65534)]
+    out: CreateOut
+
+
+class Smc(_Model):
+    """Writes, then one SMC."""
+
+    op: Literal["smc"]
+    domain: int
+    regs: Registers
+    mem_writes: list[MemoryWrite] = []
+    out: SmcOut
+
+
+class P2m(_Model):
+    """A change of a stage-2 entry."""
+
+    op: Literal["p2m"]
+    domain: int
+    gfn: Gfn
+    type: Literal["ram_rw", "ram_ro", "mmio", "grant_rw", "grant_ro", "foreign_rw", "none"]
+    page_index: Count | None = None
+
+
+class Flip(_Model):
+    """Guest memory that changes just before a look-up of its page."""
+
+    op: Literal["flip"]
+    domain: int
+    gfn: Gfn
+    nth_lookup: Count
+    offset: Annotated[int, Field(ge=0, lt=4096)]
+    value: U64
+    size: Annotated[int, Field(ge=1, le=8)]
+
+
+class AllocFault(_Model):
+    """The nth following allocation fails; -1 never."""
+
+    op: Literal["alloc_fault"]
+    heap_page_alloc_nth: Annotated[int, Field(ge=-1)]
+    xzalloc_nth: Annotated[int, Field(ge=-1)]
+
+
+class Relinquish(_Model):
+    """Teardown, or a piece of it."""
+
+    op: Literal["relinquish"]
+    domain: int
+    preempt_after: int = -1
+    out: RelinquishOut
+
+
+Step = Annotated[Probe | Create | Smc | P2m | Flip | AllocFault | Relinquish, Field(discriminator="op")]
+
+
+class Vector(_Model):
+    """A sequence of steps on one machine."""
+
+    name: str
+    description: str = ""
+    tags: list[str] = []
+    setup: Setup
+    steps: list[Step]
+
+
+class Document(_Model):
+    """A vector file."""
+
+    format: Literal["xen-optee-mediator-vectors/1"]
+    vectors: list[Vector]
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file, gzip'd or not.
+
+    Raises:
+        DocumentError: it cannot be read, or is not whole.
+    """
+    try:
+        data = path.read_bytes()
+        if data[:2] == b"\x1f\x8b":
+            with gzip.open(path, "rb") as file:
+                data = file.read(MAX_SIZE + 1)
+    except OSError as error:
+        reason = "damaged gzip data" if isinstance(error, gzip.BadGzipFile) else error.strerror or str(error)
+        raise DocumentError([f"{path}: {reason}"]) from None
+    except (EOFError, zlib.error) as error:
+        raise DocumentError([f"{path}: truncated or damaged gzip data ({error})"]) from None
+    if len(data) > MAX_SIZE:
+        raise DocumentError([f"{path}: larger than {MAX_SIZE >> 20} MiB"])
+    try:
+        return json.loads(data)
+    except UnicodeDecodeError as error:
+        raise DocumentError([f"{path}: not UTF-8 text, byte {error.start}"]) from None
+    except json.JSONDecodeError as error:
+        raise DocumentError([f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}"]) from None
+    except RecursionError:
+        raise DocumentError([f"{path}: nested too deeply"]) from None
+
+
+def load_vectors(path: Path) -> Document:
+    """Read and check a vector file.
+
+    Raises:
+        DocumentError: with the place of each thing that is wrong.
+    """
+    data = read_json(path)
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise DocumentError([f"{path}: not a vector file: its format is not {FORMAT}"])
+    try:
+        return Document.model_validate(data)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors(include_url=False)[:20]:
+            place = ".".join(str(part) for part in problem["loc"])
+            lines.append(f"{path}: {place}: {problem['msg'].removeprefix('Value error, ')}")
+        raise DocumentError(lines) from None

@@ -1,0 +1,442 @@
+"""The mediator: a sans-IO state machine between guests and OP-TEE.
+
+No clock, no socket, no log: requests go in, steps come out, and the shell around it does what they say. See
+`mediator.core.steps` for the steps and `mediator.core.ports` for the two ports.
+"""
+
+from collections.abc import Callable, Generator, Mapping
+from types import MappingProxyType
+from typing import Final
+
+from mediator.core import fast, rpc, yielding
+from mediator.core.faults import SecureWorldFault
+from mediator.core.ledger import Ledger, Limits, OverLimit
+from mediator.core.policy import Policy, Word, Words
+from mediator.core.ports import GuestMemory, SecureWorld
+from mediator.core.records import Call, Guest
+from mediator.core.sharing import LISTS_PER_STEP, release_argument, release_buffer
+from mediator.core.states import (
+    GUEST_TABLE,
+    CallEvent,
+    CallState,
+    GuestEvent,
+    GuestState,
+    advance,
+)
+from mediator.core.steps import (
+    CALL_DENIED,
+    GUEST_CREATED,
+    GUEST_DESTROYED,
+    GUEST_ISOLATED,
+    GUEST_QUARANTINED,
+    GUEST_REFUSED,
+    SECURE_WORLD_FAULT,
+    Event,
+    Forward,
+    Preempt,
+    Queue,
+    Regs,
+    Reply,
+    Step,
+    Ticket,
+)
+from optee.abi.message import HEADER_SIZE, PARAM_SIZE
+from optee.abi.smc import API_UID, HYPERVISOR_CLIENT_ID, Function, ReturnCode, RpcReturn, VmId
+
+LOW: Final = 0xFFFFFFFF
+NOT_HANDLED: Final = 0xFFFFFFFFFFFFFFFF
+"""x0 of a call that nobody handles: all 64 bits set (R2)."""
+MAX_VM: Final = 65535
+"""OP-TEE looks at 16 bits of a client id."""
+DEFAULT_RPC_PARAMS: Final = 4
+"""Parameters of an RPC argument behind a message until OP-TEE has said it (EXCHANGE_CAPABILITIES a3)."""
+RELEASES_PER_STEP: Final = LISTS_PER_STEP
+"""Buffers released before others get a turn when a guest is destroyed (R23)."""
+
+_FUNCTIONS: Final = {int(function): function for function in Function}
+_YIELDING: Final = frozenset(
+    {Function.CALL_WITH_ARG, Function.CALL_WITH_RPC_ARG, Function.CALL_WITH_REGD_ARG}
+)
+_HANDLED: Final = _YIELDING | fast.FORWARDED | fast.LOCAL | {Function.RETURN_FROM_RPC}
+_UNKNOWN: Final = int(ReturnCode.UNKNOWN_FUNCTION)
+
+
+class Lifecycle(Ticket):
+    """A request of the host: probe, create, destroy or reset."""
+
+    __slots__ = ("again", "guest", "stage", "threads", "work")
+
+    def __init__(self, guest: Guest | None = None, *, again: bool = False) -> None:
+        self.guest = guest
+        self.stage = 0
+        self.threads = 0
+        self.again = again
+        self.work: Generator[None, None, Step] | None = None
+
+
+class Mediator:
+    """Between the guests of one host and its OP-TEE.
+
+    Requests of guests are `submit`; requests of the host are `probe`, `create`, `destroy`, `reset`, `pause`,
+    `resume`. Each returns a `Step`; `returned` and `proceed` go on with one.
+    """
+
+    def __init__(
+        self, policy: Policy, world: SecureWorld, ledger: Callable[[Limits], Ledger] = Ledger
+    ) -> None:
+        unhandled = policy.functions - _HANDLED
+        if unhandled:
+            names = ", ".join(sorted(function.name for function in unhandled))
+            raise ValueError(f"policy {policy.name}: the mediator does not handle {names}")
+        self.policy = policy
+        self.world = world
+        self.threads = 0
+        self.rpc_argument_size = 0
+        self._ledger = ledger
+        self.learn_rpc_params(DEFAULT_RPC_PARAMS)
+        self._guests: dict[int, Guest] = {}
+        self._handlers = {int(function): function for function in policy.functions}
+        self._words: dict[str, tuple[Words, bool]] = {
+            name: (words, words == (Word.PASS, Word.PASS, Word.PASS))
+            for name, words in policy.answers.items()
+        }
+        self._identities = {function: self._words[function.name] for function in fast.FORWARDED}
+
+    @property
+    def guests(self) -> Mapping[int, Guest]:
+        """The guests that are not gone, by client id; to look at, not to change."""
+        return MappingProxyType(self._guests)
+
+    def learn_rpc_params(self, count: int) -> None:
+        """OP-TEE said how many parameters an RPC argument behind a message has room for."""
+        self.rpc_argument_size = HEADER_SIZE + PARAM_SIZE * count
+
+    # Requests of the host
+
+    def probe(self) -> Step:
+        """Find OP-TEE, its number of threads per guest, and whether it knows virtualization.
+
+        Ends in a `Reply`: a0 is OK or ENOTAVAIL. Nothing else may be asked before it ended well.
+        """
+        return Forward((int(Function.CALLS_UID), 0, 0, 0, 0, 0, 0, HYPERVISOR_CLIENT_ID), Lifecycle())
+
+    def create(self, vm: VmId, memory: GuestMemory) -> Step:
+        """Announce a VM (R24). Ends in a `Reply`: a0 is OK, or ENOTAVAIL and there is no such guest.
+
+        `vm` is 1..65535 and not in use (R1).
+        """
+        if not self.threads or not 0 < vm <= MAX_VM or vm in self._guests:
+            return self._host_reply(
+                ReturnCode.ENOTAVAIL, Event(GUEST_REFUSED, "info", vm, {"why": "id in use or out of range"})
+            )
+        limits = self.policy.limits
+        calls = self.threads if limits.calls is None else min(limits.calls, self.threads)
+        arguments = 2 * self.threads if limits.rpc_arguments is None else limits.rpc_arguments
+        bounds = Limits(limits.pages, limits.buffers, arguments, calls, limits.memory, limits.pages_per_buffer)
+        try:
+            guest = Guest(vm, memory, self._ledger(bounds))
+        except OverLimit:
+            return self._host_reply(
+                ReturnCode.ENOMEM, Event(GUEST_REFUSED, "info", vm, {"why": "no memory for another guest"})
+            )
+        self._guests[vm] = guest
+        return self._announce(Function.VM_CREATED, Lifecycle(guest))
+
+    def destroy(self, vm: VmId) -> Step:
+        """End a VM at whatever point it is (R24). Ends in a `Reply`; an unknown id is answered OK.
+
+        A `Queue` asks to come again when the calls that are with OP-TEE have returned.
+        """
+        return self._destroy(vm, again=False)
+
+    def reset(self, vm: VmId) -> Step:
+        """The VM starts anew with the same memory: everything of the old one is released (R28)."""
+        return self._destroy(vm, again=True)
+
+    def _destroy(self, vm: VmId, *, again: bool) -> Step:
+        guest = self._guests.get(vm)
+        if guest is None:
+            return self._host_reply(ReturnCode.OK)
+        if guest.state is GuestState.CREATING:
+            return Queue("the guest is created")
+        if guest.state is not GuestState.DYING:
+            advance(guest, GuestEvent.DESTROY, GUEST_TABLE)
+        if guest.in_flight:
+            return Queue("the calls that are with OP-TEE have returned")
+        guest.in_flight += 1
+        return self._announce(Function.VM_DESTROYED, Lifecycle(guest, again=again))
+
+    def abandon(self, vm: VmId) -> Step:
+        """The host's word that OP-TEE no longer touches a quarantined guest's memory: release it (R24)."""
+        guest = self._guests.get(vm)
+        if guest is None or guest.state is not GuestState.QUARANTINED:
+            return self._host_reply(ReturnCode.ENOTAVAIL)
+        ticket = Lifecycle(guest)
+        ticket.work = self._release(ticket, guest, GuestEvent.ABANDON)
+        return self.proceed(ticket)
+
+    def pause(self, vm: VmId) -> bool:
+        """Let the guest's calls wait (R28); False if it is not live."""
+        guest = self._guests.get(vm)
+        if guest is None or guest.state is not GuestState.LIVE:
+            return False
+        advance(guest, GuestEvent.PAUSE, GUEST_TABLE)
+        return True
+
+    def resume(self, vm: VmId) -> bool:
+        """End a pause; False if the guest is not paused."""
+        guest = self._guests.get(vm)
+        if guest is None or guest.state is not GuestState.PAUSED:
+            return False
+        advance(guest, GuestEvent.RESUME, GUEST_TABLE)
+        return True
+
+    def why_not_saved(self, vm: VmId) -> str | None:
+        """Why this VM cannot be saved or migrated now; None if nothing of it is with OP-TEE (R28)."""
+        guest = self._guests.get(vm)
+        if guest is None:
+            return None
+        held = [
+            f"{count} {name}" for name, count in guest.ledger.sums().items() if count and name != "memory"
+        ]
+        return f"VM {vm} shares memory with OP-TEE: {', '.join(held)}" if held else None
+
+    def notified(self) -> list[VmId]:
+        """OP-TEE raised its notification interrupt: the guests to inject it into.
+
+        OP-TEE has one interrupt for all guests and does not say whose it is; a guest without a pending
+        value reads VALID = 0 from GET_ASYNC_NOTIF_VALUE.
+        """
+        return [VmId(vm) for vm, guest in self._guests.items() if guest.notifications]
+
+    # Requests of guests
+
+    def submit(self, vm: VmId, vcpu: int, regs: Regs) -> Step:
+        """A guest executed an SMC or HVC with x0..x7. Total: every input has an answer (R2, R25)."""
+        guest = self._guests.get(vm)
+        if guest is None:
+            return Reply((NOT_HANDLED, *regs[1:]))
+        if guest.state is not GuestState.LIVE:
+            if guest.state is GuestState.PAUSED:
+                return Queue("the guest is resumed")
+            return Reply((NOT_HANDLED, *regs[1:]))
+        guest.counters.calls += 1
+        function = self._handlers.get(regs[0] & LOW)
+        if function is None:
+            guest.counters.denied += 1
+            step: Step = Reply((NOT_HANDLED, *regs[1:]))
+            step.events = (Event(CALL_DENIED, "info", vm, {"function": regs[0] & LOW}),)
+            return step
+        if function in _YIELDING:
+            step = yielding.enter(self, guest, vcpu, regs, function)
+        elif function is Function.RETURN_FROM_RPC:
+            step = rpc.resume(self, guest, vcpu, regs)
+        else:
+            step = fast.enter(self, guest, regs, function)
+        if guest.events:
+            _tell(guest, step)
+        return step
+
+    def returned(self, ticket: Ticket, answer: Regs) -> Step:
+        """OP-TEE answered a `Forward` with x0..x3."""
+        if isinstance(ticket, Call):
+            guest = ticket.guest
+            guest.in_flight -= 1
+            try:
+                step = self._call_returned(ticket, answer)
+            except SecureWorldFault as fault:
+                step = self._isolate(guest, ticket.regs, fault)
+        elif isinstance(ticket, fast.FastCall):
+            guest = ticket.guest
+            guest.in_flight -= 1
+            if guest.state in (GuestState.LIVE, GuestState.PAUSED):
+                step = fast.returned(self, ticket, answer)
+            else:
+                step = Reply((NOT_HANDLED, *ticket.regs[1:]))
+        else:
+            assert isinstance(ticket, Lifecycle)
+            return self._lifecycle_returned(ticket, answer)
+        if guest.events:
+            _tell(guest, step)
+        return step
+
+    def proceed(self, ticket: Ticket) -> Step:
+        """Go on after a `Preempt`."""
+        assert isinstance(ticket, Call | Lifecycle)
+        guest = ticket.guest
+        assert guest is not None
+        step = self.work(ticket)
+        if guest.events:
+            _tell(guest, step)
+        return step
+
+    def give_back(self, ticket: Ticket) -> Reply:
+        """After a `Preempt`: let the guest take its interrupts, under a thread id of our own (R29)."""
+        assert isinstance(ticket, Call)
+        guest = ticket.guest
+        thread = rpc.OWN_THREADS + ticket.id
+        ticket.thread = thread
+        guest.suspended[thread] = ticket
+        return self.suspended(ticket.regs, (int(RpcReturn.FOREIGN_INTR), 0, 0, thread))
+
+    # For the modules of the core
+
+    def work(self, ticket: Call | Lifecycle) -> Step:
+        """Run a bounded piece of a call's or a request's work."""
+        work = ticket.work
+        if work is None:
+            # Its guest was destroyed while others had their turn.
+            regs = ticket.regs if isinstance(ticket, Call) else (0,) * 8
+            return Reply((NOT_HANDLED, *regs[1:]))
+        try:
+            next(work)
+        except StopIteration as stop:
+            ticket.work = None
+            step: Step = stop.value
+            return step
+        return Preempt(ticket)
+
+    def forward(self, call: Call, regs: Regs) -> Forward:
+        """Send a yielding call on to OP-TEE."""
+        guest = call.guest
+        guest.in_flight += 1
+        guest.counters.forwarded += 1
+        return Forward(regs, call)
+
+    def answer(self, function: Function, regs: Regs, answer: Regs) -> Reply:
+        """What the guest sees of OP-TEE's answer to a fast call."""
+        return _reply(self._identities[function], regs, answer)
+
+    def completed(self, regs: Regs, answer: Regs) -> Reply:
+        """What the guest sees when its yielding call ended."""
+        return _reply(self._words["completed"], regs, answer)
+
+    def suspended(self, regs: Regs, answer: Regs) -> Reply:
+        """What the guest sees when its yielding call asks for an RPC."""
+        return _reply(self._words["suspended"], regs, answer)
+
+    def failed(self, regs: Regs, answer: Regs) -> Reply:
+        """What the guest sees beside an error of OP-TEE in a0."""
+        return _reply(self._words["failed"], regs, answer)
+
+    def local(self, regs: Regs, code: int, *, keep: bool = False) -> Reply:
+        """What the guest sees when the mediator answers itself."""
+        if keep:
+            return Reply((int(code), *regs[1:]))
+        return _reply(self._words["local"], regs, (int(code), 0, 0, 0))
+
+    # The rest
+
+    def _call_returned(self, call: Call, answer: Regs) -> Step:
+        guest = call.guest
+        a0 = answer[0] & LOW
+        is_rpc = a0 >> 16 == 0xFFFF and a0 != _UNKNOWN
+        if guest.state not in (GuestState.LIVE, GuestState.PAUSED):
+            # The guest died meanwhile. A call that ended holds nothing more; one that waits for an RPC
+            # is OP-TEE's until VM_DESTROYED.
+            regs = call.regs
+            if not is_rpc:
+                yielding.end(self, call, CallEvent.COMPLETE)
+            return Reply((NOT_HANDLED, *regs[1:]))
+        if is_rpc:
+            return rpc.suspended(self, call, answer)
+        return yielding.completed(self, call, answer)
+
+    def _isolate(self, guest: Guest, regs: Regs, fault: SecureWorldFault) -> Step:
+        advance(guest, GuestEvent.ISOLATE, GUEST_TABLE)
+        guest.events.append(Event(SECURE_WORLD_FAULT, "error", guest.vm, {"why": str(fault)}))
+        guest.events.append(Event(GUEST_ISOLATED, "error", guest.vm, {}))
+        return Reply((NOT_HANDLED, *regs[1:]))
+
+    def _announce(self, function: Function, ticket: Lifecycle) -> Step:
+        assert ticket.guest is not None
+        return Forward((int(function), ticket.guest.vm, 0, 0, 0, 0, 0, HYPERVISOR_CLIENT_ID), ticket)
+
+    def _host_reply(self, code: ReturnCode, *events: Event) -> Reply:
+        reply = Reply((int(code), 0, 0, 0, 0, 0, 0, 0))
+        reply.events = events
+        return reply
+
+    def _lifecycle_returned(self, ticket: Lifecycle, answer: Regs) -> Step:
+        guest = ticket.guest
+        if guest is None:
+            return self._probe_returned(ticket, answer)
+        ok = answer[0] & LOW == 0
+        if guest.state is GuestState.CREATING:
+            advance(guest, GuestEvent.CREATED if ok else GuestEvent.REFUSED, GUEST_TABLE)
+            if ok:
+                return self._host_reply(ReturnCode.OK, Event(GUEST_CREATED, "info", guest.vm, {}))
+            del self._guests[guest.vm]
+            return self._host_reply(
+                ReturnCode.ENOTAVAIL,
+                Event(GUEST_REFUSED, "info", guest.vm, {"why": f"OP-TEE answered {answer[0] & LOW:#x}"}),
+            )
+        guest.in_flight -= 1
+        if not ok:
+            advance(guest, GuestEvent.DESTROY_REFUSED, GUEST_TABLE)
+            why = f"VM_DESTROYED was answered {answer[0] & LOW:#x}: pins are kept"
+            return self._host_reply(
+                ReturnCode.EBUSY,
+                Event(SECURE_WORLD_FAULT, "error", guest.vm, {"why": why}),
+                Event(GUEST_QUARANTINED, "error", guest.vm, guest.ledger.sums()),
+            )
+        ticket.work = self._release(ticket, guest, GuestEvent.DESTROYED)
+        return self.proceed(ticket)
+
+    def _release(self, ticket: Lifecycle, guest: Guest, event: GuestEvent) -> Generator[None, None, Step]:
+        """OP-TEE has let go of the guest: release all it held, a bounded number of buffers at a time."""
+        for call in list(guest.calls.values()):
+            yielding.end(self, call, CallEvent.ABORT)
+        for argument in list(guest.arguments.values()):
+            release_argument(self.world, guest, argument)
+        for count, buffer in enumerate(list(guest.buffers.values()), 1):
+            release_buffer(self.world, guest, buffer)
+            if count % RELEASES_PER_STEP == 0:
+                yield
+        advance(guest, event, GUEST_TABLE)
+        del self._guests[guest.vm]
+        guest.events.append(Event(GUEST_DESTROYED, "info", guest.vm, guest.ledger.sums()))
+        if ticket.again:
+            return self.create(VmId(guest.vm), guest.memory)
+        return self._host_reply(ReturnCode.OK)
+
+    def _probe_returned(self, ticket: Lifecycle, answer: Regs) -> Step:
+        ticket.stage += 1
+        words = tuple(word & LOW for word in answer)
+        if ticket.stage == 1 and words[:4] == API_UID:
+            return Forward((int(Function.GET_THREAD_COUNT), 0, 0, 0, 0, 0, 0, HYPERVISOR_CLIENT_ID), ticket)
+        if ticket.stage == 2 and words[0] == 0 and words[1]:
+            ticket.threads = words[1]
+            return Forward((int(Function.VM_DESTROYED), 0, 0, 0, 0, 0, 0, HYPERVISOR_CLIENT_ID), ticket)
+        if ticket.stage == 3 and words[0] != _UNKNOWN:
+            self.threads = ticket.threads
+            return self._host_reply(ReturnCode.OK)
+        return self._host_reply(ReturnCode.ENOTAVAIL)
+
+
+def _reply(words: tuple[Words, bool], regs: Regs, answer: Regs) -> Reply:
+    (w1, w2, w3), straight = words
+    if straight:
+        return Reply((answer[0], answer[1], answer[2], answer[3], regs[4], regs[5], regs[6], regs[7]))
+    keep = Word.KEEP
+    passing = Word.PASS
+    return Reply(
+        (
+            answer[0],
+            answer[1] if w1 is passing else regs[1] if w1 is keep else 0,
+            answer[2] if w2 is passing else regs[2] if w2 is keep else 0,
+            answer[3] if w3 is passing else regs[3] if w3 is keep else 0,
+            regs[4],
+            regs[5],
+            regs[6],
+            regs[7],
+        )
+    )
+
+
+def _tell(guest: Guest, step: Step) -> None:
+    step.events = (*step.events, *guest.events)
+    guest.events.clear()
+
+
+__all__ = ["CallState", "Lifecycle", "Mediator"]

@@ -1,0 +1,64 @@
+"""A policy: which calls a guest may make, what it is told, and how much it may hold. Data, no behaviour."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from optee.abi.message import Command
+from optee.abi.smc import Function, SecCapability
+
+
+class Word(Enum):
+    """What a guest finds in one of a1..a3 (rule R3)."""
+
+    PASS = "pass"
+    """what OP-TEE answered"""
+    KEEP = "keep"
+    """what the guest had there"""
+    ZERO = "zero"
+
+
+Words = tuple[Word, Word, Word]
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyLimits:
+    """Limits per guest; None for `calls` and `rpc_arguments` means: from OP-TEE's number of threads."""
+
+    pages: int
+    buffers: int
+    pages_per_buffer: int
+    rpc_arguments: int | None
+    calls: int | None
+    memory: int
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What the mediator does for a guest.
+
+    functions: the allow-list (R2). commands: message commands that are forwarded, others are EBADCMD.
+    rpc_commands: RPC commands that are delivered to the guest (None: all), others end as R18 says.
+    nsec_capabilities: bits of the guest's own capability word that reach OP-TEE. sec_capabilities: bits that a
+    guest may be offered (R4). register_attributes: attributes that REGISTER_SHM takes (R15).
+    unregister_attributes: attributes that UNREGISTER_SHM takes (None: any). cookie_zero: an RMEM
+    parameter with cookie 0 goes through (R13). compare_resume_cookie: R17's comparison.
+    answers: for each function, what a1..a3 hold when OP-TEE has answered; `completed` for a
+    yielding call that ended, `suspended` for an RPC, `failed` beside an error in a0, `local` beside an answer of
+    the mediator's own. shared_frames: physical frame numbers that two guests may both share (R26).
+    """
+
+    name: str
+    purpose: str
+    functions: frozenset[Function]
+    commands: frozenset[Command]
+    rpc_commands: frozenset[int] | None
+    nsec_capabilities: int
+    sec_capabilities: SecCapability
+    register_attributes: frozenset[int]
+    unregister_attributes: frozenset[int] | None
+    cookie_zero: bool
+    compare_resume_cookie: bool
+    answers: Mapping[str, Words]
+    limits: PolicyLimits
+    shared_frames: frozenset[int] = frozenset()

@@ -1,0 +1,259 @@
+"""The live objects of one guest: the guest itself, its calls, its shared buffers, its RPC arguments.
+
+Acquisition order is ledger, record, mediator page, pin; release runs backwards. Release is synchronous, so a
+guest that dies at any moment can never leave it half done.
+"""
+
+from collections import deque
+from collections.abc import Generator, Sequence
+from typing import Protocol
+
+from hv_models.stage2 import Pinned, Reason, Stage2Fault
+
+from hv_models.memory import PAGE_SIZE
+from mediator.core.ledger import Charge, Ledger
+from mediator.core.ports import GuestMemory, SharedPage
+from mediator.core.states import ArgumentState, BufferState, CallState, GuestState
+from mediator.core.steps import Event, Regs, Step, Ticket
+from optee.abi.message import Command
+from optee.abi.smc import Function
+
+
+class Guest:
+    """One VM. `vm` is OP-TEE's client id in a7, never the hardware's VMID."""
+
+    __slots__ = (
+        "arguments",
+        "buffers",
+        "calls",
+        "counters",
+        "events",
+        "in_flight",
+        "ledger",
+        "memory",
+        "next_call",
+        "notifications",
+        "state",
+        "suspended",
+        "vm",
+    )
+
+    def __init__(self, vm: int, memory: GuestMemory, ledger: Ledger) -> None:
+        self.vm = vm
+        self.memory = memory
+        self.ledger = ledger
+        self.state = GuestState.CREATING
+        self.calls: dict[int, Call] = {}
+        self.suspended: dict[int, Call] = {}
+        self.buffers: dict[int, Buffer] = {}
+        self.arguments: dict[int, RpcArgument] = {}
+        self.counters = Counters()
+        self.events: deque[Event] = deque()
+        self.in_flight = 0
+        self.next_call = 0
+        self.notifications = False
+
+
+class Counters:
+    """What a guest did, since its creation."""
+
+    __slots__ = ("calls", "denied", "forwarded", "refused", "rejected", "rpcs", "translated")
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.forwarded = 0
+        self.rpcs = 0
+        self.denied = 0
+        self.refused = 0
+        self.rejected = 0
+        self.translated = 0
+
+
+class Buffer:
+    """A shared buffer: `pages` pinned pages of the guest, and for a while a page list of ours for OP-TEE.
+
+    `offset` is that of the first byte in the first page; `written` says that OP-TEE may write it.
+    """
+
+    __slots__ = (
+        "charge",
+        "cookie",
+        "list_charge",
+        "lists",
+        "offset",
+        "pages",
+        "pinned",
+        "size",
+        "state",
+        "written",
+    )
+
+    def __init__(
+        self, cookie: int, offset: int, size: int, pages: int, written: bool, charge: Charge
+    ) -> None:
+        self.cookie = cookie
+        self.offset = offset
+        self.size = size
+        self.pages = pages
+        self.written = written
+        self.charge = charge
+        self.state = BufferState.PINNED
+        self.pinned: list[Pinned] = []
+        self.lists: list[SharedPage] = []
+        self.list_charge: Charge | None = None
+
+    def load(self, memory: GuestMemory, offset: int, size: int) -> bytes:
+        """Copy `size` bytes, `offset` counted from the start of the first page; both were checked."""
+        parts = []
+        for pinned in self.pinned:
+            length = len(pinned.pas) * PAGE_SIZE
+            if offset < length and size:
+                part = memory.load(pinned, offset, min(size, length - offset))
+                parts.append(part)
+                size -= len(part)
+                offset = length
+            offset -= length
+        return b"".join(parts)
+
+    def store(self, memory: GuestMemory, offset: int, data: bytes) -> None:
+        """Write bytes, `offset` counted from the start of the first page; both were checked."""
+        for pinned in self.pinned:
+            length = len(pinned.pas) * PAGE_SIZE
+            if offset < length and data:
+                room = length - offset
+                memory.store(pinned, offset, data[:room])
+                data = data[room:]
+                offset = length
+            offset -= length
+
+
+class RpcArgument:
+    """The page a guest gave for RPC requests, and our own page that OP-TEE sees instead."""
+
+    __slots__ = ("charge", "cookie", "ipa", "page", "pinned", "state")
+
+    def __init__(self, cookie: int, ipa: int, pinned: Pinned, page: SharedPage, charge: Charge) -> None:
+        self.cookie = cookie
+        self.ipa = ipa
+        self.pinned = pinned
+        self.page = page
+        self.charge = charge
+        self.state = ArgumentState.LIVE
+
+
+class Place(Protocol):
+    """Where a guest's message lies."""
+
+    def write(self, memory: GuestMemory, fields: Sequence[tuple[int, bytes]]) -> None:
+        """Write fields at offsets from the message's start; raises Stage2Fault."""
+        ...
+
+    def read(self, memory: GuestMemory, offset: int, size: int) -> bytes:
+        """Copy bytes, offset counted from the message's start; raises Stage2Fault."""
+        ...
+
+
+class Call(Ticket):
+    """A yielding call, from its SMC to its end. It owns the buffers it made (rule R13).
+
+    `rpc` is the a0 of the RPC that suspended it, `rpc_words` its a1 and a2 (saved, rule R16).
+    `rpc_offset` is where the RPC argument stands behind the message in the shadow, 0 if the guest gives
+    arguments by RPC ALLOC. `cookie` is what UNREGISTER_SHM names.
+    """
+
+    __slots__ = (
+        "allocated",
+        "argument",
+        "attributes",
+        "buffers",
+        "charge",
+        "command",
+        "cookie",
+        "function",
+        "guest",
+        "id",
+        "place",
+        "registering",
+        "regs",
+        "rpc",
+        "rpc_offset",
+        "rpc_words",
+        "shadow",
+        "shm_type",
+        "state",
+        "thread",
+        "undelivered",
+        "unregistering",
+        "vcpu",
+        "work",
+    )
+
+    def __init__(self, guest: Guest, vcpu: int, regs: Regs, function: Function, charge: Charge) -> None:
+        guest.next_call += 1
+        self.id = guest.next_call
+        self.guest = guest
+        self.vcpu = vcpu
+        self.regs = regs
+        self.function = function
+        self.charge = charge
+        self.state = CallState.TRANSLATING
+        self.command: Command | None = None
+        self.place: Place | None = None
+        self.attributes: list[int] = []
+        self.shadow: SharedPage | None = None
+        self.buffers: list[Buffer] = []
+        self.registering: Buffer | None = None
+        self.unregistering: Buffer | None = None
+        self.allocated: Buffer | None = None
+        self.cookie = 0
+        self.thread: int | None = None
+        self.rpc = 0
+        self.rpc_words = (0, 0)
+        self.rpc_offset = 0
+        self.argument: RpcArgument | None = None
+        self.shm_type = 0
+        self.undelivered = 0
+        self.work: Generator[None, None, Step] | None = None
+        guest.calls[self.id] = self
+
+
+class PagePlace:
+    """A message at the start of a guest page, looked up anew for each access (rule R14)."""
+
+    __slots__ = ("ipa",)
+
+    def __init__(self, ipa: int) -> None:
+        self.ipa = ipa
+
+    def write(self, memory: GuestMemory, fields: Sequence[tuple[int, bytes]]) -> None:
+        """See `Place`."""
+        memory.write_fields(self.ipa, fields)
+
+    def read(self, memory: GuestMemory, offset: int, size: int) -> bytes:
+        """See `Place`."""
+        return memory.read(self.ipa + offset, size)
+
+
+class BufferPlace:
+    """A message inside a registered buffer (CALL_WITH_REGD_ARG), reached through its pins."""
+
+    __slots__ = ("buffer", "offset")
+
+    def __init__(self, buffer: Buffer, offset: int) -> None:
+        self.buffer = buffer
+        self.offset = offset
+
+    def write(self, memory: GuestMemory, fields: Sequence[tuple[int, bytes]]) -> None:
+        """See `Place`. The guest may have unregistered the buffer meanwhile: its pages are its own again."""
+        self._check()
+        for offset, data in fields:
+            self.buffer.store(memory, self.offset + offset, data)
+
+    def read(self, memory: GuestMemory, offset: int, size: int) -> bytes:
+        """See `Place`."""
+        self._check()
+        return self.buffer.load(memory, self.offset + offset, size)
+
+    def _check(self) -> None:
+        if self.buffer.state is BufferState.RELEASED:
+            raise Stage2Fault(self.offset, Reason.UNMAPPED)

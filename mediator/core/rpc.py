@@ -1,0 +1,383 @@
+"""RPC: OP-TEE asks normal world for something in the middle of a call (rules R16-R20)."""
+
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from hv_models.stage2 import Stage2Fault
+
+from hv_models.memory import PAGE_SIZE
+from mediator.core.faults import CallRefused, MessageRejected, SecureWorldFault
+from mediator.core.ledger import OverLimit
+from mediator.core.ports import SharedPage
+from mediator.core.records import Buffer, Call, Guest, RpcArgument
+from mediator.core.sharing import (
+    OFFSET_MASK,
+    PIN_MEMORY,
+    RECORD_MEMORY,
+    RMEM_INOUT,
+    RMEM_INPUT,
+    TMEM_INOUT,
+    TMEM_INPUT,
+    mark_written,
+    release_argument,
+    release_buffer,
+    return_lists,
+    translate,
+)
+from mediator.core.states import (
+    BUFFER_TABLE,
+    CALL_TABLE,
+    ArgumentState,
+    BufferEvent,
+    BufferState,
+    CallEvent,
+    CallState,
+    advance,
+)
+from mediator.core.steps import RPC_REPLY_REPLACED, RPC_UNDELIVERED, Event, Regs, Step
+from mediator.core.yielding import note_rejection, outputs, refuse
+from optee.abi.message import (
+    HEADER,
+    HEADER_SIZE,
+    NONCONTIG,
+    OFFSET_NUM_PARAMS,
+    OFFSET_RET,
+    OFFSET_RET_ORIGIN,
+    PARAM,
+    PARAM_SIZE,
+    TYPE_MASK,
+    ParamType,
+)
+from optee.abi.results import Result
+from optee.abi.rpc import RpcCommand
+from optee.abi.smc import Function, ReturnCode, RpcReturn
+
+if TYPE_CHECKING:
+    from mediator.core.mediator import Mediator
+
+LOW: Final = 0xFFFFFFFF
+OWN_THREADS: Final = 0x40000000
+"""Thread ids from here on are the mediator's own: of calls that gave their vCPU back while they wait (R29).
+OP-TEE's are indices below CFG_NUM_THREADS."""
+MAX_UNDELIVERED: Final = 64
+"""RPCs of one call that may fail to reach the guest before the secure world is held to be at fault: stops a
+call from going round for ever (R18)."""
+ARGUMENT_MEMORY: Final = RECORD_MEMORY + PIN_MEMORY + PAGE_SIZE
+
+ALLOC: Final = int(RpcReturn.ALLOC)
+FREE: Final = int(RpcReturn.FREE)
+CMD: Final = int(RpcReturn.CMD)
+FOREIGN_INTR: Final = int(RpcReturn.FOREIGN_INTR)
+_RETURN_FROM_RPC: Final = int(Function.RETURN_FROM_RPC)
+_SHM_ALLOC: Final = int(RpcCommand.SHM_ALLOC)
+_SHM_FREE: Final = int(RpcCommand.SHM_FREE)
+_SHM_ALLOC_REPLY: Final = int(ParamType.TMEM_OUTPUT) | NONCONTIG
+_KEPT: Final = (BufferState.REGISTERED, BufferState.UNREGISTERING)
+_GENERIC: Final = Result.GENERIC.to_bytes(4, "little")
+_NO_PARAMS: Final = b"\0\0\0\0"
+
+
+def suspended(core: "Mediator", call: Call, answer: Regs) -> Step:
+    """OP-TEE suspended the call for an RPC: deliver it to the guest, or resume OP-TEE with an error."""
+    guest = call.guest
+    rpc = answer[0] & LOW
+    thread = answer[3] & LOW
+    if thread >= OWN_THREADS or thread in guest.suspended:
+        raise SecureWorldFault(f"thread {thread:#x} is already suspended")
+    guest.counters.rpcs += 1
+    call.thread = thread
+    call.rpc = rpc
+    call.rpc_words = (answer[1], answer[2])
+    call.argument = None
+    if rpc == CMD:
+        why = _deliver(core, call, (answer[1] & LOW) << 32 | answer[2] & LOW)
+        if why is not None:
+            return _undelivered(core, call, why)
+    elif rpc == FREE:
+        argument = guest.arguments.get((answer[1] & LOW) << 32 | answer[2] & LOW)
+        if argument is not None:
+            release_argument(core.world, guest, argument)
+    advance(call, CallEvent.RPC, CALL_TABLE)
+    guest.suspended[thread] = call
+    return core.suspended(call.regs, answer)
+
+
+def _request(core: "Mediator", call: Call) -> tuple[SharedPage, int, int] | None:
+    """Where the saved request stands: our page, its offset there, the room behind it. None: nowhere any more."""
+    if call.rpc_offset:
+        assert call.shadow is not None
+        return call.shadow, call.rpc_offset, core.rpc_argument_size
+    if call.argument is None or call.argument.state is ArgumentState.RELEASED:
+        return None
+    return call.argument.page, 0, PAGE_SIZE
+
+
+def _deliver(core: "Mediator", call: Call, cookie: int) -> str | None:
+    """Copy a request to the guest; or say why that cannot be done."""
+    guest = call.guest
+    if not call.rpc_offset:
+        call.argument = guest.arguments.get(cookie)
+    elif cookie:
+        return "a cookie, though the RPC argument stands behind the message"
+    request = _request(core, call)
+    if request is None:
+        return f"no RPC argument has the cookie {cookie:#x}"
+    page, base, room = request
+    header = HEADER.unpack_from(page.view, base)
+    size = HEADER_SIZE + PARAM_SIZE * header[7]
+    if size > room:
+        return f"{header[7]} parameters do not fit the RPC argument"
+    allowed = core.policy.rpc_commands
+    if allowed is not None and header[0] not in allowed:
+        return f"RPC command {header[0]:#x} is not for guests"
+    data = page.view[base : base + size].tobytes()
+    for attribute, a, b, c in PARAM.iter_unpack(data[HEADER_SIZE:]):
+        kind = attribute & TYPE_MASK
+        if TMEM_INPUT <= kind <= TMEM_INOUT and a:
+            return "a physical address in an RPC request"
+        if RMEM_INPUT <= kind <= RMEM_INOUT:
+            mark_written(guest, c)
+        elif header[0] == _SHM_FREE:
+            freed = guest.buffers.get(b)
+            if freed is not None and freed.state in _KEPT:
+                _drop(core, call, freed)
+        elif header[0] == _SHM_ALLOC:
+            call.shm_type = a
+    try:
+        _write(call, ((0, data),))
+    except Stage2Fault as fault:
+        return str(fault)
+    return None
+
+
+def _drop(core: "Mediator", call: Call, buffer: Buffer) -> None:
+    """SHM_FREE: forget the buffer before the guest is told (R20)."""
+    if call.allocated is buffer:
+        call.allocated = None
+    release_buffer(core.world, call.guest, buffer)
+
+
+def _write(call: Call, fields: tuple[tuple[int, bytes], ...]) -> None:
+    memory = call.guest.memory
+    if call.rpc_offset:
+        assert call.place is not None
+        call.place.write(memory, tuple((call.rpc_offset + offset, data) for offset, data in fields))
+    else:
+        assert call.argument is not None
+        memory.write_fields(call.argument.ipa, fields)
+
+
+def _read(call: Call, size: int) -> bytes:
+    memory = call.guest.memory
+    if call.rpc_offset:
+        assert call.place is not None
+        return call.place.read(memory, call.rpc_offset, size)
+    assert call.argument is not None
+    return memory.read(call.argument.ipa, size)
+
+
+def _undelivered(core: "Mediator", call: Call, why: str) -> Step:
+    """Resume OP-TEE with an error in the buffer (R18); the call stays where it was, with OP-TEE."""
+    guest = call.guest
+    thread = call.thread
+    assert thread is not None
+    call.thread = None
+    call.undelivered += 1
+    guest.events.append(
+        Event(RPC_UNDELIVERED, "info", guest.vm, {"call": call.id, "thread": thread, "why": why})
+    )
+    if call.undelivered > MAX_UNDELIVERED:
+        raise SecureWorldFault(f"{call.undelivered} RPCs of one call could not be delivered")
+    request = _request(core, call)
+    if request is not None:
+        page, base, _ = request
+        page.view[base + OFFSET_RET : base + OFFSET_RET_ORIGIN] = _GENERIC
+    return core.forward(call, (_RETURN_FROM_RPC, 0, 0, thread, 0, 0, 0, guest.vm))
+
+
+def resume(core: "Mediator", guest: Guest, vcpu: int, regs: Regs) -> Step:
+    """A guest's RETURN_FROM_RPC."""
+    thread = regs[3] & LOW
+    call = guest.suspended.get(thread)
+    if call is None:
+        return refuse(
+            core, guest, regs, CallRefused(ReturnCode.ERESUME, f"no call of thread {thread:#x} waits")
+        )
+    if (
+        call.rpc == CMD
+        and call.state is CallState.SUSPENDED
+        and core.policy.compare_resume_cookie
+        and ((regs[1] & LOW) << 32 | regs[2] & LOW)
+        != ((call.rpc_words[0] & LOW) << 32 | call.rpc_words[1] & LOW)
+    ):
+        return refuse(
+            core, guest, regs, CallRefused(ReturnCode.ERESUME, "another RPC argument than the saved one")
+        )
+    del guest.suspended[thread]
+    call.thread = None
+    call.vcpu = vcpu
+    call.regs = regs
+    if thread >= OWN_THREADS:
+        return core.work(call)
+    if call.state is CallState.FREEING:
+        _answer_failed(core, call)
+        return _forward(core, call, thread)
+    if call.rpc == CMD:
+        call.work = _resume_command(core, call, thread)
+        return core.work(call)
+    if call.rpc == ALLOC:
+        return _resume_alloc(core, call, thread)
+    a1, a2 = call.rpc_words
+    return _forward(core, call, thread, a1, a2)
+
+
+def _forward(
+    core: "Mediator", call: Call, thread: int, a1: int = 0, a2: int = 0, a4: int = 0, a5: int = 0
+) -> Step:
+    advance(call, CallEvent.RESUME, CALL_TABLE)
+    return core.forward(call, (_RETURN_FROM_RPC, a1, a2, thread, a4, a5, 0, call.guest.vm))
+
+
+def _resume_alloc(core: "Mediator", call: Call, thread: int) -> Step:
+    """The guest gave a page for RPC requests: pin it, and hand OP-TEE one of ours instead."""
+    guest = call.guest
+    regs = call.regs
+    ipa = (regs[1] & LOW) << 32 | regs[2] & LOW
+    cookie = (regs[4] & LOW) << 32 | regs[5] & LOW
+    pa = 0
+    try:
+        pa = _allocate_argument(core, guest, ipa, cookie)
+    except CallRefused as refused:
+        refuse(core, guest, regs, refused)
+    return _forward(core, call, thread, pa >> 32, pa & LOW, regs[4], regs[5])
+
+
+def _allocate_argument(core: "Mediator", guest: Guest, ipa: int, cookie: int) -> int:
+    if ipa & OFFSET_MASK:
+        raise CallRefused(ReturnCode.EBADADDR, "the RPC argument is not page aligned")
+    if cookie in guest.arguments:
+        raise CallRefused(ReturnCode.EBADADDR, "an RPC argument with this cookie is live")
+    try:
+        charge = guest.ledger.charge(0, 0, 1, 0, ARGUMENT_MEMORY)
+    except OverLimit as over:
+        raise CallRefused(ReturnCode.ENOMEM, f"{over.resource} at their limit", limit=over.resource) from None
+    try:
+        pinned = guest.memory.pin(np.array([ipa], np.uint64))
+    except Stage2Fault as fault:
+        charge.refund()
+        raise CallRefused(ReturnCode.EBADADDR, str(fault)) from None
+    page = core.world.lend()
+    if page is None:
+        guest.memory.unpin(pinned)
+        charge.refund()
+        raise CallRefused(ReturnCode.ENOMEM, "no page left for an RPC argument", limit="memory")
+    guest.arguments[cookie] = RpcArgument(cookie, ipa, pinned, page, charge)
+    return page.pa
+
+
+def _resume_command(core: "Mediator", call: Call, thread: int) -> Generator[None, None, Step]:
+    """The guest answered a request: take over what the saved request lets it answer (R16)."""
+    request = _request(core, call)
+    if request is None:
+        return _forward(core, call, thread)
+    page, base, _ = request
+    header = HEADER.unpack_from(page.view, base)
+    num_params = header[7]
+    size = HEADER_SIZE + PARAM_SIZE * num_params
+    try:
+        reply = _read(call, size)
+    except Stage2Fault as fault:
+        _replace(core, call, str(fault))
+        return _forward(core, call, thread)
+    command, _, _, _, _, ret, _, replied = HEADER.unpack_from(reply)
+    del command
+    if replied != num_params and not (header[0] == _SHM_ALLOC and ret):
+        _replace(core, call, f"{replied} parameters instead of {num_params}")
+        return _forward(core, call, thread)
+    view = page.view
+    view[base + OFFSET_RET : base + OFFSET_RET + 8] = reply[OFFSET_RET : OFFSET_RET + 8]
+    if header[0] == _SHM_ALLOC:
+        if ret == 0:
+            step = yield from _take_allocated(core, call, thread, page, base, reply)
+            if step is not None:
+                return step
+        return _forward(core, call, thread)
+    fields: list[tuple[int, bytes]] = []
+    saved = view[base : base + size]
+    outputs(reply, [param[0] & TYPE_MASK for param in PARAM.iter_unpack(saved[HEADER_SIZE:])], fields)
+    for offset, data in fields:
+        view[base + offset : base + offset + len(data)] = data
+    return _forward(core, call, thread)
+
+
+def _take_allocated(
+    core: "Mediator", call: Call, thread: int, page: SharedPage, base: int, reply: bytes
+) -> Generator[None, None, Step | None]:
+    """A reply to SHM_ALLOC with a buffer: translate it, or have the guest free it again (R19)."""
+    guest = call.guest
+    if len(reply) != HEADER_SIZE + PARAM_SIZE:
+        _replace(core, call, "SHM_ALLOC has one parameter")
+        return None
+    param = PARAM.unpack_from(reply, HEADER_SIZE)
+    if param[0] != _SHM_ALLOC_REPLY:
+        _replace(core, call, f"SHM_ALLOC answered with attribute {param[0]:#x}")
+        return None
+    if call.allocated is not None:
+        return_lists(core.world, call.allocated)
+        call.allocated = None
+    page.view[base + HEADER_SIZE : base + HEADER_SIZE + PARAM_SIZE] = reply[HEADER_SIZE:]
+    made: list[Buffer] = []
+    try:
+        yield from translate(core.world, call, page, base, [param], made)
+    except MessageRejected as rejected:
+        note_rejection(guest, call, rejected)
+        for buffer in made:
+            release_buffer(core.world, guest, buffer)
+        return _ask_free(core, call, thread, page, base, reply, param[3])
+    for buffer in made:
+        advance(buffer, BufferEvent.KEEP, BUFFER_TABLE)
+        call.allocated = buffer
+    return None
+
+
+def _ask_free(
+    core: "Mediator", call: Call, thread: int, page: SharedPage, base: int, reply: bytes, cookie: int
+) -> Step | None:
+    """Turn the RPC argument into a SHM_FREE request of the mediator's own."""
+    header = list(HEADER.unpack_from(reply))
+    header[0] = _SHM_FREE
+    header[5] = Result.GENERIC
+    header[7] = 1
+    last = PARAM.unpack_from(reply, HEADER_SIZE)[3]
+    request = HEADER.pack(*header) + PARAM.pack(ParamType.VALUE_INPUT, call.shm_type, cookie, last)
+    page.view[base : base + len(request)] = request
+    try:
+        _write(call, ((0, request),))
+    except Stage2Fault:
+        _answer_failed(core, call)
+        return None
+    advance(call, CallEvent.ASK_FREE, CALL_TABLE)
+    call.thread = thread
+    call.guest.suspended[thread] = call
+    a1, a2 = call.rpc_words
+    return core.suspended(call.regs, (CMD, a1, a2, thread))
+
+
+def _answer_failed(core: "Mediator", call: Call) -> None:
+    """Tell OP-TEE that the request failed: ret = GENERIC, no parameters."""
+    request = _request(core, call)
+    if request is not None:
+        page, base, room = request
+        view = page.view
+        view[base + OFFSET_RET : base + OFFSET_RET_ORIGIN] = _GENERIC
+        view[base + OFFSET_NUM_PARAMS : base + HEADER_SIZE] = _NO_PARAMS
+        del room
+
+
+def _replace(core: "Mediator", call: Call, why: str) -> None:
+    """A reply that does not fit its request is replaced by an error (R16)."""
+    guest = call.guest
+    guest.counters.rejected += 1
+    guest.events.append(Event(RPC_REPLY_REPLACED, "info", guest.vm, {"call": call.id, "why": why}))
+    _answer_failed(core, call)

@@ -1,0 +1,360 @@
+"""Yielding calls: from the guest's SMC to the forward, and from OP-TEE's answer back (rules R5-R15)."""
+
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Final
+
+from hv_models.stage2 import Stage2Fault
+
+from hv_models.memory import PAGE_SIZE
+from mediator.core.faults import CallRefused, MessageRejected
+from mediator.core.ledger import OverLimit
+from mediator.core.policy import Policy
+from mediator.core.records import BufferPlace, Call, Guest, PagePlace
+from mediator.core.sharing import (
+    OFFSET_MASK,
+    RECORD_MEMORY,
+    RMEM_INOUT,
+    RMEM_INPUT,
+    TMEM_INOUT,
+    TMEM_INPUT,
+    Params,
+    mark_written,
+    release_buffer,
+    return_lists,
+    translate,
+)
+from mediator.core.states import (
+    BUFFER_TABLE,
+    CALL_TABLE,
+    BufferEvent,
+    BufferState,
+    CallEvent,
+    advance,
+)
+from mediator.core.steps import CALL_REFUSED, CALL_REJECTED, Event, Regs, Reply, Step
+from optee.abi.message import (
+    HEADER,
+    HEADER_SIZE,
+    MAX_PARAMS,
+    OFFSET_RET,
+    OFFSET_RET_ORIGIN,
+    OFFSET_SESSION,
+    PARAM,
+    PARAM_SIZE,
+    TYPE_MASK,
+    Command,
+    ParamType,
+)
+from optee.abi.results import Origin, Result
+from optee.abi.smc import SHM_CACHED, Function, ReturnCode
+
+if TYPE_CHECKING:
+    from mediator.core.mediator import Mediator
+
+CALL_MEMORY: Final = RECORD_MEMORY + PAGE_SIZE
+"""Bytes of mediator memory that a call holds: its record and its shadow page."""
+LOW: Final = 0xFFFFFFFF
+
+_CALL_WITH_ARG: Final = int(Function.CALL_WITH_ARG)
+_CALL_WITH_RPC_ARG: Final = int(Function.CALL_WITH_RPC_ARG)
+_COMMANDS: Final = {int(command): command for command in Command}
+_PRESET: Final = Result.GENERIC.to_bytes(4, "little")
+_COMMS: Final = Origin.COMMS.to_bytes(4, "little")
+_VALUE_OUTPUT: Final = int(ParamType.VALUE_OUTPUT)
+_VALUE_INOUT: Final = int(ParamType.VALUE_INOUT)
+_MEMREF_OUTPUTS: Final = frozenset(
+    int(kind)
+    for kind in (ParamType.RMEM_OUTPUT, ParamType.RMEM_INOUT, ParamType.TMEM_OUTPUT, ParamType.TMEM_INOUT)
+)
+_OUTPUTS: Final = _MEMREF_OUTPUTS | {_VALUE_OUTPUT, _VALUE_INOUT}
+
+
+def enter(core: "Mediator", guest: Guest, vcpu: int, regs: Regs, function: Function) -> Step:
+    """A guest's CALL_WITH_ARG, CALL_WITH_RPC_ARG or CALL_WITH_REGD_ARG."""
+    try:
+        charge = guest.ledger.charge(0, 0, 0, 1, CALL_MEMORY)
+    except OverLimit as over:
+        code = ReturnCode.ETHREAD_LIMIT if over.resource == "calls" else ReturnCode.ENOMEM
+        return refuse(
+            core, guest, regs, CallRefused(code, f"{over.resource} at their limit", limit=over.resource)
+        )
+    call = Call(guest, vcpu, regs, function, charge)
+    call.work = _enter(core, call)
+    return core.work(call)
+
+
+def _enter(core: "Mediator", call: Call) -> Generator[None, None, Step]:
+    guest = call.guest
+    try:
+        params = _take_message(core, call)
+        yield from _translate(core, call, params)
+    except CallRefused as refused:
+        end(core, call, CallEvent.REJECT)
+        return refuse(core, guest, call.regs, refused)
+    except MessageRejected as rejected:
+        regs = call.regs
+        place = call.place
+        end(core, call, CallEvent.REJECT)
+        note_rejection(guest, call, rejected)
+        assert place is not None
+        try:
+            place.write(
+                guest.memory,
+                ((OFFSET_RET, rejected.result.to_bytes(4, "little")), (OFFSET_RET_ORIGIN, _COMMS)),
+            )
+        except Stage2Fault as fault:
+            return refuse(core, guest, regs, CallRefused(ReturnCode.EBADADDR, str(fault)))
+        return core.local(regs, ReturnCode.OK)
+    shadow = call.shadow
+    assert shadow is not None
+    advance(call, CallEvent.FORWARD, CALL_TABLE)
+    pa = shadow.pa
+    function = _CALL_WITH_RPC_ARG if call.rpc_offset else _CALL_WITH_ARG
+    return core.forward(call, (function, pa >> 32, pa & LOW, SHM_CACHED, 0, 0, 0, guest.vm))
+
+
+def _take_message(core: "Mediator", call: Call) -> Params:
+    """Copy the message, look at it, and lay out the shadow. Bytes are read once (R5)."""
+    guest = call.guest
+    regs = call.regs
+    if call.function is Function.CALL_WITH_REGD_ARG:
+        data = _read_registered(call)
+    else:
+        ipa = (regs[1] & LOW) << 32 | regs[2] & LOW
+        if ipa & OFFSET_MASK:
+            raise CallRefused(ReturnCode.EBADADDR, "the message is not page aligned")
+        data = None
+    shadow = core.world.lend()
+    if shadow is None:
+        raise CallRefused(ReturnCode.ENOMEM, "no page left for a shadow", limit="memory")
+    call.shadow = shadow
+    if data is None:
+        try:
+            data = guest.memory.read(ipa, PAGE_SIZE)
+        except Stage2Fault as fault:
+            raise CallRefused(ReturnCode.EBADADDR, str(fault)) from None
+        call.place = PagePlace(ipa)
+    header = HEADER.unpack_from(data)
+    num_params = header[7]
+    size = HEADER_SIZE + PARAM_SIZE * num_params
+    if call.function is not Function.CALL_WITH_ARG:
+        call.rpc_offset = size
+        if size + core.rpc_argument_size > PAGE_SIZE:
+            raise CallRefused(ReturnCode.EBADADDR, "message and RPC argument do not fit one page")
+        if size + core.rpc_argument_size > len(data):
+            raise CallRefused(ReturnCode.EBADADDR, "message and RPC argument do not lie in their buffer")
+    elif num_params > MAX_PARAMS:
+        raise MessageRejected(Result.BAD_PARAMETERS, f"{num_params} parameters")
+    command = _COMMANDS.get(header[0])
+    if command is None or command not in core.policy.commands:
+        raise CallRefused(ReturnCode.EBADCMD, f"command {header[0]:#x} is not forwarded")
+    call.command = command
+    view = shadow.view
+    view[:size] = data[:size]
+    view[OFFSET_RET:OFFSET_RET_ORIGIN] = _PRESET
+    params = list(PARAM.iter_unpack(data[HEADER_SIZE:size])) if num_params else []
+    call.attributes = [param[0] & TYPE_MASK for param in params]
+    return params
+
+
+def _read_registered(call: Call) -> bytes:
+    """The message of CALL_WITH_REGD_ARG: as much as one page of the registered, pinned buffer it lies in."""
+    guest = call.guest
+    regs = call.regs
+    buffer = guest.buffers.get((regs[1] & LOW) << 32 | regs[2] & LOW)
+    if buffer is None or buffer.state is not BufferState.REGISTERED:
+        raise CallRefused(ReturnCode.EBADADDR, "no registered buffer has this cookie")
+    start = buffer.offset + (regs[3] & LOW)
+    room = buffer.pages * PAGE_SIZE - start
+    if start & 7 or room < HEADER_SIZE:
+        raise CallRefused(ReturnCode.EBADADDR, "the message does not lie in its buffer, 8-byte aligned")
+    place = BufferPlace(buffer, start)
+    call.place = place
+    return place.read(guest.memory, 0, min(PAGE_SIZE, room))
+
+
+def _translate(core: "Mediator", call: Call, params: Params) -> Generator[None, None, None]:
+    """Rules per command and parameter, then the page lists."""
+    policy = core.policy
+    command = call.command
+    if command is Command.REGISTER_SHM:
+        _check_register(policy, params)
+    elif command is Command.UNREGISTER_SHM:
+        _begin_unregister(call, policy, params)
+    elif not policy.cookie_zero:
+        for attribute, _, _, cookie in params:
+            if cookie == 0 and RMEM_INPUT <= attribute & TYPE_MASK <= RMEM_INOUT:
+                raise MessageRejected(Result.BAD_PARAMETERS, "a registered memory reference with cookie 0")
+    assert call.shadow is not None
+    for kind in call.attributes:
+        if TMEM_INPUT <= kind <= TMEM_INOUT:
+            yield from translate(core.world, call, call.shadow, 0, params, call.buffers)
+            break
+    if command is Command.REGISTER_SHM:
+        call.registering = call.buffers.pop()
+        advance(call.registering, BufferEvent.REGISTER, BUFFER_TABLE)
+
+
+def _check_register(policy: Policy, params: Params) -> None:
+    if len(params) != 1:
+        raise MessageRejected(Result.BAD_PARAMETERS, f"REGISTER_SHM with {len(params)} parameters")
+    attribute, pointer, _, cookie = params[0]
+    if attribute not in policy.register_attributes:
+        raise MessageRejected(Result.BAD_PARAMETERS, f"REGISTER_SHM with attribute {attribute:#x}")
+    if pointer == 0 or cookie == 0:
+        raise MessageRejected(Result.BAD_PARAMETERS, "REGISTER_SHM without a buffer or a cookie")
+
+
+def _begin_unregister(call: Call, policy: Policy, params: Params) -> None:
+    if len(params) != 1:
+        raise MessageRejected(Result.BAD_PARAMETERS, f"UNREGISTER_SHM with {len(params)} parameters")
+    attribute, _, _, cookie = params[0]
+    if policy.unregister_attributes is not None and attribute not in policy.unregister_attributes:
+        raise MessageRejected(Result.BAD_PARAMETERS, f"UNREGISTER_SHM with attribute {attribute:#x}")
+    call.cookie = cookie
+    buffer = call.guest.buffers.get(cookie)
+    if buffer is not None and buffer.state is BufferState.REGISTERED:
+        advance(buffer, BufferEvent.UNREGISTER, BUFFER_TABLE)
+        call.unregistering = buffer
+
+
+def completed(core: "Mediator", call: Call, answer: Regs) -> Step:
+    """OP-TEE ended the call: write back, release what the call made, answer the guest."""
+    guest = call.guest
+    regs = call.regs
+    code = answer[0] & LOW
+    if code != 0:
+        # OP-TEE refused the call and left the message alone: so nothing is written back (R11).
+        end(core, call, CallEvent.COMPLETE)
+        return core.failed(regs, answer)
+    shadow = call.shadow
+    place = call.place
+    assert shadow is not None and place is not None
+    size = HEADER_SIZE + PARAM_SIZE * len(call.attributes)
+    data = shadow.view[:size].tobytes()
+    fields = [
+        (OFFSET_SESSION, data[OFFSET_SESSION : OFFSET_SESSION + 4]),
+        (OFFSET_RET, data[OFFSET_RET : OFFSET_RET + 8]),
+    ]
+    outputs(data, call.attributes, fields)
+    at = HEADER_SIZE + 24
+    for kind in call.attributes:
+        if kind in _MEMREF_OUTPUTS and kind <= RMEM_INOUT:
+            mark_written(guest, int.from_bytes(data[at : at + 8], "little"))
+        at += PARAM_SIZE
+    if data[OFFSET_RET : OFFSET_RET + 4] == b"\0\0\0\0":
+        if call.registering is not None:
+            _registered(core, call)
+        elif call.command is Command.UNREGISTER_SHM:
+            _unregistered(core, call)
+    end(core, call, CallEvent.COMPLETE)
+    try:
+        place.write(guest.memory, fields)
+    except Stage2Fault as fault:
+        return refuse(core, guest, regs, CallRefused(ReturnCode.EBADADDR, str(fault)))
+    return core.completed(regs, answer)
+
+
+def _registered(core: "Mediator", call: Call) -> None:
+    """OP-TEE registered the buffer; it may have been unregistered again while this call was suspended."""
+    buffer = call.registering
+    call.registering = None
+    assert buffer is not None
+    if buffer.state is BufferState.REGISTERING:
+        advance(buffer, BufferEvent.KEEP, BUFFER_TABLE)
+        return_lists(core.world, buffer)
+
+
+def _unregistered(core: "Mediator", call: Call) -> None:
+    """OP-TEE unregistered the cookie, of which there is one live buffer at most: it needs its pages no more.
+
+    A temporary buffer cannot be meant: OP-TEE does not find those (R13).
+    """
+    call.unregistering = None
+    buffer = call.guest.buffers.get(call.cookie)
+    if buffer is not None and buffer.state is not BufferState.PINNED:
+        release_buffer(core.world, call.guest, buffer)
+
+
+def outputs(data: bytes, attributes: list[int], fields: list[tuple[int, bytes]]) -> None:
+    """Append the output fields of a message or RPC argument: sizes of memory references, values."""
+    at = HEADER_SIZE
+    for kind in attributes:
+        if kind in _OUTPUTS:
+            if kind in _MEMREF_OUTPUTS:
+                fields.append((at + 16, data[at + 16 : at + 24]))
+            else:
+                fields.append((at + 8, data[at + 8 : at + 32]))
+        at += PARAM_SIZE
+
+
+def end(core: "Mediator", call: Call, event: CallEvent) -> None:
+    """End a call and free exactly what it made (R12, R13)."""
+    advance(call, event, CALL_TABLE)
+    guest = call.guest
+    world = core.world
+    for buffer in call.buffers:
+        release_buffer(world, guest, buffer)
+    call.buffers.clear()
+    if call.registering is not None:
+        if call.registering.state is BufferState.REGISTERING:
+            release_buffer(world, guest, call.registering)
+        call.registering = None
+    if call.unregistering is not None:
+        if call.unregistering.state is BufferState.UNREGISTERING:
+            advance(call.unregistering, BufferEvent.UNREGISTER_REFUSED, BUFFER_TABLE)
+        call.unregistering = None
+    call.allocated = None
+    if call.shadow is not None:
+        world.take_back(call.shadow)
+        call.shadow = None
+    if call.thread is not None:
+        del guest.suspended[call.thread]
+        call.thread = None
+    call.argument = None
+    call.work = None
+    call.charge.refund()
+    del guest.calls[call.id]
+
+
+def refuse(core: "Mediator", guest: Guest, regs: Regs, refused: CallRefused) -> Reply:
+    """Answer an error in a0 and count it: over a limit, or malformed."""
+    if refused.limit is not None:
+        guest.counters.refused += 1
+        name = CALL_REFUSED
+    else:
+        guest.counters.rejected += 1
+        name = CALL_REJECTED
+    guest.events.append(
+        Event(
+            name,
+            "info",
+            guest.vm,
+            {"function": regs[0] & LOW, "a0": int(refused.code), "why": refused.why, "limit": refused.limit},
+        )
+    )
+    return core.local(regs, refused.code)
+
+
+def note_rejection(guest: Guest, call: Call, rejected: MessageRejected) -> None:
+    """Count a rejected message."""
+    if rejected.limit is not None:
+        guest.counters.refused += 1
+        name = CALL_REFUSED
+    else:
+        guest.counters.rejected += 1
+        name = CALL_REJECTED
+    guest.events.append(
+        Event(
+            name,
+            "info",
+            guest.vm,
+            {
+                "call": call.id,
+                "command": None if call.command is None else call.command.name,
+                "ret": int(rejected.result),
+                "why": rejected.why,
+                "limit": rejected.limit,
+            },
+        )
+    )

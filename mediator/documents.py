@@ -1,0 +1,153 @@
+"""YAML documents of users: strict, with all errors at once and the place of each.
+
+YAML 1.1 has traps that an ABI document is full of: `no` is false, `017` is fifteen, `1e3` is text, `12:30` is
+750, a repeated key wins silently, aliases blow up. Here scalars are what they look like (decimal, 0x, 0o,
+true, false, null, everything else text) and the rest is an error.
+"""
+
+import re
+from typing import Final, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+MAX_SIZE: Final = 4 << 20
+"""Characters of one document: stops a file from eating memory before it is looked at."""
+MAX_DEPTH: Final = 32
+"""Nesting of one document: stops recursion."""
+MAX_ALIASES: Final = 64
+"""Aliases of one document: stops alias bombs."""
+
+_INTEGER: Final = re.compile(r"-?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0o[0-7_]+)\Z")
+_FLOAT: Final = re.compile(r"-?(0|[1-9][0-9]*)\.[0-9]+([eE][-+]?[0-9]+)?\Z")
+_AMBIGUOUS: Final = re.compile(
+    r"(y|n|yes|no|on|off|true|false|null|~|[-+]?0[0-9_]+|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"
+    r"|[-+]?[0-9]+(:[0-5]?[0-9])+|\+[0-9].*)\Z",
+    re.IGNORECASE,
+)
+_WORDS: Final = {"true": True, "false": False, "null": None}
+_STRING_TAG: Final = "tag:yaml.org,2002:str"
+
+Data = dict[str, "Data"] | list["Data"] | str | int | float | bool | None
+Path = tuple[int | str, ...]
+M = TypeVar("M", bound=BaseModel)
+
+
+class DocumentError(Exception):
+    """A document is wrong; `lines` has one clear line for each error."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__("\n".join(lines))
+        self.lines = lines
+
+
+class _Loader(yaml.CSafeLoader):
+    """Scalars stay text: `_Reader` decides what they are."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - the name and kind are PyYAML's
+
+
+class _Reader:
+    """Turns a node tree into plain data and remembers where each piece stood."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.errors: list[str] = []
+        self.places: dict[Path, yaml.Mark] = {}
+        self._seen: dict[int, int] = {}
+
+    def read(self, node: yaml.Node, path: Path, depth: int) -> Data:
+        self.places[path] = node.start_mark
+        if depth > MAX_DEPTH:
+            raise DocumentError([self.at(node.start_mark, f"nested deeper than {MAX_DEPTH}")])
+        if not isinstance(node, yaml.ScalarNode):
+            aliases = self._seen.get(id(node), -1) + 1
+            self._seen[id(node)] = aliases
+            if aliases and sum(self._seen.values()) > MAX_ALIASES:
+                raise DocumentError([self.at(node.start_mark, f"more than {MAX_ALIASES} aliases")])
+        if not node.tag.startswith("tag:yaml.org,2002:"):
+            self.errors.append(self.at(node.start_mark, f"the tag {node.tag} is not known"))
+            return None
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, path, depth)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.read(item, (*path, index), depth + 1) for index, item in enumerate(node.value)]
+        assert isinstance(node, yaml.ScalarNode)
+        return self._scalar(node)
+
+    def _mapping(self, node: yaml.MappingNode, path: Path, depth: int) -> Data:
+        data: dict[str, Data] = {}
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                self.errors.append(self.at(key_node.start_mark, "a key is one word"))
+                continue
+            key = str(key_node.value)
+            if key in data:
+                self.errors.append(self.at(key_node.start_mark, f"the key {key!r} stands here twice"))
+                continue
+            data[key] = self.read(value_node, (*path, key), depth + 1)
+        return data
+
+    def _scalar(self, node: yaml.ScalarNode) -> Data:
+        text = str(node.value)
+        if node.style in ("'", '"', "|", ">"):
+            return text
+        if text in _WORDS:
+            return _WORDS[text]
+        if text == "":
+            return None
+        if _INTEGER.match(text):
+            return int(text.replace("_", ""), 0)
+        if _FLOAT.match(text):
+            return float(text)
+        if _AMBIGUOUS.match(text):
+            self.errors.append(
+                self.at(
+                    node.start_mark,
+                    f"{text!r} means different things to different readers: quote it or write it plainly",
+                )
+            )
+        return text
+
+    def at(self, mark: yaml.Mark | None, text: str) -> str:
+        where = "" if mark is None else f"{mark.line + 1}:{mark.column + 1}: "
+        return f"{self.name}:{where or ' '}{text}"
+
+    def nearest(self, path: Path) -> yaml.Mark | None:
+        while path and path not in self.places:
+            path = path[:-1]
+        return self.places.get(path)
+
+
+def load_document(model: type[M], text: str, name: str) -> M:
+    """Read one YAML document into a pydantic model.
+
+    Raises:
+        DocumentError: with file:line:column for each thing that is wrong.
+
+    """
+    reader = _Reader(name)
+    if len(text) > MAX_SIZE:
+        raise DocumentError([reader.at(None, f"larger than {MAX_SIZE >> 20} MiB")])
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        raise DocumentError([reader.at(error.problem_mark, str(error.problem or error.context))]) from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise DocumentError([reader.at(None, f"not YAML: {first}")]) from None
+    if node is None:
+        raise DocumentError([reader.at(None, "empty")])
+    data = reader.read(node, (), 0)
+    try:
+        document = model.model_validate(data)
+    except ValidationError as error:
+        for problem in error.errors(include_url=False):
+            path = tuple(problem["loc"])
+            label = ".".join(str(part) for part in path)
+            message = problem["msg"].removeprefix("Value error, ")
+            reader.errors.append(reader.at(reader.nearest(path), f"{label}: {message}" if label else message))
+        raise DocumentError(reader.errors) from None
+    if reader.errors:
+        raise DocumentError(reader.errors)
+    return document

@@ -1,0 +1,443 @@
+"""The invariants, checked from outside the core after every step.
+
+The checker stands where the shell stands: it makes the requests, sees each step, and counts what the
+hypervisor and the secure world hold, not what the core's own books say. Source: the list of eleven invariants
+in the fault model.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from hv_models.memory import PAGE_SIZE
+from hv_models.stage2 import Pinned
+from hv_models.vm import VirtualMachine
+from mediator.core.mediator import Lifecycle, Mediator
+from mediator.core.ports import GuestMemory
+from mediator.core.records import Guest
+from mediator.core.states import CallState, GuestState
+from mediator.core.steps import (
+    GUEST_ISOLATED,
+    GUEST_QUARANTINED,
+    SECURE_WORLD_FAULT,
+    Forward,
+    Preempt,
+    Queue,
+    Regs,
+    Reply,
+    Step,
+    Ticket,
+)
+from optee.abi.message import (
+    ENTRIES_PER_PAGE,
+    HEADER,
+    HEADER_SIZE,
+    NONCONTIG,
+    PARAM,
+    PARAM_SIZE,
+    TYPE_MASK,
+    ParamType,
+    page_count,
+)
+from optee.abi.smc import Function, VmId
+
+SCAN_EVERY: Final = 1000
+"""Steps between two looks at everything; in between only what changed is looked at."""
+WORK_PER_REQUEST: Final = 24
+WORK_PER_PAGE: Final = 2
+"""Invariant 10: accesses of one request to guest memory <= WORK_PER_PAGE * pages + WORK_PER_REQUEST."""
+
+TITLES: Final = {
+    1: "pins of a page = live objects that contain it",
+    2: "pages of live objects = ledger; all zero after the guest is gone",
+    3: "live calls of a guest = OP-TEE threads that it holds",
+    4: "no host address is visible to a guest; no forwarded address is outside pinned or own pages",
+    5: "one live object per guest, name space and cookie",
+    6: "every request got exactly one final answer",
+    7: "states move only along table edges",
+    8: "guest bytes are read once per stage, and written only where outputs are",
+    9: "OP-TEE sees only allowed functions, with a7 = the caller's id",
+    10: "work of a request is bounded by its pages",
+    11: "no error event was caused by a guest",
+}
+
+_LOW: Final = 0xFFFFFFFF
+_TMEM: Final = range(int(ParamType.TMEM_INPUT), int(ParamType.TMEM_INOUT) + 1)
+_WITH_MESSAGE: Final = frozenset({int(Function.CALL_WITH_ARG), int(Function.CALL_WITH_RPC_ARG)})
+_OF_THE_HOST: Final = frozenset(
+    {int(Function.CALLS_UID), int(Function.GET_THREAD_COUNT), int(Function.VM_CREATED), int(Function.VM_DESTROYED)}
+)
+_SECURE_WORLD_EVENTS: Final = frozenset({SECURE_WORLD_FAULT, GUEST_ISOLATED, GUEST_QUARANTINED})
+
+
+class Host(Protocol):
+    """What the checker asks of the hypervisor model."""
+
+    def pins(self, vm: int) -> Mapping[int, int]:
+        """References per physical page, of the pages of this VM that have any."""
+        ...
+
+    def pin_count(self, vm: int) -> int:
+        """Sum of the same."""
+        ...
+
+    def frame(self, pa: int) -> memoryview:
+        """The 4096 bytes of the mediator's page with this address; KeyError if it is not the mediator's."""
+        ...
+
+    def host_addresses(self) -> Sequence[tuple[int, int]]:
+        """Ranges [first, end) of addresses that no guest can know."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One violation: which invariant, whose, at which step, what was expected and what was found."""
+
+    invariant: int
+    guest: int | None
+    step: int
+    expected: str
+    got: str
+
+    def __str__(self) -> str:
+        whose = "" if self.guest is None else f" guest {self.guest},"
+        return (
+            f"invariant {self.invariant} ({TITLES[self.invariant]}):{whose} step {self.step}: "
+            f"expected {self.expected}, got {self.got}"
+        )
+
+    def as_data(self) -> dict[str, Any]:
+        """The same for JSON."""
+        return {
+            "invariant": self.invariant,
+            "title": TITLES[self.invariant],
+            "guest": self.guest,
+            "step": self.step,
+            "expected": self.expected,
+            "got": self.got,
+        }
+
+
+class _Watched:
+    """A guest's memory that notes what the mediator reads and writes of it."""
+
+    def __init__(self, checker: "Checker", vm: int, memory: GuestMemory) -> None:
+        self.checker = checker
+        self.vm = vm
+        self.memory = memory
+        self.reads: list[tuple[int, int]] = []
+        self.writes: list[tuple[int, bytes]] = []
+        self.accesses = 0
+        self.pages = 0
+
+    def begin(self) -> None:
+        self.reads.clear()
+        self.writes.clear()
+        self.accesses = 0
+        self.pages = 0
+
+    def read(self, ipa: int, size: int, *, writable: bool = False) -> bytes:
+        self.accesses += 1
+        data = self.memory.read(ipa, size, writable=writable)
+        if not writable:
+            # Messages and RPC arguments; each list page is a stage of its own, whatever page it names.
+            self.reads.append((ipa, size))
+        return data
+
+    def write_fields(self, ipa: int, fields: Sequence[tuple[int, bytes]]) -> None:
+        self.accesses += 1
+        self.memory.write_fields(ipa, fields)
+        self.writes.extend((ipa + offset, data) for offset, data in fields)
+
+    def pin(self, ipas: npt.NDArray[np.uint64]) -> Pinned:
+        self.accesses += 1
+        self.pages += len(ipas)
+        return self.memory.pin(ipas)
+
+    def unpin(self, pinned: Pinned) -> None:
+        self.memory.unpin(pinned)
+
+    def load(self, pinned: Pinned, offset: int, size: int) -> bytes:
+        self.accesses += 1
+        return self.memory.load(pinned, offset, size)
+
+    def store(self, pinned: Pinned, offset: int, data: bytes) -> None:
+        self.accesses += 1
+        self.memory.store(pinned, offset, data)
+        self.writes.append((-1, data))
+
+    def mark_dirty(self, pinned: Pinned) -> None:
+        self.memory.mark_dirty(pinned)
+
+
+class Checker:
+    """A `Mediator` with somebody looking over its shoulder: the same requests, and `violations`.
+
+    threads_held: how many threads OP-TEE holds for a client id; None if the secure world cannot be asked.
+    """
+
+    def __init__(
+        self, mediator: Mediator, host: Host, threads_held: Callable[[int], int] | None = None
+    ) -> None:
+        self.mediator = mediator
+        self.host = host
+        self.violations: list[Violation] = []
+        self.steps = 0
+        self.forwards = 0
+        self.translated = 0
+        self.untranslated = 0
+        self._threads_held = threads_held
+        self._watched: dict[int, _Watched] = {}
+        self._open: Counter[int] = Counter()
+        self._with_optee: dict[int, int] = {}
+
+    # The same requests as the mediator's
+
+    def probe(self) -> Step:
+        """See `Mediator.probe`."""
+        return self._after(None, self.mediator.probe())
+
+    def create(self, vm: VmId, memory: GuestMemory) -> Step:
+        """See `Mediator.create`."""
+        watched = _Watched(self, vm, memory)
+        known = vm in self.mediator.guests
+        step = self.mediator.create(vm, watched)
+        if not known:
+            self._watched[vm] = watched
+            self._open[vm] = 0
+        return self._after(vm, step)
+
+    def destroy(self, vm: VmId) -> Step:
+        """See `Mediator.destroy`."""
+        return self._after(vm, self.mediator.destroy(vm))
+
+    def reset(self, vm: VmId) -> Step:
+        """See `Mediator.reset`."""
+        return self._after(vm, self.mediator.reset(vm))
+
+    def abandon(self, vm: VmId) -> Step:
+        """See `Mediator.abandon`."""
+        return self._after(vm, self.mediator.abandon(vm))
+
+    def submit(self, vm: VmId, vcpu: int, regs: Regs) -> Step:
+        """See `Mediator.submit`."""
+        self._begin(vm)
+        step = self.mediator.submit(vm, vcpu, regs)
+        if not isinstance(step, Queue):
+            self._open[vm] += 1
+        return self._after(vm, step, guest_call=True)
+
+    def returned(self, ticket: Ticket, answer: Regs) -> Step:
+        """See `Mediator.returned`."""
+        vm = self._with_optee.pop(id(ticket), None)
+        if vm is None:
+            self._report(6, None, "a ticket that is with OP-TEE", "another one")
+        else:
+            self._begin(vm)
+        step = self.mediator.returned(ticket, answer)
+        return self._after(vm, step, guest_call=not isinstance(ticket, Lifecycle))
+
+    def proceed(self, ticket: Ticket) -> Step:
+        """See `Mediator.proceed`."""
+        guest: Guest | None = getattr(ticket, "guest", None)
+        vm = None if guest is None else guest.vm
+        if vm is not None:
+            self._begin(vm)
+        return self._after(vm, self.mediator.proceed(ticket), guest_call=not isinstance(ticket, Lifecycle))
+
+    # Looking
+
+    def scan(self) -> None:
+        """Look at everything, whatever changed."""
+        for vm in self.mediator.guests:
+            self._check_pins(vm, self.mediator.guests[vm])
+
+    def _begin(self, vm: int) -> None:
+        self.steps += 1
+        watched = self._watched.get(vm)
+        if watched is not None:
+            watched.begin()
+
+    def _report(self, invariant: int, vm: int | None, expected: str, got: str) -> None:
+        self.violations.append(Violation(invariant, vm, self.steps, expected, got))
+
+    def _after(self, vm: int | None, step: Step, *, guest_call: bool = False) -> Step:
+        for event in step.events:
+            if event.level == "error" and event.name not in _SECURE_WORLD_EVENTS:
+                self._report(11, event.vm, "no error event", event.name)
+        if isinstance(step, Forward):
+            self._check_forward(vm, step)
+        elif isinstance(step, Reply) and guest_call and vm is not None:
+            self._open[vm] -= 1
+            self._check_reply(vm, step)
+        if vm is not None:
+            self._check_guest(vm, isinstance(step, Preempt))
+        if self.steps % SCAN_EVERY == 0:
+            self.scan()
+        return step
+
+    def _check_guest(self, vm: int, preempted: bool) -> None:
+        guest = self.mediator.guests.get(vm)
+        watched = self._watched.get(vm)
+        if guest is None:
+            if watched is not None and (count := self.host.pin_count(vm)):
+                self._report(2, vm, "no pinned page after the guest is gone", f"{count} pins")
+            if watched is not None:
+                del self._watched[vm]
+            return
+        ledger = guest.ledger
+        pages = sum(buffer.pages for buffer in guest.buffers.values())
+        held = {
+            "pages": pages,
+            "buffers": len(guest.buffers),
+            "rpc_arguments": len(guest.arguments),
+            "calls": len(guest.calls),
+        }
+        for name, count in held.items():
+            if getattr(ledger, name) != count:
+                self._report(2, vm, f"{count} {name} in the ledger", str(getattr(ledger, name)))
+        if not preempted:
+            expected = pages + len(guest.arguments)
+            count = self.host.pin_count(vm)
+            if count != expected:
+                self._report(1, vm, f"{expected} pins", str(count))
+        for cookie, buffer in guest.buffers.items():
+            if buffer.cookie != cookie:
+                self._report(5, vm, f"the buffer {cookie:#x}", f"{buffer.cookie:#x}")
+        for cookie, argument in guest.arguments.items():
+            if argument.cookie != cookie:
+                self._report(5, vm, f"the RPC argument {cookie:#x}", f"{argument.cookie:#x}")
+        if self._threads_held is not None and guest.state in (GuestState.LIVE, GuestState.PAUSED):
+            live = sum(call.state is not CallState.TRANSLATING for call in guest.calls.values())
+            threads = self._threads_held(vm)
+            with_optee = sum(owner == vm for owner in self._with_optee.values())
+            if not live - with_optee <= threads <= live:
+                self._report(3, vm, f"{live} threads", str(threads))
+        if watched is not None:
+            self._check_accesses(vm, guest, watched)
+
+    def _check_accesses(self, vm: int, guest: Guest, watched: _Watched) -> None:
+        end = -1
+        for start, size in sorted(watched.reads):
+            if start < end:
+                self._report(8, vm, "each byte read once", f"bytes at {start:#x} twice")
+            end = max(end, start + size)
+        bound = WORK_PER_PAGE * watched.pages + WORK_PER_REQUEST
+        if watched.accesses > bound:
+            self._report(10, vm, f"at most {bound} accesses", str(watched.accesses))
+        ranges = self.host.host_addresses()
+        for at, data in watched.writes:
+            for word in _words(data):
+                if any(first <= word < end for first, end in ranges):
+                    self._report(4, vm, "no host address in guest memory", f"{word:#x} at {at:#x}")
+
+    def _check_pins(self, vm: int, guest: Guest) -> None:
+        expected: Counter[int] = Counter()
+        for buffer in guest.buffers.values():
+            for pinned in buffer.pinned:
+                expected.update(pinned.pas.tolist())
+        for argument in guest.arguments.values():
+            expected.update(argument.pinned.pas.tolist())
+        pins = dict(self.host.pins(vm))
+        if pins != expected:
+            wrong = sorted(pa for pa in pins.keys() | expected.keys() if pins.get(pa, 0) != expected[pa])
+            first = wrong[0]
+            self._report(
+                1, vm, f"{expected[first]} pins of {first:#x}", f"{pins.get(first, 0)} ({len(wrong)} pages differ)"
+            )
+
+    def _check_reply(self, vm: int, step: Reply) -> None:
+        if self._open[vm] < 0:
+            self._report(6, vm, "one answer for each request", "one more")
+            self._open[vm] = 0
+        ranges = self.host.host_addresses()
+        pair = (step.regs[1] & _LOW) << 32 | step.regs[2] & _LOW
+        for word in (*step.regs[:4], pair):
+            if any(first <= word < end for first, end in ranges):
+                self._report(4, vm, "no host address in registers", f"{word:#x}")
+
+    def _check_forward(self, vm: int | None, step: Forward) -> None:
+        self.forwards += 1
+        regs = step.regs
+        function = regs[0]
+        if isinstance(step.ticket, Lifecycle):
+            self._with_optee[id(step.ticket)] = vm or 0
+            if function not in _OF_THE_HOST or regs[7] != 0:
+                self._report(9, vm, "a call of the host with a7 = 0", f"{function:#x}, a7 = {regs[7]:#x}")
+            return
+        assert vm is not None
+        self._with_optee[id(step.ticket)] = vm
+        if regs[7] != vm:
+            self._report(9, vm, f"a7 = {vm}", f"{regs[7]:#x}")
+        allowed = self.mediator.policy.functions
+        if not any(int(known) == function for known in allowed):
+            self._report(9, vm, "an allowed function", f"{function:#x}")
+        if function in _WITH_MESSAGE:
+            self._check_message(vm, (regs[1] << 32) | regs[2], 0)
+        elif function == Function.RETURN_FROM_RPC and (regs[1] or regs[2]) and (regs[4] or regs[5]):
+            self._own(vm, (regs[1] << 32) | regs[2])
+
+    def _own(self, vm: int, pa: int) -> memoryview | None:
+        try:
+            return self.host.frame(pa)
+        except KeyError:
+            self._report(4, vm, "a page of the mediator's own", f"{pa:#x}")
+            self.untranslated += 1
+            return None
+
+    def _check_message(self, vm: int, pa: int, base: int) -> None:
+        frame = self._own(vm, pa)
+        if frame is None:
+            return
+        count = HEADER.unpack_from(frame, base)[7]
+        pins: Mapping[int, int] | None = None
+        for attribute, pointer, size, _ in PARAM.iter_unpack(
+            frame[base + HEADER_SIZE : base + HEADER_SIZE + PARAM_SIZE * count]
+        ):
+            if attribute & TYPE_MASK not in _TMEM or pointer == 0:
+                continue
+            if not attribute & NONCONTIG:
+                self._report(4, vm, "a page list", f"the address {pointer:#x}")
+                continue
+            pins = self.host.pins(vm) if pins is None else pins
+            self._check_list(vm, pointer, size, pins)
+
+    def _check_list(self, vm: int, pointer: int, size: int, pins: Mapping[int, int]) -> None:
+        left = page_count(size, pointer % PAGE_SIZE)
+        page = pointer - pointer % PAGE_SIZE
+        while left:
+            frame = self._own(vm, page)
+            if frame is None:
+                return
+            words = np.frombuffer(frame, np.uint64)
+            part = min(left, ENTRIES_PER_PAGE)
+            for entry in words[:part].tolist():
+                self.translated += 1
+                if entry not in pins:
+                    self.untranslated += 1
+                    self._report(4, vm, "a pinned page of this guest", f"{entry:#x}")
+                    return
+            left -= part
+            page = int(words[ENTRIES_PER_PAGE])
+
+
+def pins_by_frame(vm: VirtualMachine) -> dict[int, int]:
+    """References per physical page of a VM's RAM, counted where the hypervisor keeps them."""
+    pins: Counter[int] = Counter()
+    for region in vm.regions:
+        bank = region.bank
+        for page, count in bank.pinned().items():
+            pins[int(bank.pa[page])] += count
+    return pins
+
+
+def _words(data: bytes) -> list[int]:
+    """The 64-bit words of what was written, at the alignment of the fields that hold addresses."""
+    whole = len(data) - len(data) % 8
+    words: list[int] = np.frombuffer(data[:whole], "<u8").tolist()
+    return words

@@ -1,0 +1,181 @@
+"""Policies as YAML documents: the built-in ones beside this file, and a user's own."""
+
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Final, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from mediator.core.policy import Policy, PolicyLimits, Word, Words
+from mediator.documents import DocumentError, load_document
+from optee.abi.message import META, Attr, Command
+from optee.abi.rpc import RpcCommand
+from optee.abi.smc import Function, NsecCapability, SecCapability
+
+BUILT_IN: Final = ("default", "xen", "minimal")
+
+_CAPABILITY_NEEDS: Final = {
+    SecCapability.RPC_ARG: {Function.CALL_WITH_RPC_ARG, Function.CALL_WITH_REGD_ARG},
+    SecCapability.ASYNC_NOTIF: {Function.ENABLE_ASYNC_NOTIF, Function.GET_ASYNC_NOTIF_VALUE},
+}
+_NEVER_OFFERED: Final = SecCapability.HAVE_RESERVED_SHM
+_STATUS_ANSWERS: Final = ("completed", "suspended", "failed", "local")
+
+
+def _named(enum: Any) -> BeforeValidator:
+    def convert(value: object) -> object:
+        if isinstance(value, str):
+            try:
+                return enum[value]
+            except KeyError:
+                raise ValueError(f"{value!r} is none of {', '.join(enum.__members__)}") from None
+        raise ValueError(f"a name is wanted, one of {', '.join(enum.__members__)}")
+
+    return BeforeValidator(convert)
+
+
+def _word(value: object) -> object:
+    try:
+        return Word(value)
+    except ValueError:
+        raise ValueError(f"{value!r} is none of pass, keep, zero") from None
+
+
+_Function = Annotated[Function, _named(Function)]
+_Command = Annotated[Command, _named(Command)]
+_RpcCommand = Annotated[RpcCommand, _named(RpcCommand)]
+_Nsec = Annotated[NsecCapability, _named(NsecCapability)]
+_Sec = Annotated[SecCapability, _named(SecCapability)]
+_Word = Annotated[Word, BeforeValidator(_word)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True)
+
+
+class _Limits(_Strict):
+    pages: Annotated[int, Field(ge=1, le=1 << 32)]
+    buffers: Annotated[int, Field(ge=1, le=1 << 20)]
+    pages_per_buffer: Annotated[int, Field(ge=1, le=1 << 24)]
+    rpc_arguments: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+    calls: Annotated[int, Field(ge=1, le=1 << 16)] | None = None
+    memory_kib: Annotated[int, Field(ge=16, le=1 << 24)]
+
+
+class _Capabilities(_Strict):
+    nsec: list[_Nsec] | None
+    sec: list[_Sec]
+
+
+class _Rules(_Strict):
+    register_attributes: list[Annotated[int, Field(ge=0, lt=1 << 32)]]
+    unregister_attributes: list[Annotated[int, Field(ge=0, lt=1 << 32)]] | None
+    cookie_zero: bool
+    compare_resume_cookie: bool
+
+
+class PolicyDocument(_Strict):
+    """A policy as it stands in a file; `docs/reference/policy.md` explains each key."""
+
+    name: str
+    purpose: str
+    functions: list[_Function]
+    commands: list[_Command]
+    rpc_commands: list[_RpcCommand] | None
+    capabilities: _Capabilities
+    rules: _Rules
+    answers: dict[str, Annotated[list[_Word], Field(min_length=3, max_length=3)]]
+    limits: _Limits
+    shared_frames: list[Annotated[int, Field(ge=1)]] = []
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        functions = set(self.functions)
+        offered = self.capabilities.sec
+        if _NEVER_OFFERED in offered:
+            raise ValueError("capabilities: HAVE_RESERVED_SHM is never offered (rule R4)")
+        for capability, needs in _CAPABILITY_NEEDS.items():
+            missing = needs - functions
+            if capability in offered and missing:
+                names = ", ".join(sorted(function.name for function in missing))
+                raise ValueError(f"capabilities: {capability.name} needs {names} (rule R4)")
+        if Function.CALL_WITH_ARG in functions and Function.RETURN_FROM_RPC not in functions:
+            raise ValueError("functions: CALL_WITH_ARG needs RETURN_FROM_RPC")
+        known = set(_STATUS_ANSWERS) | {function.name for function in Function}
+        for name in self.answers:
+            if name not in known:
+                raise ValueError(f"answers: {name} is no function")
+        for name in _STATUS_ANSWERS:
+            if name not in self.answers:
+                raise ValueError(f"answers: {name} is missing")
+        for attribute in self.rules.register_attributes:
+            if attribute & META:
+                raise ValueError(f"rules: REGISTER_SHM takes no META parameter ({Attr(attribute)})")
+        return self
+
+    def policy(self) -> Policy:
+        """The same as the core wants it."""
+        nsec = self.capabilities.nsec
+        answers: dict[str, Words] = {
+            name: (words[0], words[1], words[2]) for name, words in self.answers.items()
+        }
+        for function in Function:
+            answers.setdefault(function.name, answers["completed"])
+        sec = SecCapability(0)
+        for capability in self.capabilities.sec:
+            sec |= capability
+        return Policy(
+            name=self.name,
+            purpose=self.purpose,
+            functions=frozenset(self.functions),
+            commands=frozenset(self.commands),
+            rpc_commands=None if self.rpc_commands is None else frozenset(map(int, self.rpc_commands)),
+            nsec_capabilities=0xFFFFFFFF if nsec is None else sum(map(int, nsec)),
+            sec_capabilities=sec,
+            register_attributes=frozenset(self.rules.register_attributes),
+            unregister_attributes=(
+                None
+                if self.rules.unregister_attributes is None
+                else frozenset(self.rules.unregister_attributes)
+            ),
+            cookie_zero=self.rules.cookie_zero,
+            compare_resume_cookie=self.rules.compare_resume_cookie,
+            answers=answers,
+            limits=PolicyLimits(
+                pages=self.limits.pages,
+                buffers=self.limits.buffers,
+                pages_per_buffer=self.limits.pages_per_buffer,
+                rpc_arguments=self.limits.rpc_arguments,
+                calls=self.limits.calls,
+                memory=self.limits.memory_kib * 1024,
+            ),
+            shared_frames=frozenset(self.shared_frames),
+        )
+
+
+def policy_text(name: str) -> str:
+    """The YAML of a built-in policy, as `mediator show policy` prints it."""
+    return resources.files(__name__).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def load_policy(name_or_file: str) -> Policy:
+    """A built-in policy by name, or one from a YAML file.
+
+    Raises:
+        DocumentError: no such policy, or its document is wrong; one line per error, with file:line:column.
+
+    """
+    if name_or_file in BUILT_IN:
+        document = load_document(PolicyDocument, policy_text(name_or_file), f"{name_or_file}.yaml")
+    else:
+        path = Path(name_or_file)
+        if path.suffix not in (".yaml", ".yml"):
+            raise DocumentError(
+                [f"policy {name_or_file!r} is none of {', '.join(BUILT_IN)}, and no .yaml file"]
+            )
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DocumentError([f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}"]) from None
+        document = load_document(PolicyDocument, text, str(path))
+    return document.policy()

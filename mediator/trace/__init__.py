@@ -1,0 +1,1 @@
+"""Traces: what a driver and OP-TEE said to each other, read, replayed, drawn and written."""

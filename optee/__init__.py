@@ -1,0 +1,1 @@
+"""OP-TEE: its ABI (`optee.abi`) and a model of the secure world behind it."""

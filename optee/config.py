@@ -1,0 +1,63 @@
+"""Configuration of the OP-TEE model, named after OP-TEE's own build options where it has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+if TYPE_CHECKING:
+    from optee.trusted_application import TrustedApplication
+
+NOTIFICATION_VALUES = 64
+"""Asynchronous notification values, 0..63, of each guest (OP-TEE core behaviour, section 9)."""
+
+MAX_SYSCALL_RECURSION = 4
+"""CFG_CORE_MAX_SYSCALL_RECURSION: TA to TA calls inside each other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What is built into this OP-TEE and how big the board's share of memory is."""
+
+    threads: int = 8
+    """CFG_NUM_THREADS: threads of each guest."""
+
+    guests: int = 64
+    """Partitions for which the board's secure RAM suffices; one more VM_CREATED answers ENOTAVAIL."""
+
+    virtualization: bool = True
+    """CFG_NS_VIRTUALIZATION. Without it a7 is ignored and there is one partition from the start."""
+
+    revision: tuple[int, int] = (4, 10)
+    """Major and minor version of GET_OS_REVISION."""
+
+    build_id: int = 0
+    """First 32 bits of the commit, the third number of GET_OS_REVISION; 0 in a build without one."""
+
+    secure_ram: tuple[tuple[int, int], ...] = ((0x0E00_0000, 0x3200_0000),)
+    """(PA, bytes) of memory that the normal world must not name. The first range holds the TAs."""
+
+    reserved_shm: tuple[int, int] = (0x4200_0000, 0x20_0000)
+    """PA and bytes of static shared memory: announced and accepted only without virtualization."""
+
+    core_heap_size: int = 256 << 20
+    """CFG_CORE_HEAP_SIZE in bytes. Only what asks for more than this at once fails as yet."""
+
+    early_tas: frozenset[UUID] | None = None
+    """CFG_EARLY_TA: user TAs inside the OP-TEE image. None: all that the model knows. Others come from the
+    guest's tee-supplicant, with the RPCs of the secure storage TA database around that."""
+
+    extra_tas: tuple[type[TrustedApplication], ...] = ()
+    """TAs beside the built-in ones, early or loadable as `early_tas` says."""
+
+    seed: int = 0
+    """Everything random in the model comes from here."""
+
+    def is_early(self, uuid: UUID) -> bool:
+        """Tell whether a user TA is part of the image."""
+        return self.early_tas is None or uuid in self.early_tas
+
+
+DEFAULT = Config()
+"""The default build on the default board."""

@@ -1,0 +1,1 @@
+"""Trusted applications and pseudo TAs that the model has built in."""

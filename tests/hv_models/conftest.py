@@ -1,0 +1,30 @@
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from hv_models.machine import Machine, RamBlock
+from hv_models.vm import VirtualMachine
+
+Create = Callable[..., VirtualMachine]
+
+
+@pytest.fixture
+def machine() -> Iterator[Machine]:
+    machine = Machine()
+    yield machine
+    machine.close()
+
+
+@pytest.fixture(params=["kvm", "xen"])
+def create(machine: Machine, request: pytest.FixtureRequest) -> Create:
+    return {"kvm": machine.create_kvm, "xen": machine.create_xen}[request.param]
+
+
+@pytest.fixture
+def vm(create: Create) -> VirtualMachine:
+    return create("guest", 4 << 20)
+
+
+@pytest.fixture
+def two_region_vm(create: Create) -> VirtualMachine:
+    return create("guest", [RamBlock(0x4000_0000, 1 << 20), RamBlock(0x1_0000_0000, 2 << 20)])
