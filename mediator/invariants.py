@@ -181,9 +181,7 @@ class Checker:
     threads_held: how many threads OP-TEE holds for a client id; None if the secure world cannot be asked.
     """
 
-    def __init__(
-        self, mediator: Mediator, host: Host, threads_held: Callable[[int], int] | None = None
-    ) -> None:
+    def __init__(self, mediator: Mediator, host: Host, threads_held: Callable[[int], int] | None = None) -> None:
         self.mediator = mediator
         self.host = host
         self.violations: list[Violation] = []

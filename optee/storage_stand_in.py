@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterator
-from typing import Final, TypeVar
+from typing import Final, TypeAlias, TypeVar
 from uuid import UUID
 
 from optee.abi.results import Result
@@ -25,6 +25,7 @@ from optee.threads import Thread
 from optee.wait_queue import Mutex
 
 T = TypeVar("T")
+_Entry: TypeAlias = tuple[bytes, bytes, int, bytes, int]
 
 _FS: Final = int(RpcCommand.FS)
 _BLOCK: Final = 4096
@@ -109,15 +110,15 @@ class _File:
     def open(self, thread: Thread, root_hash: bytes | None) -> Steps[None]:
         """Find the committed version: by root hash, or without one by the larger counter."""
         if root_hash is None:
-            heads = []
-            for offset in _HEAD_OFFSETS:
-                heads.append(_HEAD.unpack((yield from _fs_read(thread, self.fd, offset, _HEAD.size))))
+            even = yield from _fs_read(thread, self.fd, _HEAD_OFFSETS[0], _HEAD.size)
+            odd = yield from _fs_read(thread, self.fd, _HEAD_OFFSETS[1], _HEAD.size)
+            heads = _HEAD.unpack(even), _HEAD.unpack(odd)
             self.length, self.counter = max(heads, key=lambda head: head[1])
-            yield from self._read_node(thread, self.counter & 1)
+            if not (yield from self._read_node(thread, self.counter & 1)):
+                raise TeeError(Result.CORRUPT_OBJECT)
         else:
             for version in (0, 1):
-                yield from self._read_node(thread, version)
-                if self.hash == root_hash:
+                if (yield from self._read_node(thread, version)) and self.hash == root_hash:
                     break
             else:
                 raise TeeError(Result.CORRUPT_OBJECT)
@@ -126,12 +127,12 @@ class _File:
         if not self.counter or self.length > _BLOCK:
             raise TeeError(Result.CORRUPT_OBJECT)
 
-    def _read_node(self, thread: Thread, version: int) -> Steps[None]:
+    def _read_node(self, thread: Thread, version: int) -> Steps[bool]:
+        """Read one version of the root node: False if it is not whole."""
         node = yield from _fs_read(thread, self.fd, _NODE_OFFSETS[version], _NODE.size)
         _, self.digest, flags = _NODE.unpack(node)
         self.block_version = flags & _BLOCK_VERSION
-        if self._node() != node:
-            raise TeeError(Result.CORRUPT_OBJECT)
+        return self._node() == node
 
     def _read_block(self, thread: Thread) -> Steps[bytes]:
         block = yield from _fs_read(thread, self.fd, _DATA_OFFSETS[self.block_version], _BLOCK)
@@ -178,10 +179,10 @@ class _File:
 class _Object:
     """An open object: its file and its place in the directory."""
 
-    def __init__(self, file: _File, number: int, index: int) -> None:
+    def __init__(self, file: _File, index: int, *, created: bool) -> None:
         self.file = file
-        self.number = number
         self.index = index
+        self.created = created
 
 
 class StorageStandIn:
@@ -212,7 +213,7 @@ class StorageStandIn:
 
     def _update_version(self, thread: Thread, versions: _Object, uuid: UUID, version: int) -> Steps[None]:
         count = 0
-        if versions.file.counter > 2:  # not created just now
+        if not versions.created:
             header = yield from self._locked(thread, versions.file.read(thread, 0, _VERSIONS_HEADER.size))
             _, count = _VERSIONS_HEADER.unpack(header)
         index = 0
@@ -305,9 +306,7 @@ class StorageStandIn:
     def _indices() -> Iterator[int]:
         return iter(range(_BLOCK // _ENTRY.size))
 
-    def _read_entry(
-        self, thread: Thread, directory: _File, index: int
-    ) -> Steps[tuple[bytes, bytes, int, bytes, int] | None]:
+    def _read_entry(self, thread: Thread, directory: _File, index: int) -> Steps[_Entry | None]:
         data = yield from directory.read(thread, index * _ENTRY.size, _ENTRY.size)
         if len(data) < _ENTRY.size:
             return None
@@ -339,7 +338,7 @@ class StorageStandIn:
         except TeeError:
             yield from self._put_directory(thread)
             raise
-        return _Object(file, number, index)
+        return _Object(file, index, created=False)
 
     def _create(self, thread: Thread, name: bytes, content: bytes) -> Steps[_Object]:
         directory = yield from self._get_directory(thread)
@@ -362,7 +361,7 @@ class StorageStandIn:
             yield from self._put_directory(thread)
             raise
         self._numbers.add(number)
-        return _Object(file, number, index)
+        return _Object(file, index, created=True)
 
     def _write(self, thread: Thread, target: _Object, offset: int, data: bytes) -> Steps[None]:
         """Write and commit: the object, then its root hash in the directory."""

@@ -15,6 +15,7 @@ async def hello(guest: Guest, report: Report, *, rounds: int | None = None) -> N
     async with guest.context() as context:
         session = await report.open_if_present(context, HELLO_WORLD, "hello_world")
         if session is None:
+            report.unexpected("hello_world is absent")
             return
         value = _START
         done = 0

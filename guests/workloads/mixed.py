@@ -5,7 +5,7 @@ from typing import Final
 
 import trio
 
-from guests.client import Context, Session, TeeError
+from guests.client import Context, Session
 from guests.guest import Guest
 from guests.parameters import Direction, MemoryResult, Partial, Temporary, Value, Values
 from guests.workloads.applications import AES, HELLO_WORLD, OS_TEST, RANDOM, Aes, HelloWorld, OsTest

@@ -14,7 +14,14 @@ from optee.abi.message import OFFSET_RET
 from optee.abi.smc import Function
 
 _MEDIATOR_ANSWERS: Final = 0xFFFFFFFF
-_STATE_FIELDS: Final = ("pins", "state.call_count", "state.quota_pages", "state.quota_bufs", "state.rpc_bufs", "state.shm_bufs")
+_STATE_FIELDS: Final = (
+    "pins",
+    "state.call_count",
+    "state.quota_pages",
+    "state.quota_bufs",
+    "state.rpc_bufs",
+    "state.shm_bufs",
+)
 _COMPARED_STATE: Final = ("call_count", "quota_pages", "quota_bufs", "rpc_bufs")
 
 
@@ -94,9 +101,7 @@ class _Comparison:
         finally:
             run.close()
         if observe:
-            self.report.observed.append(
-                {**self.vector.model_dump(mode="json", exclude={"steps"}), "steps": observed}
-            )
+            self.report.observed.append({**self.vector.model_dump(mode="json", exclude={"steps"}), "steps": observed})
 
     def _step(self, index: int, recorded: v.Step, ours: Observed) -> None:
         report = self.report
@@ -203,7 +208,9 @@ class _Comparison:
             yield Difference("forwarded", announced, calls)
         empty = v.State()
         if ours.out.state != empty:
-            yield Difference("state", empty.model_dump(), None if ours.out.state is None else ours.out.state.model_dump())
+            yield Difference(
+                "state", empty.model_dump(), None if ours.out.state is None else ours.out.state.model_dump()
+            )
         pins = ours.out.pins.get(str(recorded.domain), {})
         if pins:
             yield Difference("pins", {}, pins)

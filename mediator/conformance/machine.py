@@ -1,20 +1,19 @@
 """The machine of a vector file: domains with the stated frames, flips and allocation faults on demand."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from hv_models.machine import MEDIATOR_BASE, Machine, RamBlock
-from hv_models.memory import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Frames
-from hv_models.pages import Page
+from hv_models.machine import Machine, RamBlock
+from hv_models.memory import PAGE_MASK, PAGE_SHIFT, Frames
 from hv_models.stage2 import PageKind, Pinned, Stage2Fault
 from hv_models.vm import VirtualMachine
 from mediator.conformance.vectors import AllocFault, Domain, Flip, MemoryWrite, P2m
 from mediator.core.ledger import Charge, Ledger, Limits, OverLimit
 from mediator.core.ports import SharedPage
-from mediator.invariants import pins_by_frame
+from mediator.host import Host
 
 POISON: Final = 0xA5
 """What a fresh page of the observed mediator's heap holds."""
@@ -107,11 +106,11 @@ def poke(vm: VirtualMachine, page_ipa: int, offset: int, data: bytes) -> None:
         address += len(part)
 
 
-class VectorMachine:
+class VectorMachine(Host):
     """Domains, and the mediator's heap; everything a vector does to the machine."""
 
     def __init__(self, domains: Sequence[Domain]) -> None:
-        self.machine = Machine()
+        super().__init__(Machine())
         self.described = {domain.id: domain for domain in domains}
         self.vms: dict[int, VirtualMachine] = {}
         self.memories: dict[int, VectorMemory] = {}
@@ -151,18 +150,9 @@ class VectorMachine:
 
     # The secure world's port of the core, with faults
 
-    def call(self, regs: tuple[int, ...]) -> tuple[int, ...]:
-        """The secure world is a script: the comparison answers itself."""
-        raise NotImplementedError
-
     def lend(self) -> SharedPage | None:
         """See `SecureWorld`."""
-        return None if self.pages.due() else self.machine.pages.allocate()
-
-    def take_back(self, page: SharedPage) -> None:
-        """See `SecureWorld`."""
-        assert isinstance(page, Page)
-        self.machine.pages.release(page)
+        return None if self.pages.due() else super().lend()
 
     def ledger(self, limits: Limits) -> Ledger:
         """A ledger whose records can fail to be allocated."""
@@ -209,25 +199,6 @@ class VectorMachine:
             if ipa is not None:
                 return domain, ipa >> PAGE_SHIFT
         return None
-
-    def pins(self, vm: int) -> Mapping[int, int]:
-        """See `mediator.invariants.Host`."""
-        return pins_by_frame(self.vms[vm - 1])
-
-    def pin_count(self, vm: int) -> int:
-        """See `mediator.invariants.Host`."""
-        return self.vms[vm - 1].pins
-
-    def frame(self, pa: int) -> memoryview:
-        """See `mediator.invariants.Host`."""
-        if pa not in self.machine.pages:
-            raise KeyError(pa)
-        return self.machine.memory.frame(pa)
-
-    def host_addresses(self) -> Sequence[tuple[int, int]]:
-        """See `mediator.invariants.Host`. The frames of a vector's domains have addresses that a guest may name."""
-        pages = self.machine.pages
-        return ((MEDIATOR_BASE, MEDIATOR_BASE + pages.capacity * PAGE_SIZE),)
 
 
 class _FaultyLedger(Ledger):

@@ -38,7 +38,12 @@ ENOMEM: Final = -12
 ENODEV: Final = -19
 _RC: Final = {0: 0, 6: ENOMEM}
 _TMEM: Final = range(int(ParamType.TMEM_INPUT), int(ParamType.TMEM_INOUT) + 1)
-_RESUMES: Final = {RpcReturn.ALLOC: "ALLOC", RpcReturn.CMD: "CMD", RpcReturn.FOREIGN_INTR: "INTR", RpcReturn.FREE: "FREE"}
+_RESUMES: Final = {
+    RpcReturn.ALLOC: "ALLOC",
+    RpcReturn.CMD: "CMD",
+    RpcReturn.FOREIGN_INTR: "INTR",
+    RpcReturn.FREE: "FREE",
+}
 _NO_ANSWER: Final = (0, 0, 0, 0)
 _MERGE: Final = 8
 """Changed runs that are closer than this are written as one, as in the recorded files."""

@@ -265,6 +265,7 @@ def read_json(path: Path) -> Any:
 
     Raises:
         DocumentError: it cannot be read, or is not whole.
+
     """
     try:
         data = path.read_bytes()
@@ -293,6 +294,7 @@ def load_vectors(path: Path) -> Document:
 
     Raises:
         DocumentError: with the place of each thing that is wrong.
+
     """
     data = read_json(path)
     if not isinstance(data, dict) or data.get("format") != FORMAT:

@@ -36,9 +36,7 @@ class Charge:
 
     __slots__ = ("_ledger", "buffers", "calls", "memory", "pages", "rpc_arguments")
 
-    def __init__(
-        self, ledger: "Ledger", pages: int, buffers: int, rpc_arguments: int, calls: int, memory: int
-    ) -> None:
+    def __init__(self, ledger: "Ledger", pages: int, buffers: int, rpc_arguments: int, calls: int, memory: int) -> None:
         self._ledger: Ledger | None = ledger
         self.pages = pages
         self.buffers = buffers

@@ -54,9 +54,7 @@ RELEASES_PER_STEP: Final = LISTS_PER_STEP
 """Buffers released before others get a turn when a guest is destroyed (R23)."""
 
 _FUNCTIONS: Final = {int(function): function for function in Function}
-_YIELDING: Final = frozenset(
-    {Function.CALL_WITH_ARG, Function.CALL_WITH_RPC_ARG, Function.CALL_WITH_REGD_ARG}
-)
+_YIELDING: Final = frozenset({Function.CALL_WITH_ARG, Function.CALL_WITH_RPC_ARG, Function.CALL_WITH_REGD_ARG})
 _HANDLED: Final = _YIELDING | fast.FORWARDED | fast.LOCAL | {Function.RETURN_FROM_RPC}
 _UNKNOWN: Final = int(ReturnCode.UNKNOWN_FUNCTION)
 
@@ -81,9 +79,7 @@ class Mediator:
     `resume`. Each returns a `Step`; `returned` and `proceed` go on with one.
     """
 
-    def __init__(
-        self, policy: Policy, world: SecureWorld, ledger: Callable[[Limits], Ledger] = Ledger
-    ) -> None:
+    def __init__(self, policy: Policy, world: SecureWorld, ledger: Callable[[Limits], Ledger] = Ledger) -> None:
         unhandled = policy.functions - _HANDLED
         if unhandled:
             names = ", ".join(sorted(function.name for function in unhandled))
@@ -97,8 +93,7 @@ class Mediator:
         self._guests: dict[int, Guest] = {}
         self._handlers = {int(function): function for function in policy.functions}
         self._words: dict[str, tuple[Words, bool]] = {
-            name: (words, words == (Word.PASS, Word.PASS, Word.PASS))
-            for name, words in policy.answers.items()
+            name: (words, words == (Word.PASS, Word.PASS, Word.PASS)) for name, words in policy.answers.items()
         }
         self._identities = {function: self._words[function.name] for function in fast.FORWARDED}
 
@@ -196,9 +191,7 @@ class Mediator:
         guest = self._guests.get(vm)
         if guest is None:
             return None
-        held = [
-            f"{count} {name}" for name, count in guest.ledger.sums().items() if count and name != "memory"
-        ]
+        held = [f"{count} {name}" for name, count in guest.ledger.sums().items() if count and name != "memory"]
         return f"VM {vm} shares memory with OP-TEE: {', '.join(held)}" if held else None
 
     def notified(self) -> list[VmId]:

@@ -9,9 +9,9 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-from hv_models.stage2 import Pinned
 
 from hv_models.memory import Pa
+from hv_models.stage2 import Pinned
 
 
 class GuestMemory(Protocol):

@@ -8,9 +8,8 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from typing import Protocol
 
-from hv_models.stage2 import Pinned, Reason, Stage2Fault
-
 from hv_models.memory import PAGE_SIZE
+from hv_models.stage2 import Pinned, Reason, Stage2Fault
 from mediator.core.ledger import Charge, Ledger
 from mediator.core.ports import GuestMemory, SharedPage
 from mediator.core.states import ArgumentState, BufferState, CallState, GuestState
@@ -88,9 +87,7 @@ class Buffer:
         "written",
     )
 
-    def __init__(
-        self, cookie: int, offset: int, size: int, pages: int, written: bool, charge: Charge
-    ) -> None:
+    def __init__(self, cookie: int, offset: int, size: int, pages: int, written: bool, charge: Charge) -> None:
         self.cookie = cookie
         self.offset = offset
         self.size = size

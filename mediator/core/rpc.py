@@ -4,9 +4,9 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-from hv_models.stage2 import Stage2Fault
 
 from hv_models.memory import PAGE_SIZE
+from hv_models.stage2 import Stage2Fault
 from mediator.core.faults import CallRefused, MessageRejected, SecureWorldFault
 from mediator.core.ledger import OverLimit
 from mediator.core.ports import SharedPage
@@ -184,9 +184,7 @@ def _undelivered(core: "Mediator", call: Call, why: str) -> Step:
     assert thread is not None
     call.thread = None
     call.undelivered += 1
-    guest.events.append(
-        Event(RPC_UNDELIVERED, "info", guest.vm, {"call": call.id, "thread": thread, "why": why})
-    )
+    guest.events.append(Event(RPC_UNDELIVERED, "info", guest.vm, {"call": call.id, "thread": thread, "why": why}))
     if call.undelivered > MAX_UNDELIVERED:
         raise SecureWorldFault(f"{call.undelivered} RPCs of one call could not be delivered")
     request = _request(core, call)
@@ -201,19 +199,14 @@ def resume(core: "Mediator", guest: Guest, vcpu: int, regs: Regs) -> Step:
     thread = regs[3] & LOW
     call = guest.suspended.get(thread)
     if call is None:
-        return refuse(
-            core, guest, regs, CallRefused(ReturnCode.ERESUME, f"no call of thread {thread:#x} waits")
-        )
+        return refuse(core, guest, regs, CallRefused(ReturnCode.ERESUME, f"no call of thread {thread:#x} waits"))
     if (
         call.rpc == CMD
         and call.state is CallState.SUSPENDED
         and core.policy.compare_resume_cookie
-        and ((regs[1] & LOW) << 32 | regs[2] & LOW)
-        != ((call.rpc_words[0] & LOW) << 32 | call.rpc_words[1] & LOW)
+        and ((regs[1] & LOW) << 32 | regs[2] & LOW) != ((call.rpc_words[0] & LOW) << 32 | call.rpc_words[1] & LOW)
     ):
-        return refuse(
-            core, guest, regs, CallRefused(ReturnCode.ERESUME, "another RPC argument than the saved one")
-        )
+        return refuse(core, guest, regs, CallRefused(ReturnCode.ERESUME, "another RPC argument than the saved one"))
     del guest.suspended[thread]
     call.thread = None
     call.vcpu = vcpu
@@ -232,9 +225,7 @@ def resume(core: "Mediator", guest: Guest, vcpu: int, regs: Regs) -> Step:
     return _forward(core, call, thread, a1, a2)
 
 
-def _forward(
-    core: "Mediator", call: Call, thread: int, a1: int = 0, a2: int = 0, a4: int = 0, a5: int = 0
-) -> Step:
+def _forward(core: "Mediator", call: Call, thread: int, a1: int = 0, a2: int = 0, a4: int = 0, a5: int = 0) -> Step:
     advance(call, CallEvent.RESUME, CALL_TABLE)
     return core.forward(call, (_RETURN_FROM_RPC, a1, a2, thread, a4, a5, 0, call.guest.vm))
 

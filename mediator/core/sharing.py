@@ -4,9 +4,9 @@ from collections.abc import Generator
 from typing import Final
 
 import numpy as np
-from hv_models.stage2 import Reason, Stage2Fault
 
 from hv_models.memory import PAGE_SIZE
+from hv_models.stage2 import Reason, Stage2Fault
 from mediator.core.faults import MessageRejected
 from mediator.core.ledger import OverLimit
 from mediator.core.ports import SecureWorld, SharedPage
@@ -116,9 +116,7 @@ def _open(guest: Guest, cookie: int, offset: int, size: int, written: bool) -> B
     try:
         charge = guest.ledger.charge(pages, 1, 0, 0, RECORD_MEMORY + PIN_MEMORY * pages)
     except OverLimit as over:
-        raise MessageRejected(
-            Result.OUT_OF_MEMORY, f"{over.resource} at their limit", limit=over.resource
-        ) from None
+        raise MessageRejected(Result.OUT_OF_MEMORY, f"{over.resource} at their limit", limit=over.resource) from None
     if cookie in guest.buffers:
         charge.refund()
         raise MessageRejected(Result.BAD_PARAMETERS, "a buffer with this cookie is live")
@@ -132,9 +130,7 @@ def _lend_lists(world: SecureWorld, guest: Guest, buffer: Buffer) -> None:
     try:
         buffer.list_charge = guest.ledger.charge(0, 0, 0, 0, count * PAGE_SIZE)
     except OverLimit as over:
-        raise MessageRejected(
-            Result.OUT_OF_MEMORY, f"{over.resource} at their limit", limit=over.resource
-        ) from None
+        raise MessageRejected(Result.OUT_OF_MEMORY, f"{over.resource} at their limit", limit=over.resource) from None
     for _ in range(count):
         page = world.lend()
         if page is None:
@@ -207,9 +203,7 @@ def release_buffer(world: SecureWorld, guest: Guest, buffer: Buffer) -> None:
     return_lists(world, buffer)
     buffer.charge.refund()
     del guest.buffers[buffer.cookie]
-    guest.events.append(
-        Event(PAGES_UNPINNED, "debug", guest.vm, {"cookie": buffer.cookie, "pages": buffer.pages})
-    )
+    guest.events.append(Event(PAGES_UNPINNED, "debug", guest.vm, {"cookie": buffer.cookie, "pages": buffer.pages}))
 
 
 def release_argument(world: SecureWorld, guest: Guest, argument: RpcArgument) -> None:

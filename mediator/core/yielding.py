@@ -3,9 +3,8 @@
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Final
 
-from hv_models.stage2 import Stage2Fault
-
 from hv_models.memory import PAGE_SIZE
+from hv_models.stage2 import Stage2Fault
 from mediator.core.faults import CallRefused, MessageRejected
 from mediator.core.ledger import OverLimit
 from mediator.core.policy import Policy
@@ -63,8 +62,7 @@ _COMMS: Final = Origin.COMMS.to_bytes(4, "little")
 _VALUE_OUTPUT: Final = int(ParamType.VALUE_OUTPUT)
 _VALUE_INOUT: Final = int(ParamType.VALUE_INOUT)
 _MEMREF_OUTPUTS: Final = frozenset(
-    int(kind)
-    for kind in (ParamType.RMEM_OUTPUT, ParamType.RMEM_INOUT, ParamType.TMEM_OUTPUT, ParamType.TMEM_INOUT)
+    int(kind) for kind in (ParamType.RMEM_OUTPUT, ParamType.RMEM_INOUT, ParamType.TMEM_OUTPUT, ParamType.TMEM_INOUT)
 )
 _OUTPUTS: Final = _MEMREF_OUTPUTS | {_VALUE_OUTPUT, _VALUE_INOUT}
 
@@ -75,9 +73,7 @@ def enter(core: "Mediator", guest: Guest, vcpu: int, regs: Regs, function: Funct
         charge = guest.ledger.charge(0, 0, 0, 1, CALL_MEMORY)
     except OverLimit as over:
         code = ReturnCode.ETHREAD_LIMIT if over.resource == "calls" else ReturnCode.ENOMEM
-        return refuse(
-            core, guest, regs, CallRefused(code, f"{over.resource} at their limit", limit=over.resource)
-        )
+        return refuse(core, guest, regs, CallRefused(code, f"{over.resource} at their limit", limit=over.resource))
     call = Call(guest, vcpu, regs, function, charge)
     call.work = _enter(core, call)
     return core.work(call)

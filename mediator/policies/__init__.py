@@ -116,9 +116,7 @@ class PolicyDocument(_Strict):
     def policy(self) -> Policy:
         """The same as the core wants it."""
         nsec = self.capabilities.nsec
-        answers: dict[str, Words] = {
-            name: (words[0], words[1], words[2]) for name, words in self.answers.items()
-        }
+        answers: dict[str, Words] = {name: (words[0], words[1], words[2]) for name, words in self.answers.items()}
         for function in Function:
             answers.setdefault(function.name, answers["completed"])
         sec = SecCapability(0)
@@ -134,9 +132,7 @@ class PolicyDocument(_Strict):
             sec_capabilities=sec,
             register_attributes=frozenset(self.rules.register_attributes),
             unregister_attributes=(
-                None
-                if self.rules.unregister_attributes is None
-                else frozenset(self.rules.unregister_attributes)
+                None if self.rules.unregister_attributes is None else frozenset(self.rules.unregister_attributes)
             ),
             cookie_zero=self.rules.cookie_zero,
             compare_resume_cookie=self.rules.compare_resume_cookie,
@@ -170,9 +166,7 @@ def load_policy(name_or_file: str) -> Policy:
     else:
         path = Path(name_or_file)
         if path.suffix not in (".yaml", ".yml"):
-            raise DocumentError(
-                [f"policy {name_or_file!r} is none of {', '.join(BUILT_IN)}, and no .yaml file"]
-            )
+            raise DocumentError([f"policy {name_or_file!r} is none of {', '.join(BUILT_IN)}, and no .yaml file"])
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

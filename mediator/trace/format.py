@@ -177,6 +177,7 @@ def read_trace(path: Path) -> tuple[Header, list[TraceEvent]]:
 
     Raises:
         DocumentError: with file:line of the first thing that is wrong.
+
     """
     header: Header | None = None
     events: list[TraceEvent] = []

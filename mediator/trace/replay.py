@@ -5,30 +5,531 @@ and what the guest sees are compared with the recording. Source: the trace-file 
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from hv_models.machine import FIRST_GUEST_PA, MEDIATOR_BASE, Machine, RamBlock
-from hv_models.memory import PAGE_SIZE
-from hv_models.pages import Page
-from mediator.core.mediator import Lifecycle, Mediator
-from mediator.core.policy import Policy
-from mediator.core.ports import SharedPage
-from mediator.core.records import Call
+from hv_models.machine import Machine, RamBlock
+from hv_models.memory import PAGE_MASK, PAGE_SIZE
+from hv_models.vm import VirtualMachine
+from mediator.core.mediator import Mediator
+from mediator.core.policy import Policy, Word
 from mediator.core.steps import Forward, Preempt, Queue, Regs, Reply, Step, Ticket
-from mediator.invariants import Checker, Violation, pins_by_frame
+from mediator.documents import DocumentError
+from mediator.host import Host
+from mediator.invariants import Checker, Violation
 from mediator.trace.format import (
     AnswerEvent,
     CallEvent,
     ForwardEvent,
     Header,
     Mark,
-    Memory,
     ReturnEvent,
     TraceEvent,
     read_trace,
 )
+from optee.abi.message import (
+    ENTRIES_PER_PAGE,
+    HEADER,
+    HEADER_SIZE,
+    NONCONTIG,
+    OFFSET_RET,
+    OFFSET_RET_ORIGIN,
+    OFFSET_SESSION,
+    PARAM,
+    PARAM_SIZE,
+    TYPE_MASK,
+    ParamType,
+    page_count,
+)
+from optee.abi.smc import API_UID, Function, ReturnCode, RpcReturn, SecCapability, VmId, is_rpc
+
+LOW: Final = 0xFFFFFFFF
+ROOMY_THREADS: Final = 64
+"""Threads of the scripted OP-TEE where the recording does not say how many it had: more than any recorded
+call needs, so that it is the recorded OP-TEE that answers ETHREAD_LIMIT."""
+DEFAULT_CLIENT: Final = 1
+
+_MESSAGE_CALLS: Final = frozenset({Function.CALL_WITH_ARG, Function.CALL_WITH_RPC_ARG, Function.CALL_WITH_REGD_ARG})
+_YIELDING: Final = _MESSAGE_CALLS | {Function.RETURN_FROM_RPC}
+_IDENTITIES: Final = frozenset(
+    {Function.CALLS_UID, Function.CALLS_REVISION, Function.GET_OS_UUID, Function.GET_OS_REVISION, Function.CALLS_COUNT}
+)
+_TMEM: Final = range(int(ParamType.TMEM_INPUT), int(ParamType.TMEM_INOUT) + 1)
+_VALUE_OUTPUTS: Final = frozenset({int(ParamType.VALUE_OUTPUT), int(ParamType.VALUE_INOUT)})
+_SIZE_OUTPUTS: Final = frozenset(
+    int(kind) for kind in (ParamType.RMEM_OUTPUT, ParamType.RMEM_INOUT, ParamType.TMEM_OUTPUT, ParamType.TMEM_INOUT)
+)
+
+
+@dataclass(slots=True)
+class ReplayReport:
+    """What a replay found."""
+
+    events: int = 0
+    calls: int = 0
+    forwarded: int = 0
+    returned: int = 0
+    expected: Counter[str] = field(default_factory=Counter)
+    unexpected: int = 0
+    first_unexpected: dict[str, Any] | None = None
+    peak_pages_pinned: int = 0
+    left: dict[str, int] = field(default_factory=dict)
+    violations: list[Violation] = field(default_factory=list)
+
+    @property
+    def good(self) -> bool:
+        """Nothing was unexpected and no invariant was violated."""
+        return not self.unexpected and not self.violations
+
+    def as_data(self) -> dict[str, Any]:
+        """The JSON document of `mediator replay`."""
+        return {
+            "format": "mediator-replay/1",
+            "events": self.events,
+            "calls": self.calls,
+            "forwarded": self.forwarded,
+            "returned": self.returned,
+            "expected": dict(sorted(self.expected.items())),
+            "unexpected": self.unexpected,
+            "first_unexpected": self.first_unexpected,
+            "peak_pages_pinned": self.peak_pages_pinned,
+            "left": self.left,
+            "violations": [violation.as_data() for violation in self.violations],
+        }
+
+
+@dataclass(slots=True)
+class Pending:
+    """A call that is with the scripted OP-TEE: where OP-TEE sees its message and RPC argument."""
+
+    ticket: Ticket
+    regs: Regs
+    shadow: int = 0
+    rpc_behind: bool = False
+
+
+Observer = Callable[[TraceEvent, Step], None]
+
+
+class Replay:
+    """One trace and one policy. `observer` sees each event with the step that answered it."""
+
+    def __init__(self, header: Header, events: list[TraceEvent], policy: Policy, observer: Observer | None = None):
+        self.header = header
+        self.events = events
+        self.policy = policy
+        self.report = ReplayReport(events=len(events))
+        self.machine = Machine()
+        self.client = VmId(DEFAULT_CLIENT if header.client_id is None else header.client_id)
+        self.vm: VirtualMachine = self.machine.create_xen(
+            "recorded", [RamBlock(ipa, size) for ipa, size in header.ram], domain=self.client - 1
+        )
+        self.ram = self.vm.ram
+        host = Host(self.machine)
+        self.mediator = Mediator(policy, host)
+        self.checker = Checker(self.mediator, host)
+        self._as_xen = policy.name == "xen" and header.client_id is not None
+        self._observer = observer
+        self._own = _own_answers(events)
+        self._pending: dict[int, Pending] = {}
+        self._replies: dict[int, Reply] = {}
+        self._calls: dict[int, CallEvent] = {}
+        self._threads: dict[int, Pending] = {}
+        self._arguments: dict[int, int] = {}
+        self._event: TraceEvent = Mark(1, "start")
+
+    def run(self, progress: Callable[[int, int], None] = lambda done, total: None) -> ReplayReport:
+        """All events; afterwards the VM is destroyed and everything must be given back."""
+        try:
+            self._start()
+            for number, event in enumerate(self.events):
+                self._event = event
+                if isinstance(event, CallEvent):
+                    self._call(event)
+                elif isinstance(event, ForwardEvent):
+                    self._recorded_forward(event)
+                elif isinstance(event, AnswerEvent):
+                    if event.id is not None and event.id in self._pending:
+                        self._answer(event.id, event.regs, event.message, event.rpc)
+                elif isinstance(event, ReturnEvent):
+                    self._return(event)
+                if number % 256 == 0:
+                    progress(number, len(self.events))
+            self._end()
+            progress(len(self.events), len(self.events))
+        finally:
+            self.machine.close()
+        self.report.violations = self.checker.violations
+        return self.report
+
+    # Start and end
+
+    def _start(self) -> None:
+        reply = self._host_request(self.checker.probe())
+        if reply.regs[0] != ReturnCode.OK:
+            self._unexpected("probe", "OP-TEE", hex(reply.regs[0]))
+        reply = self._host_request(self.checker.create(self.client, self.vm))
+        if reply.regs[0] != ReturnCode.OK:
+            self._unexpected("create", "a guest", hex(reply.regs[0]))
+
+    def _host_request(self, step: Step) -> Reply:
+        while not isinstance(step, Reply):
+            if isinstance(step, Preempt):
+                step = self.checker.proceed(step.ticket)
+                continue
+            assert isinstance(step, Forward)
+            recorded = self._own.get(step.regs[0], [])
+            if recorded:
+                forward, answer = recorded.pop(0)
+                if self._as_xen and forward.regs != step.regs:
+                    self._unexpected("forward.regs", _hexes(forward.regs), _hexes(step.regs))
+                regs = answer.regs
+            else:
+                regs = _SCRIPTED.get(step.regs[0], (0, 0, 0, 0))
+            step = self.checker.returned(step.ticket, regs)
+        return step
+
+    def _end(self) -> None:
+        guest = self.mediator.guests.get(self.client)
+        if guest is not None:
+            self.report.peak_pages_pinned = guest.ledger.pages_peak
+            sums = guest.ledger.sums()
+            self.report.left = {name: sums[name] for name in ("pages", "calls", "buffers", "rpc_arguments")}
+            for identity in list(self._pending):
+                # The recording ends while OP-TEE runs this call: the call ends with the recording.
+                self._answer(identity, (ReturnCode.EBADCMD, 0, 0, 0), None, None)
+        self.checker.scan()
+        self._host_request(self.checker.destroy(self.client))
+        pins = self.vm.pins
+        pages = self.machine.pages.allocated
+        if pins or pages or self.mediator.guests:
+            self._unexpected("left after the end", 0, {"pins": pins, "mediator pages": pages})
+
+    # The guest's side
+
+    def _call(self, event: CallEvent) -> None:
+        self.report.calls += 1
+        self._calls[event.id] = event
+        resumes = event.regs[0] & LOW == Function.RETURN_FROM_RPC
+        for entry in event.memory:
+            if not resumes or entry.kind != "message":
+                # A driver leaves the message of a suspended call alone.
+                self._write_guest(entry.at, entry.data)
+        self._go_on(event.id, self.checker.submit(self.client, event.vcpu, event.regs), None)
+
+    def _go_on(self, identity: int, step: Step, pending: Pending | None) -> None:
+        while isinstance(step, Preempt):
+            step = self.checker.proceed(step.ticket)
+        if self._observer is not None:
+            self._observer(self._event, step)
+        if isinstance(step, Reply):
+            self._replies[identity] = step
+            if pending is not None and is_rpc(step.regs[0]):
+                self._threads[step.regs[3] & LOW] = pending
+        elif isinstance(step, Forward):
+            self._pending[identity] = self._forwarded(self._calls[identity], step)
+        else:
+            assert isinstance(step, Queue)
+            self._unexpected("step", "an answer", f"the call waits until {step.until}")
+
+    def _return(self, event: ReturnEvent) -> None:
+        self.report.returned += 1
+        if event.id in self._pending:
+            by_kind = {entry.kind: entry.data for entry in event.memory if entry.kind != "list"}
+            self._answer(event.id, event.regs, by_kind.get("message"), by_kind.get("rpc"))
+        reply = self._replies.pop(event.id, None)
+        call = self._calls.pop(event.id)
+        if reply is None:
+            self._unexpected("return", _hexes(event.regs), "no answer")
+            return
+        self._compare_registers(call, event.regs, reply.regs)
+        a0 = event.regs[0] & LOW
+        for entry in event.memory:
+            done = entry.kind == "message" and a0 == ReturnCode.OK
+            asked = entry.kind == "rpc" and a0 == RpcReturn.CMD
+            if done or asked:
+                data = entry.data
+                if asked:
+                    data = data[: HEADER_SIZE + PARAM_SIZE * HEADER.unpack_from(data)[7]]
+                seen = self._read_guest(entry.at, len(data))
+                if seen != data:
+                    self._unexpected(f"guest's {entry.kind}", *_first_difference(data, seen))
+
+    def _compare_registers(self, call: CallEvent, recorded: Regs, seen: Regs) -> None:
+        function = call.regs[0] & LOW
+        expected = self.report.expected
+        if function == Function.CALLS_COUNT and seen[0] != recorded[0]:
+            expected["calls_count"] += 1
+            return
+        if function == Function.EXCHANGE_CAPABILITIES and seen[0] & LOW == recorded[0] & LOW == 0:
+            offered = recorded[1] & self.policy.sec_capabilities & ~SecCapability.HAVE_RESERVED_SHM
+            if seen[1] == offered != recorded[1]:
+                expected["capabilities_masked"] += 1
+                recorded = (recorded[0], seen[1], *recorded[2:])
+            for word, capability in ((2, SecCapability.ASYNC_NOTIF), (3, SecCapability.RPC_ARG)):
+                if not offered & capability and recorded[word] and seen[word] == 0:
+                    expected["capability_word_zeroed"] += 1
+                    recorded = (*recorded[:word], 0, *recorded[word + 1 :])
+        a0 = recorded[0] & LOW
+        failed = function not in _IDENTITIES and a0 != 0 and not is_rpc(a0)
+        words = 1 if failed else 4
+        if seen[:words] == recorded[:words]:
+            return
+        if seen[0] == recorded[0] and self._by_policy(function, call.regs, recorded, seen):
+            expected["register_convention"] += 1
+            return
+        self._unexpected("guest's registers", _hexes(recorded[:words]), _hexes(seen[:words]))
+
+    def _by_policy(self, function: int, regs: Regs, recorded: Regs, seen: Regs) -> bool:
+        """Whether the words that differ are those that the policy keeps or zeroes (R3)."""
+        if function in _YIELDING:
+            name = "suspended" if is_rpc(seen[0]) else "completed"
+        else:
+            name = Function(function).name
+        conventions = self.policy.answers[name]
+        return all(
+            seen[at] == recorded[at]
+            or (conventions[at - 1] is Word.KEEP and seen[at] == regs[at])
+            or (conventions[at - 1] is Word.ZERO and seen[at] == 0)
+            for at in (1, 2, 3)
+        )
+
+    # The secure world's side
+
+    def _forwarded(self, call: CallEvent, step: Forward) -> Pending:
+        self.report.forwarded += 1
+        regs = step.regs
+        asked = call.regs[0] & LOW
+        function = regs[0]
+        wanted = asked
+        if asked == Function.CALL_WITH_REGD_ARG:
+            wanted = int(Function.CALL_WITH_RPC_ARG)
+            self.report.expected["regd_arg_as_rpc_arg"] += 1
+        if function != wanted:
+            self._unexpected("forwarded function", hex(wanted), hex(function))
+        if regs[7] != self.client:
+            self._unexpected("forwarded a7", self.client, regs[7])
+        pending = Pending(step.ticket, regs)
+        if function in _MESSAGE_CALLS:
+            pending.shadow = regs[1] << 32 | regs[2]
+            pending.rpc_behind = function == Function.CALL_WITH_RPC_ARG
+            self._check_message(call, pending)
+        elif function == Function.RETURN_FROM_RPC:
+            known = self._threads.pop(regs[3], None)
+            if known is None:
+                self._unexpected("resumed thread", "a suspended one", regs[3])
+            else:
+                pending.shadow, pending.rpc_behind = known.shadow, known.rpc_behind
+            self._check_resume(call, pending)
+        return pending
+
+    def _check_message(self, call: CallEvent, pending: Pending) -> None:
+        """The message that OP-TEE sees equals the guest's but for addresses and ret (R11)."""
+        for entry in call.memory:
+            if entry.kind == "message":
+                size = HEADER_SIZE + PARAM_SIZE * HEADER.unpack_from(entry.data)[7]
+                self._check_shadow("message", entry.data[:size], pending.shadow, 0, preset=True)
+                return
+
+    def _check_resume(self, call: CallEvent, pending: Pending) -> None:
+        regs = pending.regs
+        page = regs[1] << 32 | regs[2]
+        if page in self.machine.pages:
+            self._arguments[(regs[4] & LOW) << 32 | regs[5] & LOW] = page
+            return
+        for entry in call.memory:
+            if entry.kind != "rpc":
+                continue
+            place = self._rpc_place(pending, (call.regs[1] & LOW) << 32 | call.regs[2] & LOW)
+            header = HEADER.unpack_from(entry.data)
+            if place is None or (header[0] == 0 and header[7] == 0):
+                continue
+            size = min(HEADER_SIZE + PARAM_SIZE * header[7], len(entry.data))
+            self._check_shadow("rpc", entry.data[:size], *place, preset=False)
+
+    def _rpc_place(self, pending: Pending, cookie: int) -> tuple[int, int] | None:
+        """Where OP-TEE sees the RPC argument: page and offset."""
+        if pending.rpc_behind:
+            count = HEADER.unpack_from(self.machine.memory.frame(pending.shadow))[7]
+            return pending.shadow, HEADER_SIZE + PARAM_SIZE * count
+        page = self._arguments.get(cookie)
+        return None if page is None else (page, 0)
+
+    def _check_shadow(self, what: str, guests: bytes, page: int, base: int, *, preset: bool) -> None:
+        if page not in self.machine.pages:
+            self._unexpected(f"forwarded {what}", "a page of the mediator's", hex(page))
+            return
+        seen = bytearray(self.machine.memory.frame(page)[base : base + len(guests)])
+        wanted = bytearray(guests)
+        if preset:
+            seen[OFFSET_RET:OFFSET_RET_ORIGIN] = wanted[OFFSET_RET:OFFSET_RET_ORIGIN] = bytes(4)
+        for at in range(HEADER_SIZE, len(guests) - PARAM_SIZE + 1, PARAM_SIZE):
+            attribute, pointer, size, _ = PARAM.unpack_from(guests, at)
+            if attribute & TYPE_MASK in _TMEM and attribute & NONCONTIG and pointer:
+                self._check_list(pointer, int.from_bytes(seen[at + 8 : at + 16], "little"), size)
+                seen[at + 8 : at + 16] = wanted[at + 8 : at + 16] = bytes(8)
+        if seen != wanted:
+            self._unexpected(f"forwarded {what}", *_first_difference(bytes(wanted), bytes(seen)))
+
+    def _check_list(self, guests: int, ours: int, size: int) -> None:
+        """Each address is the stage-2 image of the guest's, its page is pinned, and none is left as it was."""
+        if ours & PAGE_MASK != guests & PAGE_MASK:
+            self._unexpected("offset of a buffer", guests & PAGE_MASK, ours & PAGE_MASK)
+        left = page_count(size, guests & PAGE_MASK)
+        guest_page, page = guests & ~PAGE_MASK, ours & ~PAGE_MASK
+        while left:
+            if page not in self.machine.pages:
+                self._unexpected("page list", "a page of the mediator's", hex(page))
+                return
+            words = np.frombuffer(self.machine.memory.frame(page), "<u8")
+            recorded = np.frombuffer(self._read_guest(guest_page, PAGE_SIZE), "<u8")
+            part = min(left, ENTRIES_PER_PAGE)
+            for entry, ipa in zip(words[:part].tolist(), recorded[:part].tolist(), strict=True):
+                found = self.vm.find(entry)
+                bank, number = self.machine.memory.find(entry)
+                if found != ipa or entry == ipa or bank.pins[number] < 1:
+                    self._unexpected("translated page", f"the pinned image of {ipa:#x}", hex(entry))
+                    return
+            left -= part
+            page, guest_page = int(words[ENTRIES_PER_PAGE]), int(recorded[ENTRIES_PER_PAGE])
+
+    def _recorded_forward(self, event: ForwardEvent) -> None:
+        """What another mediator forwarded for the same call (policy `xen` only)."""
+        if event.id is None or not self._as_xen:
+            return
+        pending = self._pending.get(event.id)
+        if pending is None:
+            reply = self._replies.get(event.id)
+            if reply is None or reply.regs[0] != ReturnCode.ETHREAD_LIMIT:
+                self._unexpected("forward", _hexes(event.regs), "answered by the mediator itself")
+            return
+        regs, recorded = list(pending.regs), list(event.regs)
+        if regs[0] in _MESSAGE_CALLS or (regs[1] << 32 | regs[2]) in self.machine.pages:
+            regs[1:3] = recorded[1:3] = []
+        if regs != recorded:
+            self._unexpected("forward.regs", _hexes(recorded), _hexes(regs))
+        if event.message is not None and regs[0] in _MESSAGE_CALLS:
+            # Between the first forward and the end the shadow is OP-TEE's.
+            self._compare_forward("message", event.message, pending.shadow)
+        if event.rpc is not None:
+            call = self._calls[event.id]
+            place = self._rpc_place(pending, (call.regs[1] & LOW) << 32 | call.regs[2] & LOW)
+            if place is not None and not place[1]:
+                size = HEADER_SIZE + PARAM_SIZE * HEADER.unpack_from(event.rpc)[7]
+                self._compare_forward("rpc", event.rpc[:size], place[0])
+
+    def _compare_forward(self, what: str, recorded: bytes, page: int) -> None:
+        theirs, ours = bytearray(recorded), bytearray(self.machine.memory.frame(page)[: len(recorded)])
+        if what == "message":
+            ours[OFFSET_RET:OFFSET_RET_ORIGIN] = theirs[OFFSET_RET:OFFSET_RET_ORIGIN] = bytes(4)
+        for at in range(HEADER_SIZE, len(theirs) - PARAM_SIZE + 1, PARAM_SIZE):
+            attribute, pointer, _, _ = PARAM.unpack_from(theirs, at)
+            if attribute & TYPE_MASK in _TMEM and attribute & NONCONTIG and pointer:
+                for side in (theirs, ours):
+                    low = int.from_bytes(side[at + 8 : at + 16], "little") & PAGE_MASK
+                    side[at + 8 : at + 16] = low.to_bytes(8, "little")
+        if theirs != ours:
+            self._unexpected(f"forward.{what}", *_first_difference(bytes(theirs), bytes(ours)))
+
+    def _answer(self, identity: int, regs: Regs, message: bytes | None, rpc: bytes | None) -> None:
+        """The scripted OP-TEE writes what the recorded one wrote, and answers."""
+        pending = self._pending.pop(identity)
+        a0 = regs[0] & LOW
+        if pending.shadow and pending.shadow in self.machine.pages:
+            if message is not None and a0 == ReturnCode.OK:
+                frame = self.machine.memory.frame(pending.shadow)
+                for start, end in _output_fields(message):
+                    frame[start:end] = message[start:end]
+            if rpc is not None and a0 == RpcReturn.CMD:
+                place = self._rpc_place(pending, (regs[1] & LOW) << 32 | regs[2] & LOW)
+                if place is not None:
+                    size = HEADER_SIZE + PARAM_SIZE * HEADER.unpack_from(rpc)[7]
+                    page, base = place
+                    self.machine.memory.frame(page)[base : base + size] = rpc[:size]
+        self._go_on(identity, self.checker.returned(pending.ticket, regs), pending)
+
+    # Memory of the guest
+
+    def _write_guest(self, ipa: int, data: bytes) -> None:
+        for ram in self.ram:
+            if ram.base <= ipa and ipa + len(data) <= ram.base + ram.size:
+                ram.write(ipa, data)
+                return
+        self._unexpected("recorded memory", "an address in RAM", hex(ipa))
+
+    def _read_guest(self, ipa: int, size: int) -> bytes:
+        for ram in self.ram:
+            if ram.base <= ipa and ipa + size <= ram.base + ram.size:
+                return ram.read(ipa, size)
+        return bytes(size)
+
+    def _unexpected(self, what: str, expected: Any, got: Any) -> None:
+        self.report.unexpected += 1
+        if self.report.first_unexpected is None:
+            event = self._event
+            self.report.first_unexpected = {
+                "line": event.line,
+                "call": getattr(event, "id", None),
+                "what": what,
+                "expected": expected,
+                "got": got,
+            }
+
+
+_SCRIPTED: Final[dict[int, Regs]] = {
+    int(Function.CALLS_UID): API_UID,
+    int(Function.GET_THREAD_COUNT): (0, ROOMY_THREADS, 0, 0),
+}
+
+
+def _own_answers(events: list[TraceEvent]) -> dict[int, list[tuple[ForwardEvent, AnswerEvent]]]:
+    """The recorded mediator's own calls and their answers, by function."""
+    found: dict[int, list[tuple[ForwardEvent, AnswerEvent]]] = {}
+    waiting: ForwardEvent | None = None
+    for event in events:
+        if isinstance(event, ForwardEvent) and event.id is None:
+            waiting = event
+        elif isinstance(event, AnswerEvent) and event.id is None and waiting is not None:
+            found.setdefault(waiting.regs[0] & LOW, []).append((waiting, event))
+            waiting = None
+    return found
+
+
+def _output_fields(message: bytes) -> list[tuple[int, int]]:
+    """Where OP-TEE writes in a message: session, ret, ret_origin, output values and sizes."""
+    fields = [(OFFSET_SESSION, OFFSET_SESSION + 4), (OFFSET_RET, OFFSET_RET + 8)]
+    for at in range(HEADER_SIZE, len(message) - PARAM_SIZE + 1, PARAM_SIZE):
+        kind = PARAM.unpack_from(message, at)[0] & TYPE_MASK
+        if kind in _VALUE_OUTPUTS:
+            fields.append((at + 8, at + 32))
+        elif kind in _SIZE_OUTPUTS:
+            fields.append((at + 16, at + 24))
+    return fields
+
+
+def _hexes(regs: Sequence[int]) -> list[str]:
+    return [hex(word) for word in regs]
+
+
+def _first_difference(expected: bytes, got: bytes) -> tuple[str, str]:
+    at = next((i for i in range(min(len(expected), len(got))) if expected[i] != got[i]), min(len(expected), len(got)))
+    return f"at byte {at}: {expected[at : at + 16].hex()}", f"at byte {at}: {got[at : at + 16].hex()}"
+
+
+def replay(path: Path, policy: Policy, progress: Callable[[int, int], None] = lambda done, total: None) -> ReplayReport:
+    """Replay one trace file.
+
+    Raises:
+        DocumentError: the file is not a whole trace.
+
+    """
+    header, events = read_trace(path)
+    try:
+        run = Replay(header, events, policy)
+    except ValueError as error:
+        raise DocumentError([f"{path}:1: {error}"]) from None
+    return run.run(progress)

@@ -4,6 +4,7 @@ A TA is a generator function over the message: it yields what it asks of the nor
 returns (ret, origin). Everything that the driver did is in `log`.
 """
 
+import struct
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -14,6 +15,7 @@ import trio
 from hv_models.memory import PAGE_SIZE, GuestRam, PageStore
 from optee.abi.message import Command, Message, Param, ParamType, list_pages, message_size, page_count
 from optee.abi.results import Origin, Result
+from optee.abi.rpc import RpcCommand
 from optee.abi.smc import API_UID, Function, Registers, ReturnCode, RpcReturn, SecCapability, from_pair, to_pair
 
 BASE = 0x4000_0000
@@ -38,13 +40,17 @@ class Interrupt:
 
 
 INTERRUPT = Interrupt()
-Ta = Callable[["SecureSide", Message], Generator[Ask | Interrupt, Message, tuple[int, int]]]
+ASK_TIME = Ask(RpcCommand.GET_TIME, [Param(ParamType.VALUE_OUTPUT)])
+ASK_SLEEP = Ask(RpcCommand.SUSPEND, [Param(ParamType.VALUE_INPUT, 100)])
+Steps = Generator[Ask | Interrupt, Message, tuple[int, int]]
+Ta = Callable[["SecureSide", Message], Steps]
 
 
 @dataclass
 class Thread:
-    steps: Generator[Ask | Interrupt | tuple[str, int], Message | Registers, None]
+    steps: Steps
     waiting: object = None
+    pending: "Ask | None" = None
     argument: int = 0
     cookie: int = 0
 
@@ -56,7 +62,7 @@ class Shared:
     size: int
 
 
-def echo(side: "SecureSide", message: Message) -> Generator[Ask | Interrupt, Message, tuple[int, int]]:
+def echo(side: "SecureSide", message: Message) -> Steps:
     """Increments the first value, as hello_world does; opens and closes."""
     if message.cmd == Command.INVOKE_COMMAND and message.params[0].attr == ParamType.VALUE_INOUT:
         message.params[0] = message.params[0]._replace(a=message.params[0].a + 1)
@@ -76,7 +82,9 @@ class SecureSide:
     log: list[str] = field(default_factory=list)
     regs: list[Registers] = field(default_factory=list)
     shared: dict[int, Shared] = field(default_factory=dict)
-    refuse_registration: int = 0
+    max_pages: int = 1 << 20
+    client_id: int = 1
+    attempts: int = 0
     in_smc: int = 0
     peak: int = 0
 
@@ -236,8 +244,8 @@ class SecureSide:
         return ReturnCode.OK
 
     def _register(self, param: Param) -> int:
-        if self.refuse_registration:
-            return self.refuse_registration
+        if page_count(param.b, param.a % PAGE_SIZE) > self.max_pages:
+            return Result.OUT_OF_MEMORY
         self.shared[param.c] = self.read_list(param)
         return Result.SUCCESS
 
@@ -248,7 +256,7 @@ class SecureSide:
         words: list[int] = []
         at = param.a - offset
         for _ in range(list_pages(count)):
-            page = [int.from_bytes(self.ram.read(at + 8 * i, 8), "little") for i in range(512)]
+            page = struct.unpack("<512Q", self.ram.read(at, PAGE_SIZE))
             words += page[:511]
             at = page[511]
         return Shared(words[:count], offset, param.b)

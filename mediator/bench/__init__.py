@@ -1,0 +1,119 @@
+"""Benchmarks of the mediator's core: one guest, real memory, a secure world that answers from a script."""
+
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from mediator.bench.cases import CASES, Case
+from mediator.bench.measure import Timing, measure
+from mediator.bench.memory import Growth, growth
+from mediator.bench.stand import Stand
+from mediator.core.policy import Policy
+
+__all__ = ["BATCHES", "CALLS", "FORMAT", "MEMORY", "NAMES", "Bench", "Measured", "run"]
+
+FORMAT: Final = "mediator-bench/1"
+MEMORY: Final = "memory"
+NAMES: Final = (*(case.name for case in CASES), MEMORY)
+BATCHES: Final = 100
+"""Samples of each measurement."""
+CALLS: Final = 200_000
+"""Calls over which memory must stay flat."""
+_WARM_UP: Final = 5
+"""One warm-up batch for so many that are counted: caches are filled, pages faulted in."""
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One case and the baselines beside it, all in microseconds."""
+
+    case: Case
+    timing: Timing
+    baselines: dict[str, Timing]
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the target was met; None where there is none."""
+        return None if self.case.target is None else self.timing.median <= self.case.target
+
+    def ratio(self, baseline: str) -> float:
+        """How many times a baseline's median this takes."""
+        return self.timing.median / self.baselines[baseline].median
+
+    def as_data(self) -> dict[str, Any]:
+        """The same for JSON."""
+        return {
+            "name": self.case.name,
+            "what": self.case.what,
+            "unit": "us",
+            **_timing_data(self.timing),
+            "target": self.case.target,
+            "met": self.met,
+            "baselines": [
+                {"name": name, **_timing_data(timing), "ratio": round(self.ratio(name), 2)}
+                for name, timing in self.baselines.items()
+            ],
+        }
+
+
+@dataclass(slots=True)
+class Bench:
+    """All that was measured."""
+
+    cases: list[Measured] = field(default_factory=list)
+    memory: Growth | None = None
+
+    def as_data(self) -> dict[str, Any]:
+        """The JSON document of `mediator bench`."""
+        return {
+            "format": FORMAT,
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "cpus": os.cpu_count(),
+            "cases": [measured.as_data() for measured in self.cases],
+            "memory": None if self.memory is None else self.memory.as_data(),
+        }
+
+
+def run(
+    policy: Policy, wanted: str, progress: Progress, *, batches: int = BATCHES, calls: int = CALLS
+) -> Bench:
+    """Measure everything whose name contains `wanted`; `progress` is told (name, done, of how many)."""
+    bench = Bench()
+    for case in CASES:
+        if wanted in case.name:
+            progress(case.name, 0, 1)
+            bench.cases.append(_measured(policy, case, batches))
+            progress(case.name, 1, 1)
+    if wanted in MEMORY:
+        stand = Stand(policy)
+        try:
+            bench.memory = growth(stand, calls, lambda done, total: progress(MEMORY, done, total))
+        finally:
+            stand.close()
+        progress(MEMORY, calls, calls)
+    return bench
+
+
+def _measured(policy: Policy, case: Case, batches: int) -> Measured:
+    """Measure a case and its baselines on a stand of its own, so that no case pays for another's leftovers."""
+    stand = Stand(policy)
+    try:
+        ready = case.prepare(stand)
+        for count in (max(1, batches // _WARM_UP), batches):
+            timing = measure(ready.operation, batches=count, size=case.size, after=ready.after)
+            compared = {
+                name: measure(baseline, batches=count, size=case.size)
+                for name, baseline in ready.baselines.items()
+            }
+    finally:
+        stand.close()
+    return Measured(case, timing, compared)
+
+
+def _timing_data(timing: Timing) -> dict[str, float]:
+    return {"median": round(timing.median, 3), "min": round(timing.minimum, 3), "p95": round(timing.p95, 3)}

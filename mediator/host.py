@@ -1,0 +1,51 @@
+"""The mediator's own end of a simulated machine: its pages, and what the checker counts there."""
+
+from collections.abc import Mapping, Sequence
+
+from hv_models.machine import MEDIATOR_BASE, Machine
+from hv_models.memory import PAGE_SIZE
+from hv_models.pages import Page
+from mediator.core.ports import SharedPage
+from mediator.invariants import pins_by_frame
+
+
+class Host:
+    """A machine's mediator pages as the core's `SecureWorld` port wants them, but for the call itself.
+
+    Implements `mediator.invariants.Host` as well.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+
+    def call(self, regs: tuple[int, ...]) -> tuple[int, ...]:
+        """Overridden where a secure world stands behind; a scripted one answers by itself."""
+        raise NotImplementedError
+
+    def lend(self) -> SharedPage | None:
+        """See `SecureWorld.lend`."""
+        return self.machine.pages.allocate()
+
+    def take_back(self, page: SharedPage) -> None:
+        """See `SecureWorld.take_back`."""
+        assert isinstance(page, Page)
+        self.machine.pages.release(page)
+
+    def pins(self, vm: int) -> Mapping[int, int]:
+        """References per physical page of a VM."""
+        found = next((found for client, found in self.machine.vms.items() if client == vm), None)
+        return {} if found is None else pins_by_frame(found)
+
+    def pin_count(self, vm: int) -> int:
+        """Sum of the same."""
+        return next((found.pins for client, found in self.machine.vms.items() if client == vm), 0)
+
+    def frame(self, pa: int) -> memoryview:
+        """The mediator's page at a physical address; KeyError for any other."""
+        if pa not in self.machine.pages:
+            raise KeyError(pa)
+        return self.machine.memory.frame(pa)
+
+    def host_addresses(self) -> Sequence[tuple[int, int]]:
+        """Where the mediator's pages lie."""
+        return ((MEDIATOR_BASE, MEDIATOR_BASE + self.machine.pages.capacity * PAGE_SIZE),)
