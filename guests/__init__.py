@@ -5,7 +5,14 @@ async with guests.open(ram, conduit) as guest, guest.context() as context: ...
 
 from guests.client import Context, Session, SharedMemory, TeeError
 from guests.driver import Driver
-from guests.errors import GuestError, KernelPanicError, OutOfGuestMemoryError, ProbeError, RegistrationError
+from guests.errors import (
+    GuestError,
+    KernelPanicError,
+    OutOfGuestMemoryError,
+    PowerOffError,
+    ProbeError,
+    RegistrationError,
+)
 from guests.guest import ConduitMethod, Guest, boot, open
 from guests.parameters import (
     Direction,
@@ -35,6 +42,7 @@ __all__ = [
     "OutOfGuestMemoryError",
     "Parameter",
     "Partial",
+    "PowerOffError",
     "ProbeError",
     "RegistrationError",
     "Session",

@@ -12,6 +12,10 @@ class ProbeError(GuestError):
     """The driver found no OP-TEE that it can use; Linux' probe returns ENODEV or EINVAL there."""
 
 
+class PowerOffError(GuestError):
+    """The guest does not run any more."""
+
+
 class OutOfGuestMemoryError(GuestError):
     """The guest's own RAM has no free page left."""
 

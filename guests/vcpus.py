@@ -2,6 +2,7 @@
 
 import trio
 
+from guests.errors import PowerOffError
 from guests.uninterruptible import Uninterruptible
 from hv_models.conduit import Conduit
 from optee.abi.smc import Registers
@@ -26,7 +27,10 @@ class Vcpus:
         self.smcs = 0
 
     async def call(self, regs: Registers) -> Registers:
-        """Execute one SMC: x0..x7 in, x0..x7 out."""
+        """Execute one SMC: x0..x7 in, x0..x7 out. Raises PowerOffError when the VM does not run any more."""
+        if self._uninterruptible.dead:
+            await trio.lowlevel.checkpoint()
+            raise PowerOffError("this guest does not run any more")
         if self._idle:
             vcpu = self._idle.pop()
         else:

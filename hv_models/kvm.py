@@ -107,7 +107,7 @@ class KvmVm(VirtualMachine):
         faulted = False
         for slot in self.regions:
             inside = ipas[(ipas >= np.uint64(slot.base)) & (ipas < np.uint64(slot.end))]
-            pages = np.unique(inside & ~np.uint64(PAGE_MASK))
+            pages = inside & ~np.uint64(PAGE_MASK)
             pages = pages[self.stage2.lookup(pages) == 0]
             if len(pages):
                 index = (pages - slot.base_word) >> np.uint64(PAGE_SHIFT)

@@ -77,7 +77,7 @@ class Machine:
         self.vms: dict[VmId, VirtualMachine] = {}
         """Live VMs by client id."""
         self._layout: Layout = layout if layout is not None else Interleaved()
-        self._tables = PagePool(self.memory, "stage-2 tables", TABLES_BASE)
+        self.tables = PagePool(self.memory, "stage-2 tables", TABLES_BASE)
         self._sharing = FrameSharing(self.memory)
         self._vmids = VmidAllocator()
         self._owners: dict[Bank, VirtualMachine] = {}
@@ -172,21 +172,20 @@ class Machine:
             bank.store.close()
 
     def _client_id(self, wanted: int | None) -> VmId:
-        if wanted is not None:
-            if not 0 < wanted <= MAX_CLIENT_ID:
-                raise ValueError(f"client id {wanted} is not in 1..{MAX_CLIENT_ID}")
-            if wanted in self.vms:
-                raise ValueError(f"client id {wanted} is that of {self.vms[VmId(wanted)].name}")
-            return VmId(wanted)
-        for step in range(MAX_CLIENT_ID):
-            number = VmId((self._last_id + step) % MAX_CLIENT_ID + 1)
-            if number not in self.vms:
-                self._last_id = number
-                return number
-        raise ValueError("all client ids are in use")
+        if wanted is None:
+            after = (self._last_id + step for step in range(MAX_CLIENT_ID))
+            wanted = next((n % MAX_CLIENT_ID + 1 for n in after if n % MAX_CLIENT_ID + 1 not in self.vms), None)
+            if wanted is None:
+                raise ValueError("all client ids are in use")
+        if not 0 < wanted <= MAX_CLIENT_ID:
+            raise ValueError(f"client id {wanted} is not in 1..{MAX_CLIENT_ID}")
+        if wanted in self.vms:
+            raise ValueError(f"client id {wanted} is that of {self.vms[VmId(wanted)].name}")
+        self._last_id = wanted
+        return VmId(wanted)
 
     def _stage2(self) -> Stage2:
-        return Stage2(self.memory, self._tables, self._sharing)
+        return Stage2(self.memory, self.tables, self._sharing)
 
     def _start(self, vm: VirtualMachine, ram: int | Sequence[RamBlock], gic: Ipa) -> None:
         try:

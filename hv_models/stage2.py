@@ -164,9 +164,10 @@ class Stage2:
     def add_region(self, region: Region) -> None:
         """Keep a TLB for a range of IPAs; its bank becomes this VM's."""
         if region.end > 1 << IPA_BITS:
-            raise ValueError(f"RAM ends at {region.end:#x}, beyond {IPA_BITS}-bit IPAs")
-        if any(region.overlaps(other.base, other.size) for other in self.regions):
-            raise ValueError(f"{region!r} overlaps another region")
+            raise ValueError(f"RAM ends at IPA {region.end:#x}, beyond {IPA_BITS}-bit IPAs")
+        for other in self.regions:
+            if region.overlaps(other.base, other.size):
+                raise ValueError(f"RAM at IPA {region.base:#x} overlaps that at {other.base:#x}")
         self.regions.append(region)
         self._sharing.own(region.bank, self)
         self._fill_range(region.base, self.descriptors(region.base, region.pages))

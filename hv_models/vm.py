@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, Final
 
@@ -222,11 +223,11 @@ class VirtualMachine:
 
     def pinned(self) -> dict[Gfn, int]:
         """References per page, of the pages that have any. A page counts where its RAM lies, or lay."""
-        return {
-            Gfn((region.base >> PAGE_SHIFT) + page): count
-            for region in (*self._removed, *self.regions)
-            for page, count in region.bank.pinned().items()
-        }
+        counts: Counter[Gfn] = Counter()
+        for region in (*self._removed, *self.regions):
+            for page, count in region.bank.pinned().items():
+                counts[Gfn((region.base >> PAGE_SHIFT) + page)] += count
+        return counts
 
     @property
     def pins(self) -> int:

@@ -58,8 +58,11 @@ class Instance:
         "busy",
         "created",
         "flags",
+        "heap_biggest_failure",
+        "heap_failures",
         "heap_peak",
         "heap_used",
+        "heap_used_at_failure",
         "idle",
         "initializing",
         "live",
@@ -93,6 +96,7 @@ class Instance:
         """Parameters of the call that runs in it."""
         self.memory: TaMemory | None = None
         self.heap_used = self.heap_peak = 0
+        self.heap_failures = self.heap_biggest_failure = self.heap_used_at_failure = 0
         self.stack_used = self.stack_peak = 0
 
     @property
@@ -240,6 +244,8 @@ class Sessions:
                 yield from self._must_set_busy(thread, instance)
             else:
                 instance.busy = True
+            if sessions is self.open:
+                self._partition.world.ta_invokes += 1
             result = yield from self._enter(
                 thread, session, params, instance.ta.invoke, session.tee, command, params
             )

@@ -178,6 +178,10 @@ class Tee:
         """Take memory from the TA's heap (TEE_Malloc). Raises TeeError(OUT_OF_MEMORY)."""
         instance = self.instance
         if instance.heap_used + size > instance.ta.data_size:
+            instance.heap_failures += 1
+            if size > instance.heap_biggest_failure:
+                instance.heap_biggest_failure = size
+                instance.heap_used_at_failure = instance.heap_used
             raise TeeError(Result.OUT_OF_MEMORY)
         instance.heap_used += size
         instance.heap_peak = max(instance.heap_peak, instance.heap_used)

@@ -49,6 +49,7 @@ __all__ = [
     "TrustedApplication",
     "Value",
     "command",
+    "expect",
 ]
 
 Outcome: TypeAlias = int | Steps[int | None] | None
@@ -84,6 +85,15 @@ def command(number: int, *kinds: ParamKind, stack: int = 0) -> Callable[[_Handle
         return handler
 
     return mark
+
+
+def expect(params: Params, *kinds: ParamKind) -> None:
+    """Raise TeeError(BAD_PARAMETERS) unless the parameters have these kinds, and there are no more."""
+    if [0 if param is None else param.kind for param in params] != [
+        *kinds,
+        *[0] * (len(params) - len(kinds)),
+    ]:
+        raise TeeError(Result.BAD_PARAMETERS)
 
 
 class TrustedApplication:

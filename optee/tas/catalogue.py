@@ -2,8 +2,41 @@
 
 from __future__ import annotations
 
+from typing import Final
+
+from optee.tas.acipher import Acipher
+from optee.tas.aes import Aes
 from optee.tas.devices import DeviceEnumeration
+from optee.tas.exercise import (
+    BigHeapTa,
+    ExerciseTa,
+    KeepAliveTa,
+    KeepCrashedTa,
+    SingleInstanceTa,
+    SingleSessionTa,
+)
 from optee.tas.hello_world import HelloWorld
+from optee.tas.hotp import Hotp
+from optee.tas.invoke_tests import InvokeTests
+from optee.tas.random import Random
+from optee.tas.rng import RandomNumberGenerator
+from optee.tas.statistics import Statistics
 from optee.trusted_application import TrustedApplication
 
-BUILT_IN: tuple[type[TrustedApplication], ...] = (DeviceEnumeration, HelloWorld)
+PSEUDO: Final[tuple[type[TrustedApplication], ...]] = (
+    DeviceEnumeration,
+    InvokeTests,
+    RandomNumberGenerator,
+    Statistics,
+)
+EXAMPLES: Final[tuple[type[TrustedApplication], ...]] = (HelloWorld, Random, Aes, Hotp, Acipher)
+"""Those of optee_examples."""
+EXERCISES: Final[tuple[type[TrustedApplication], ...]] = (
+    ExerciseTa,
+    SingleInstanceTa,
+    SingleSessionTa,
+    KeepAliveTa,
+    KeepCrashedTa,
+    BigHeapTa,
+)
+BUILT_IN: Final = (*PSEUDO, *EXAMPLES, *EXERCISES)

@@ -14,7 +14,7 @@ from pathlib import Path
 import trio
 
 from hv_models.memory import GuestRam
-from optee.abi.message import PARAM_SIZE, TYPE_MASK, Command, Message, Param, ParamType, message_size
+from optee.abi.message import TYPE_MASK, Command, Message, Param, ParamType, message_size
 from optee.abi.results import Result
 from optee.abi.rpc import FsOperation, RpcCommand, ShmType
 from optee.abi.smc import Function, Registers, RpcReturn, from_pair, is_rpc, to_pair

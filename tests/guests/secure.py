@@ -83,8 +83,7 @@ class SecureSide:
     regs: list[Registers] = field(default_factory=list)
     shared: dict[int, Shared] = field(default_factory=dict)
     max_pages: int = 1 << 20
-    client_id: int = 1
-    attempts: int = 0
+    fails_with: int = 0
     in_smc: int = 0
     peak: int = 0
 
@@ -160,6 +159,8 @@ class SecureSide:
         message = Message.unpack(self.ram.read(at, PAGE_SIZE - at % PAGE_SIZE))
         attributes = " ".join(f"{param.attr:x}" for param in message.params)
         self.log.append(f"{Function(regs[0]).name} {Command(message.cmd).name} [{attributes}]")
+        if self.fails_with:
+            return (self.fails_with,)
         if None not in self.slots:
             self.log[-1] += " ETHREAD_LIMIT"
             return (ReturnCode.ETHREAD_LIMIT,)

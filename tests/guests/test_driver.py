@@ -193,14 +193,14 @@ async def test_without_rpc_arg_a_page_carries_one_message(autojump_clock: trio.t
 async def test_an_error_in_a0_is_a_communication_error() -> None:
     side = SecureSide(make_ram())
     async with boot(side.ram, side) as guest:
-        side._begin = lambda regs: (ReturnCode.EBADADDR,)  # type: ignore[method-assign]
+        side.fails_with = ReturnCode.EBADADDR
         answer = await guest.driver.invoke(1, 0)
         assert (answer.ret, answer.origin, answer.status) == (
             Result.COMMUNICATION,
             Origin.COMMS,
             ReturnCode.EBADADDR,
         )
-        del side._begin
+        side.fails_with = 0
 
 
 async def test_refused_registration_leaves_nothing_behind() -> None:

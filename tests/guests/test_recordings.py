@@ -4,9 +4,8 @@ from collections.abc import Awaitable, Callable
 from uuid import UUID
 
 import pytest
-import trio
 
-from guests import Direction, Driver, Guest, Supplicant, TeeError, Temporary, Value, Values, boot
+from guests import Direction, Driver, Guest, Supplicant, TeeError, Temporary, Value, Values
 from guests.files import MemoryFiles
 from guests.workloads.applications import HELLO_WORLD, INVOKE_TESTS, RANDOM
 from optee.abi.results import Result
@@ -35,33 +34,29 @@ async def supplicant(guest: Guest) -> None:
 
 
 async def hello_world(guest: Guest) -> None:
-    async with guest.context() as context:
-        async with await context.open_session(HELLO_WORLD) as session:
-            assert await session.invoke(0, Value(42)) == (Values(43, 0),)
+    async with guest.context() as context, await context.open_session(HELLO_WORLD) as session:
+        assert await session.invoke(0, Value(42)) == (Values(43, 0),)
 
 
 async def random(guest: Guest) -> None:
-    async with guest.context() as context:
-        async with await context.open_session(RANDOM) as session:
-            (output,) = await session.invoke(0, Temporary(size=16, direction=Direction.OUTPUT))
-            assert output is not None and output.size == 16
+    async with guest.context() as context, await context.open_session(RANDOM) as session:
+        (output,) = await session.invoke(0, Temporary(size=16, direction=Direction.OUTPUT))
+        assert output is not None and output.size == 16
 
 
 async def xtest_1001(guest: Guest) -> None:
-    async with guest.context() as context:
-        async with await context.open_session(INVOKE_TESTS) as session:
-            await session.invoke(2)
-            await session.invoke(11)
-            with pytest.raises(TeeError) as refused:
-                await session.invoke(12)
-            assert refused.value.result == Result.NOT_SUPPORTED
+    async with guest.context() as context, await context.open_session(INVOKE_TESTS) as session:
+        await session.invoke(2)
+        await session.invoke(11)
+        with pytest.raises(TeeError) as refused:
+            await session.invoke(12)
+        assert refused.value.result == Result.NOT_SUPPORTED
 
 
 async def xtest_1002(guest: Guest) -> None:
-    async with guest.context() as context:
-        async with await context.open_session(INVOKE_TESTS) as session:
-            (output,) = await session.invoke(1, Temporary(bytes(range(256)) * 64))
-            assert output is not None and output.size == 0x4000
+    async with guest.context() as context, await context.open_session(INVOKE_TESTS) as session:
+        (output,) = await session.invoke(1, Temporary(bytes(range(256)) * 64))
+        assert output is not None and output.size == 0x4000
 
 
 RECORDINGS = {

@@ -17,7 +17,8 @@ def machine() -> Iterator[Machine]:
 
 @pytest.fixture(params=["kvm", "xen"])
 def create(machine: Machine, request: pytest.FixtureRequest) -> Create:
-    return {"kvm": machine.create_kvm, "xen": machine.create_xen}[request.param]
+    creates: dict[str, Create] = {"kvm": machine.create_kvm, "xen": machine.create_xen}
+    return creates[request.param]
 
 
 @pytest.fixture

@@ -109,7 +109,8 @@ class TestPin:
     @given(st.data())
     def test_translates_and_counts_each_mention(self, data: st.DataObject) -> None:
         machine = Machine()
-        create = data.draw(st.sampled_from([machine.create_kvm, machine.create_xen]))
+        flavours: list[Create] = [machine.create_kvm, machine.create_xen]
+        create = data.draw(st.sampled_from(flavours))
         vm = create("guest", [RamBlock(RAM, 16 * PAGE_SIZE), RamBlock(HIGH, 16 * PAGE_SIZE)])
         gfns = st.one_of(st.integers(RAM >> 12, (RAM >> 12) + 15), st.integers(HIGH >> 12, (HIGH >> 12) + 15))
         live = []

@@ -1,0 +1,136 @@
+"""What a run of `mediator serve` did, as data and as text."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class GuestSummary:
+    """One guest's run.
+
+    pages_translated: pages pinned over the run; pages_identical: of these, how many had PA = IPA.
+    reserved_offered: OP-TEE offered this guest reserved shared memory; reserved_seen: capability exchanges in
+    which the guest saw the offer. forged_ids: calls with a client id in a7 that is not the guest's own.
+    """
+
+    name: str
+    hypervisor: str
+    vmid: int
+    calls: int
+    invokes: int
+    rpcs: int
+    denied: int
+    refused: int
+    rejected: int
+    errors: int
+    pages_pinned_peak: int
+    ended: str
+    pages_translated: int
+    pages_identical: int
+    reserved_offered: bool
+    reserved_seen: int
+    forged_ids: int
+    quota_refusals: int
+    notes: tuple[str, ...]
+
+    def as_data(self) -> dict[str, Any]:
+        """The guest's entry in the JSON document."""
+        names = (
+            "name",
+            "hypervisor",
+            "vmid",
+            "calls",
+            "invokes",
+            "rpcs",
+            "denied",
+            "refused",
+            "rejected",
+            "errors",
+            "pages_pinned_peak",
+            "pages_translated",
+            "forged_ids",
+            "ended",
+        )
+        return {name: getattr(self, name) for name in names}
+
+
+_SUMMED = ("calls", "invokes", "rpcs", "denied", "refused", "rejected", "errors", "pages_pinned_peak")
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The whole run. strangers: calls at OP-TEE whose a7 was no guest's and not the hypervisor's."""
+
+    guests: tuple[GuestSummary, ...]
+    strangers: int
+    violations: list[str] | None
+    left: dict[str, int]
+    ta_invokes: int
+    panics: int
+    cancels: int
+    thread_limits: int
+    up_seconds: float
+    seconds: float
+    refused_guests: tuple[str, ...]
+
+    @property
+    def good(self) -> bool:
+        """No unexpected result, no violation, nothing left, and the mission kept."""
+        return not (
+            any(guest.errors or guest.ended == "failed" for guest in self.guests)
+            or self.violations
+            or any(self.left.values())
+            or self.refused_guests
+            or self.strangers
+            or any(guest.reserved_seen or guest.pages_identical for guest in self.guests)
+        )
+
+    def totals(self) -> dict[str, int]:
+        """Sums over the guests."""
+        return {name: sum(getattr(guest, name) for guest in self.guests) for name in _SUMMED}
+
+    def as_data(self) -> dict[str, Any]:
+        """The JSON document of `mediator serve`."""
+        return {
+            "format": "mediator-serve/1",
+            "guests": [guest.as_data() for guest in self.guests],
+            "totals": {
+                **self.totals(),
+                "panics": self.panics,
+                "cancels": self.cancels,
+                "thread_limits": self.thread_limits,
+            },
+            "mission": {
+                "reserved_memory_offered_by_optee": sum(guest.reserved_offered for guest in self.guests),
+                "reserved_memory_seen_by_guests": sum(bool(guest.reserved_seen) for guest in self.guests),
+                "forged_client_ids_tried": sum(guest.forged_ids for guest in self.guests),
+                "foreign_client_ids_at_optee": self.strangers,
+                "pages_translated": sum(guest.pages_translated for guest in self.guests),
+                "pages_with_pa_equal_to_ipa": sum(guest.pages_identical for guest in self.guests),
+                "quota_refusals": sum(guest.quota_refusals for guest in self.guests),
+            },
+            "ta_invokes": self.ta_invokes,
+            "violations": None if self.violations is None else len(self.violations),
+            "left": self.left,
+            "up_seconds": round(self.up_seconds, 3),
+            "seconds": round(self.seconds, 3),
+        }
+
+    def mission(self) -> list[str]:
+        """The mission in words, with this run's numbers."""
+        data = self.as_data()["mission"]
+        count = len(self.guests)
+        hidden = data["reserved_memory_offered_by_optee"] - data["reserved_memory_seen_by_guests"]
+        checked = "not checked (--check)" if self.violations is None else str(len(self.violations))
+        return [
+            f"reserved memory: offered by OP-TEE to {data['reserved_memory_offered_by_optee']} of {count} guests, "
+            f"hidden from {hidden}",
+            f"client ids: {data['forged_client_ids_tried']} forged ones tried, "
+            f"{data['foreign_client_ids_at_optee']} reached OP-TEE",
+            f"pages translated: {data['pages_translated']}, of which IPA = PA: {data['pages_with_pa_equal_to_ipa']}",
+            f"quota refusals: {data['quota_refusals']}",
+            f"calls denied: {self.totals()['denied']}",
+            f"violations: {checked}",
+            "left behind: "
+            + (", ".join(f"{value} {name}" for name, value in self.left.items() if value) or "nothing"),
+        ]
