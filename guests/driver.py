@@ -93,6 +93,8 @@ class Driver:
         self._rpc = RpcHandler(ram, self.allocator, self._shms, self._notifications, self.clock, self._supplicant)
         self._bus_scanned = False
         self._bottom_halves = trio.Event()
+        self._interrupts = trio.CancelScope()
+        self._interrupts_done: trio.Event | None = None
         self._set_up(rpc_argument=False)
 
     def _set_up(self, *, rpc_argument: bool) -> None:
@@ -164,6 +166,9 @@ class Driver:
             await self._disable_shm_cache(free=True)
         if SecCapability.ASYNC_NOTIF in self.capabilities:
             await self._caller.message(Command.STOP_ASYNC_NOTIF)
+            self._interrupts.cancel()
+            if self._interrupts_done is not None:
+                await self._interrupts_done.wait()
         for page in list(self._arguments.pages):
             if page.used:
                 continue  # a lost call's message: OP-TEE may still write there
@@ -301,17 +306,22 @@ class Driver:
         self._supplicant.close()
 
     async def handle_interrupts(self) -> None:
-        """Serve OP-TEE's notification interrupt for ever: run it as a task beside the guest's other work.
+        """Serve OP-TEE's notification interrupt until `remove`: run it as a task beside the guest's other work.
 
         Returns at once where OP-TEE does not offer asynchronous notification.
         """
         if SecCapability.ASYNC_NOTIF not in self.capabilities:
             return
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._do_bottom_halves)
-            while True:
-                await self._conduit.wait_for_interrupt()
-                await self._take_values()
+        done = self._interrupts_done = trio.Event()
+        try:
+            with self._interrupts:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._do_bottom_halves)
+                    while True:
+                        await self._conduit.wait_for_interrupt()
+                        await self._take_values()
+        finally:
+            done.set()
 
     async def _take_values(self) -> None:
         """Ask which notifications are pending (from hard interrupt context, in Linux), and deliver them."""

@@ -71,7 +71,7 @@ class Stage2:
         self._foreign_mappings = 0
         self.regions: list[Region] = []
         self.allowed: frozenset[int] = frozenset()
-        """IPAs of pages that may be shared with OP-TEE although another VM maps them."""
+        """IPAs of pages that may be shared with OP-TEE although another VM maps them; not in the TLB."""
         self.root = self._new_table()
         """PA of the level 1 table (what VTTBR_EL2.BADDR holds)."""
 
@@ -180,13 +180,6 @@ class Stage2:
                 self.unmap(ipa, pages)
         self.regions.remove(region)
         self._sharing.disown(region.bank)
-
-    def allow(self, ipas: frozenset[int]) -> None:
-        """Let pages be shared with OP-TEE although another VM maps their frames."""
-        self.allowed = ipas
-        for region in self.regions:
-            for page in self._sharing.shared_pages(region.bank):
-                self.refresh(region.bank, page)
 
     def refresh(self, bank: Bank, page: int) -> None:
         """Bring the TLB up to date for one of this VM's frames whose sharing changed."""
@@ -351,9 +344,7 @@ class Stage2:
         pages = region.bank.frames.find(descriptors & _ADDRESS)
         region.entries[index] = np.where(is_ram_rw(descriptors), pages + 1, 0)
         for page in self._sharing.shared_pages(region.bank):
-            for place in np.flatnonzero(region.entries == page + 1).tolist():
-                if region.ipa(place) not in self.allowed:
-                    region.entries[place] = 0
+            region.entries[region.entries == page + 1] = 0
         if region.base == 0:
             region.entries[0] = 0
 

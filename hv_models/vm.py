@@ -102,7 +102,7 @@ class VirtualMachine:
 
     @allowed_shared_frames.setter
     def allowed_shared_frames(self, ipas: frozenset[int]) -> None:
-        self.stage2.allow(ipas)
+        self.stage2.allowed = ipas
 
     def read(self, ipa: int, size: int, *, writable: bool = False) -> bytes:
         """Copy bytes of one page of RAM; with `writable` it must be read-write RAM. Raises Stage2Fault."""
@@ -135,8 +135,8 @@ class VirtualMachine:
         bank, page = self._resolve(ipa, size, True)
         bank.page_view(page)[within : within + size] = data
         for region in self.regions:
-            index = (ipa - region.base) >> PAGE_SHIFT
-            if region.dirty is not None and 0 <= index < region.pages:
+            index = region.index(ipa)
+            if region.dirty is not None and index is not None:
                 region.dirty[index] = True
 
     def write_fields(self, ipa: int, fields: Sequence[tuple[int, bytes]]) -> None:
@@ -343,9 +343,13 @@ class VirtualMachine:
         raise ValueError(f"{self.name} has no RAM at IPA {ipa:#x}")
 
     def _resolve(self, ipa: int, size: int, writable: bool) -> tuple[Bank, int]:
-        """The page behind an access that the TLB did not answer, by a walk. Raises Stage2Fault."""
+        """The page behind an access that the first region's TLB did not answer. Raises Stage2Fault."""
         if size < 0 or (ipa & PAGE_MASK) + size > PAGE_SIZE:
             raise Stage2Fault(ipa, Reason.CROSSES_PAGE)
+        for region in self.regions:
+            index = region.index(ipa)
+            if index is not None and region.lookup[index]:
+                return region.bank, region.lookup[index] - 1
         bank, page, kind = self._backing(ipa)
         if kind not in _READABLE or (writable and kind is not PageKind.RAM_RW):
             raise Stage2Fault(ipa, REFUSED_KINDS[kind])
@@ -366,28 +370,32 @@ class VirtualMachine:
         return bank, page, walk.kind
 
     def _pin_slowly(self, ipas: PageArray) -> Pinned:
-        """Pin pages some of which are not in the first region's TLB, or not allowed."""
-        self._fault_in(ipas)
-        parts: list[Part] = []
-        unaligned = ipas & _MASK != 0
-        missing = np.ones(len(ipas), dtype=np.bool_)
-        for region in self.regions:
-            offsets = ipas - region.base_word
-            index = (offsets >> _SHIFT).view(np.int64)
-            entries = region.entries.take(index, mode="clip")
-            good = (entries != 0) & ~unaligned
-            if good.any():
-                missing &= ~good
-                parts.append(Part(region.bank, entries[good], region, index[good], np.flatnonzero(good)))
-        for position in np.flatnonzero(missing).tolist():
+        """Pin pages that are not all in the first region's TLB."""
+        parts, missing = self._gather(ipas)
+        if len(missing) and self._fault_in(ipas[missing]):
+            parts, missing = self._gather(ipas)
+        for position in missing.tolist():
             bank, page = self._shareable(int(ipas[position]))
-            entry, place = np.array([page + 1]), np.array([position])
-            parts.append(Part(bank, entry, None, place, place))
+            parts.append(Part(bank, np.array([page + 1]), None, np.array([0]), np.array([position])))
         pas = np.zeros(len(ipas), dtype=np.uint64)
         for part in parts:
             np.add.at(part.bank.entry_pins, part.entries, _ONE)
             pas[part.positions] = part.bank.entry_pa[part.entries]
         return Pinned(self, pas, tuple(parts))
+
+    def _gather(self, ipas: PageArray) -> tuple[list[Part], IndexArray]:
+        """What the TLBs of all regions say; and the positions of the pages that none of them has."""
+        parts: list[Part] = []
+        wanted = ipas & _MASK == 0
+        for region in self.regions:
+            index = ((ipas - region.base_word) >> _SHIFT).view(np.int64)
+            entries = region.entries.take(index, mode="clip")
+            good = (entries != 0) & wanted
+            positions = np.flatnonzero(good)
+            if len(positions):
+                parts.append(Part(region.bank, entries[positions], region, index[positions], positions))
+                wanted[positions] = False
+        return parts, np.flatnonzero(wanted | (ipas & _MASK != 0))
 
     def _shareable(self, ipa: int) -> tuple[Bank, int]:
         """The page of an address that the TLBs do not have. Raises Stage2Fault if it may not be pinned."""

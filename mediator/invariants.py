@@ -336,17 +336,17 @@ class Checker:
 
     def _check_pins(self, vm: int, guest: Guest) -> None:
         expected: Counter[int] = Counter()
-        for buffer in guest.buffers.values():
-            for pinned in buffer.pinned:
-                expected.update(pinned.pas.tolist())
+        groups = {id(pins): pins for buffer in guest.buffers.values() for pins in buffer.pins}
+        for pins in groups.values():
+            expected.update(pins.pinned.pas.tolist())
         for argument in guest.arguments.values():
             expected.update(argument.pinned.pas.tolist())
-        pins = dict(self.host.pins(vm))
-        if pins != expected:
-            wrong = sorted(pa for pa in pins.keys() | expected.keys() if pins.get(pa, 0) != expected[pa])
+        held = dict(self.host.pins(vm))
+        if held != expected:
+            wrong = sorted(pa for pa in held.keys() | expected.keys() if held.get(pa, 0) != expected[pa])
             first = wrong[0]
             self._report(
-                1, vm, f"{expected[first]} pins of {first:#x}", f"{pins.get(first, 0)} ({len(wrong)} pages differ)"
+                1, vm, f"{expected[first]} pins of {first:#x}", f"{held.get(first, 0)} ({len(wrong)} pages differ)"
             )
 
     def _check_reply(self, vm: int, step: Reply) -> None:

@@ -65,6 +65,7 @@ _CAPABILITIES: Final = (
     | SecCapability.RPC_ARG
     | SecCapability.RPMB_PROBE
 )
+_KNOWN_NSEC_CAPABILITIES: Final = int(NsecCapability.UNIPROCESSOR)
 _CALLS: Final = 12
 _CALLS_WITH_VIRTUALIZATION: Final = 14
 _VALID: Final = 1
@@ -297,7 +298,7 @@ class SecureWorld:
             case Function.GET_OS_REVISION:
                 return (*self.config.revision, self.config.build_id, a3)
             case Function.EXCHANGE_CAPABILITIES:
-                if a1 & _MASK & ~NsecCapability.UNIPROCESSOR:
+                if a1 & _MASK & ~_KNOWN_NSEC_CAPABILITIES:
                     return _ENOTAVAIL, a1, a2, a3
                 return _OK, self._capabilities(), NOTIFICATION_VALUES + self.config.threads, RPC_PARAMS
             case Function.GET_SHM_CONFIG:

@@ -44,6 +44,12 @@ class Charge:
         self.calls = calls
         self.memory = memory
 
+    def reduce_memory(self, size: int) -> None:
+        """Give back some of the memory before the rest."""
+        if self._ledger is not None:
+            self.memory -= size
+            self._ledger.memory -= size
+
     def refund(self) -> None:
         """Give everything back; a second time does nothing."""
         ledger = self._ledger

@@ -87,9 +87,12 @@ class Mediator:
         self.policy = policy
         self.world = world
         self.threads = 0
+        self.tracing = False
+        """Whether events of level "debug" are wanted: which pages were pinned for what."""
         self.rpc_argument_size = 0
         self._ledger = ledger
         self.learn_rpc_params(DEFAULT_RPC_PARAMS)
+        self.commands = {int(command): command for command in policy.commands}
         self._guests: dict[int, Guest] = {}
         self._handlers = {int(function): function for function in policy.functions}
         self._words: dict[str, tuple[Words, bool]] = {
@@ -383,7 +386,7 @@ class Mediator:
         for argument in list(guest.arguments.values()):
             release_argument(self.world, guest, argument)
         for count, buffer in enumerate(list(guest.buffers.values()), 1):
-            release_buffer(self.world, guest, buffer)
+            release_buffer(self, guest, buffer)
             if count % RELEASES_PER_STEP == 0:
                 yield
         advance(guest, event, GUEST_TABLE)

@@ -68,24 +68,27 @@ class Counters:
         self.translated = 0
 
 
+class Pins:
+    """What one `pin` returned, shared by the `buffers` of one message: the last one that is released unpins.
+
+    written: OP-TEE may have written some of these pages.
+    """
+
+    __slots__ = ("buffers", "pinned", "written")
+
+    def __init__(self, pinned: Pinned, buffers: int) -> None:
+        self.pinned = pinned
+        self.buffers = buffers
+        self.written = False
+
+
 class Buffer:
     """A shared buffer: `pages` pinned pages of the guest, and for a while a page list of ours for OP-TEE.
 
     `offset` is that of the first byte in the first page; `written` says that OP-TEE may write it.
     """
 
-    __slots__ = (
-        "charge",
-        "cookie",
-        "list_charge",
-        "lists",
-        "offset",
-        "pages",
-        "pinned",
-        "size",
-        "state",
-        "written",
-    )
+    __slots__ = ("charge", "cookie", "lists", "offset", "pages", "pins", "size", "state", "written")
 
     def __init__(self, cookie: int, offset: int, size: int, pages: int, written: bool, charge: Charge) -> None:
         self.cookie = cookie
@@ -95,14 +98,13 @@ class Buffer:
         self.written = written
         self.charge = charge
         self.state = BufferState.PINNED
-        self.pinned: list[Pinned] = []
+        self.pins: list[Pins] = []
         self.lists: list[SharedPage] = []
-        self.list_charge: Charge | None = None
 
     def load(self, memory: GuestMemory, offset: int, size: int) -> bytes:
-        """Copy `size` bytes, `offset` counted from the start of the first page; both were checked."""
+        """Copy bytes of a registered buffer, `offset` counted from its first page; both were checked."""
         parts = []
-        for pinned in self.pinned:
+        for pinned in (pins.pinned for pins in self.pins):
             length = len(pinned.pas) * PAGE_SIZE
             if offset < length and size:
                 part = memory.load(pinned, offset, min(size, length - offset))
@@ -113,8 +115,8 @@ class Buffer:
         return b"".join(parts)
 
     def store(self, memory: GuestMemory, offset: int, data: bytes) -> None:
-        """Write bytes, `offset` counted from the start of the first page; both were checked."""
-        for pinned in self.pinned:
+        """Write bytes of a registered buffer, `offset` counted from its first page; both were checked."""
+        for pinned in (pins.pinned for pins in self.pins):
             length = len(pinned.pas) * PAGE_SIZE
             if offset < length and data:
                 room = length - offset
@@ -153,37 +155,30 @@ class Place(Protocol):
 class Call(Ticket):
     """A yielding call, from its SMC to its end. It owns the buffers it made (rule R13).
 
-    `rpc` is the a0 of the RPC that suspended it, `rpc_words` its a1 and a2 (saved, rule R16).
-    `rpc_offset` is where the RPC argument stands behind the message in the shadow, 0 if the guest gives
-    arguments by RPC ALLOC. `cookie` is what UNREGISTER_SHM names.
+    outputs: (start, stop) of the fields of the message that the guest gets back; written: cookies of registered
+    buffers that OP-TEE may write. `rpc` is the a0 of the RPC that suspended the call, `rpc_words` its a1 and a2
+    (saved, rule R16). `rpc_offset` is where the RPC argument stands behind the message in the shadow, 0 if the
+    guest gives arguments by RPC ALLOC. `cookie` is what UNREGISTER_SHM names.
     """
 
-    __slots__ = (
-        "allocated",
-        "argument",
-        "attributes",
-        "buffers",
-        "charge",
-        "command",
-        "cookie",
-        "function",
-        "guest",
-        "id",
-        "place",
-        "registering",
-        "regs",
-        "rpc",
-        "rpc_offset",
-        "rpc_words",
-        "shadow",
-        "shm_type",
-        "state",
-        "thread",
-        "undelivered",
-        "unregistering",
-        "vcpu",
-        "work",
-    )
+    state: CallState = CallState.TRANSLATING
+    command: Command | None = None
+    place: Place | None = None
+    num_params = 0
+    translates = False
+    shadow: SharedPage | None = None
+    registering: Buffer | None = None
+    unregistering: Buffer | None = None
+    allocated: Buffer | None = None
+    cookie = 0
+    thread: int | None = None
+    rpc = 0
+    rpc_words = (0, 0)
+    rpc_offset = 0
+    argument: RpcArgument | None = None
+    shm_type = 0
+    undelivered = 0
+    work: Generator[None, None, Step] | None = None
 
     def __init__(self, guest: Guest, vcpu: int, regs: Regs, function: Function, charge: Charge) -> None:
         guest.next_call += 1
@@ -193,24 +188,9 @@ class Call(Ticket):
         self.regs = regs
         self.function = function
         self.charge = charge
-        self.state = CallState.TRANSLATING
-        self.command: Command | None = None
-        self.place: Place | None = None
-        self.attributes: list[int] = []
-        self.shadow: SharedPage | None = None
+        self.outputs: list[tuple[int, int]] = []
+        self.written: list[int] = []
         self.buffers: list[Buffer] = []
-        self.registering: Buffer | None = None
-        self.unregistering: Buffer | None = None
-        self.allocated: Buffer | None = None
-        self.cookie = 0
-        self.thread: int | None = None
-        self.rpc = 0
-        self.rpc_words = (0, 0)
-        self.rpc_offset = 0
-        self.argument: RpcArgument | None = None
-        self.shm_type = 0
-        self.undelivered = 0
-        self.work: Generator[None, None, Step] | None = None
         guest.calls[self.id] = self
 
 

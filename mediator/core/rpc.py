@@ -36,7 +36,7 @@ from mediator.core.states import (
     advance,
 )
 from mediator.core.steps import RPC_REPLY_REPLACED, RPC_UNDELIVERED, Event, Regs, Step
-from mediator.core.yielding import note_rejection, outputs, refuse
+from mediator.core.yielding import note_rejection, refuse
 from optee.abi.message import (
     HEADER,
     HEADER_SIZE,
@@ -73,6 +73,10 @@ _RETURN_FROM_RPC: Final = int(Function.RETURN_FROM_RPC)
 _SHM_ALLOC: Final = int(RpcCommand.SHM_ALLOC)
 _SHM_FREE: Final = int(RpcCommand.SHM_FREE)
 _SHM_ALLOC_REPLY: Final = int(ParamType.TMEM_OUTPUT) | NONCONTIG
+_VALUE_OUTPUTS: Final = (int(ParamType.VALUE_OUTPUT), int(ParamType.VALUE_INOUT))
+_SIZE_OUTPUTS: Final = tuple(
+    int(kind) for kind in (ParamType.RMEM_OUTPUT, ParamType.RMEM_INOUT, ParamType.TMEM_OUTPUT, ParamType.TMEM_INOUT)
+)
 _KEPT: Final = (BufferState.REGISTERED, BufferState.UNREGISTERING)
 _GENERIC: Final = Result.GENERIC.to_bytes(4, "little")
 _NO_PARAMS: Final = b"\0\0\0\0"
@@ -155,7 +159,7 @@ def _drop(core: "Mediator", call: Call, buffer: Buffer) -> None:
     """SHM_FREE: forget the buffer before the guest is told (R20)."""
     if call.allocated is buffer:
         call.allocated = None
-    release_buffer(core.world, call.guest, buffer)
+    release_buffer(core, call.guest, buffer)
 
 
 def _write(call: Call, fields: tuple[tuple[int, bytes], ...]) -> None:
@@ -294,11 +298,12 @@ def _resume_command(core: "Mediator", call: Call, thread: int) -> Generator[None
             if step is not None:
                 return step
         return _forward(core, call, thread)
-    fields: list[tuple[int, bytes]] = []
-    saved = view[base : base + size]
-    outputs(reply, [param[0] & TYPE_MASK for param in PARAM.iter_unpack(saved[HEADER_SIZE:])], fields)
-    for offset, data in fields:
-        view[base + offset : base + offset + len(data)] = data
+    for at in range(HEADER_SIZE, size, PARAM_SIZE):
+        kind = view[base + at]
+        if kind in _VALUE_OUTPUTS:
+            view[base + at + 8 : base + at + 32] = reply[at + 8 : at + 32]
+        elif kind in _SIZE_OUTPUTS:
+            view[base + at + 16 : base + at + 24] = reply[at + 16 : at + 24]
     return _forward(core, call, thread)
 
 
@@ -315,16 +320,16 @@ def _take_allocated(
         _replace(core, call, f"SHM_ALLOC answered with attribute {param[0]:#x}")
         return None
     if call.allocated is not None:
-        return_lists(core.world, call.allocated)
+        return_lists(core, call.allocated)
         call.allocated = None
     page.view[base + HEADER_SIZE : base + HEADER_SIZE + PARAM_SIZE] = reply[HEADER_SIZE:]
     made: list[Buffer] = []
     try:
-        yield from translate(core.world, call, page, base, [param], made)
+        yield from translate(core, call, page, base, [param], made)
     except MessageRejected as rejected:
         note_rejection(guest, call, rejected)
         for buffer in made:
-            release_buffer(core.world, guest, buffer)
+            release_buffer(core, guest, buffer)
         return _ask_free(core, call, thread, page, base, reply, param[3])
     for buffer in made:
         advance(buffer, BufferEvent.KEEP, BUFFER_TABLE)

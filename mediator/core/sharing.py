@@ -1,7 +1,7 @@
 """Shared buffers: made from a guest's page list, undone as a whole (rules R6-R9, R12, R13, R15, R27)."""
 
 from collections.abc import Generator
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from hv_models.stage2 import Reason, Stage2Fault
 from mediator.core.faults import MessageRejected
 from mediator.core.ledger import OverLimit
 from mediator.core.ports import SecureWorld, SharedPage
-from mediator.core.records import Buffer, Call, Guest, RpcArgument
+from mediator.core.records import Buffer, Call, Guest, Pins, RpcArgument
 from mediator.core.states import (
     ARGUMENT_TABLE,
     BUFFER_TABLE,
@@ -30,6 +30,9 @@ from optee.abi.message import (
     page_count,
 )
 from optee.abi.results import Result
+
+if TYPE_CHECKING:
+    from mediator.core.mediator import Mediator
 
 OFFSET_MASK: Final = PAGE_SIZE - 1
 RECORD_MEMORY: Final = 256
@@ -52,57 +55,105 @@ Params = list[tuple[int, int, int, int]]
 Work = Generator[None, None, None]
 
 
+class _Batch:
+    """Page lists that are read but not pinned yet: one pin serves all buffers of a message."""
+
+    __slots__ = ("buffers", "entries", "guest", "pages", "targets")
+
+    def __init__(self, guest: Guest) -> None:
+        self.guest = guest
+        self.entries: list[bytes] = []
+        self.targets: list[tuple[SharedPage, int]] = []
+        self.buffers: list[Buffer] = []
+        self.pages = 0
+
+    def pin(self) -> None:
+        """Translate and pin what was read, in one step, and fill in our own lists (R6).
+
+        Raises:
+            MessageRejected: some page cannot be shared; nothing of the batch is pinned then.
+
+        """
+        if not self.pages:
+            return
+        memory = self.guest.memory
+        try:
+            pinned = memory.pin(np.frombuffer(b"".join(self.entries), np.uint64))
+        except Stage2Fault as fault:
+            raise MessageRejected(Result.BAD_PARAMETERS, str(fault)) from None
+        pins = Pins(pinned, len(self.buffers))
+        for buffer in self.buffers:
+            buffer.pins.append(pins)
+        octets = pinned.pas.data.cast("B")
+        at = 0
+        for page, size in self.targets:
+            page.view[:size] = octets[at : at + size]
+            at += size
+        self.guest.counters.translated += self.pages
+        self.entries.clear()
+        self.targets.clear()
+        self.buffers.clear()
+        self.pages = 0
+
+
 def translate(
-    world: SecureWorld, call: Call, shadow: SharedPage, base: int, params: Params, buffers: list[Buffer]
+    core: "Mediator", call: Call, shadow: SharedPage, base: int, params: Params, buffers: list[Buffer]
 ) -> Work:
     """Replace each page list that `params` name by one of ours with physical addresses.
 
-    `shadow` holds the message at offset `base`; new buffers are appended to `buffers` as they are made, so that
-    whoever catches the exception can undo them. Yields whenever a bounded number of pages is done.
+    `shadow` holds the message at offset `base`; new buffers are appended to `buffers` as they are made, so
+    that whoever catches the exception can undo them. Yields whenever a bounded number of pages is done.
 
     Raises:
         MessageRejected: the first parameter that cannot be translated says why.
 
     """
-    guest = call.guest
+    batch = _Batch(call.guest)
     done = 0
     at = base + _BUF_PTR - PARAM_SIZE
-    for attribute, pointer, size, cookie in params:
-        at += PARAM_SIZE
-        kind = attribute & TYPE_MASK
-        if kind < TMEM_INPUT or kind > TMEM_INOUT or pointer == 0:
-            continue
-        if not attribute & NONCONTIG:
-            raise MessageRejected(Result.BAD_PARAMETERS, "a contiguous buffer outside reserved memory")
-        offset = pointer & OFFSET_MASK
-        buffer = _open(guest, cookie, offset, size, kind != TMEM_INPUT)
-        buffers.append(buffer)
-        _lend_lists(world, guest, buffer)
-        source = pointer - offset
-        filled = 0
-        while filled < buffer.pages:
-            count = min(buffer.pages - filled, PAGES_PER_STEP)
-            if done and done + count > PAGES_PER_STEP:
-                yield
-                done = 0
-            source = _pin(guest, buffer, source, filled, count)
-            filled += count
-            done += count
-        list_pa = buffer.lists[0].pa | offset
-        shadow.view[at : at + 8] = list_pa.to_bytes(8, "little")
-        guest.counters.translated += buffer.pages
-        guest.events.append(
-            Event(
-                PAGES_PINNED,
-                "debug",
-                guest.vm,
-                {"call": call.id, "cookie": cookie, "pages": buffer.pages, "from": pointer, "to": list_pa},
-            )
-        )
+    try:
+        for attribute, pointer, size, cookie in params:
+            at += PARAM_SIZE
+            kind = attribute & TYPE_MASK
+            if kind < TMEM_INPUT or kind > TMEM_INOUT or pointer == 0:
+                continue
+            if not attribute & NONCONTIG:
+                raise MessageRejected(Result.BAD_PARAMETERS, "a contiguous buffer outside reserved memory")
+            offset = pointer & OFFSET_MASK
+            buffer = _open(core.world, call.guest, cookie, offset, size, kind != TMEM_INPUT, buffers)
+            source = pointer - offset
+            filled = 0
+            while filled < buffer.pages:
+                count = min(buffer.pages - filled, PAGES_PER_STEP)
+                if done and done + count > PAGES_PER_STEP:
+                    batch.pin()
+                    yield
+                    done = 0
+                source = _read_list(batch, buffer, source, filled, count)
+                filled += count
+                done += count
+            list_pa = buffer.lists[0].pa | offset
+            shadow.view[at : at + 8] = list_pa.to_bytes(8, "little")
+            if core.tracing:
+                call.guest.events.append(
+                    Event(
+                        PAGES_PINNED,
+                        "debug",
+                        call.guest.vm,
+                        {"call": call.id, "cookie": cookie, "pages": buffer.pages, "from": pointer, "to": list_pa},
+                    )
+                )
+    except MessageRejected:
+        # A page of an earlier parameter that cannot be shared comes first.
+        batch.pin()
+        raise
+    batch.pin()
 
 
-def _open(guest: Guest, cookie: int, offset: int, size: int, written: bool) -> Buffer:
-    """Charge a buffer and give it its name; limits are looked at before the name, as the reference does."""
+def _open(
+    world: SecureWorld, guest: Guest, cookie: int, offset: int, size: int, written: bool, buffers: list[Buffer]
+) -> Buffer:
+    """Charge a buffer, give it its name and list pages; limits are looked at before the name, as the reference does."""
     limits = guest.ledger.limits
     pages = page_count(size, offset)
     if pages > limits.pages_per_buffer:
@@ -113,8 +164,9 @@ def _open(guest: Guest, cookie: int, offset: int, size: int, written: bool) -> B
         )
     if pages == 0:
         raise MessageRejected(Result.BAD_PARAMETERS, "a page list for no pages")
+    lists = 1 if pages <= ENTRIES_PER_PAGE else list_pages(pages)
     try:
-        charge = guest.ledger.charge(pages, 1, 0, 0, RECORD_MEMORY + PIN_MEMORY * pages)
+        charge = guest.ledger.charge(pages, 1, 0, 0, RECORD_MEMORY + PIN_MEMORY * pages + PAGE_SIZE * lists)
     except OverLimit as over:
         raise MessageRejected(Result.OUT_OF_MEMORY, f"{over.resource} at their limit", limit=over.resource) from None
     if cookie in guest.buffers:
@@ -122,88 +174,77 @@ def _open(guest: Guest, cookie: int, offset: int, size: int, written: bool) -> B
         raise MessageRejected(Result.BAD_PARAMETERS, "a buffer with this cookie is live")
     buffer = Buffer(cookie, offset, size, pages, written, charge)
     guest.buffers[cookie] = buffer
-    return buffer
-
-
-def _lend_lists(world: SecureWorld, guest: Guest, buffer: Buffer) -> None:
-    count = list_pages(buffer.pages)
-    try:
-        buffer.list_charge = guest.ledger.charge(0, 0, 0, 0, count * PAGE_SIZE)
-    except OverLimit as over:
-        raise MessageRejected(Result.OUT_OF_MEMORY, f"{over.resource} at their limit", limit=over.resource) from None
-    for _ in range(count):
+    buffers.append(buffer)
+    while lists:
         page = world.lend()
         if page is None:
             raise MessageRejected(Result.OUT_OF_MEMORY, "no page left for a page list")
         buffer.lists.append(page)
+        lists -= 1
+    return buffer
 
 
-def _pin(guest: Guest, buffer: Buffer, source: int, first: int, count: int) -> int:
-    """Pin `count` pages from entry `first` on, listed in guest pages from `source`; returns the next list page.
+def _read_list(batch: _Batch, buffer: Buffer, source: int, first: int, count: int) -> int:
+    """Copy `count` entries from entry `first` on, listed in guest pages from `source`; returns the next list page.
 
-    The list ends by count, never by trust (R7).
+    The list ends by count, never by trust (R7). Each list page is read once.
     """
-    memory = guest.memory
+    memory = batch.guest.memory
     lists = buffer.lists
     number = first // ENTRIES_PER_PAGE
+    batch.pages += count
     try:
-        if count <= ENTRIES_PER_PAGE:
-            more = first + count < buffer.pages
-            raw = memory.read(source, PAGE_SIZE if more else count * 8, writable=True)
-            entries = np.frombuffer(raw, np.uint64, count)
-            if more:
-                source = int.from_bytes(raw[-8:], "little")
-        else:
-            entries = np.empty(count, np.uint64)
-            at = 0
-            while at < count:
-                part = min(count - at, ENTRIES_PER_PAGE)
-                more = first + at + part < buffer.pages
-                if source & OFFSET_MASK:
-                    raise Stage2Fault(source, Reason.UNALIGNED)
-                raw = memory.read(source, PAGE_SIZE if more else part * 8, writable=True)
-                entries[at : at + part] = np.frombuffer(raw, np.uint64, part)
-                if more:
-                    source = int.from_bytes(raw[-8:], "little")
-                at += part
-        pinned = memory.pin(entries)
+        while True:
+            if source & OFFSET_MASK:
+                raise Stage2Fault(source, Reason.UNALIGNED)
+            page = lists[number]
+            number += 1
+            if number == len(lists):
+                batch.entries.append(memory.read(source, count * 8, writable=True))
+                batch.targets.append((page, count * 8))
+                break
+            data = memory.read(source, PAGE_SIZE, writable=True)
+            batch.entries.append(data[:-8])
+            batch.targets.append((page, PAGE_SIZE - 8))
+            page.words[ENTRIES_PER_PAGE] = lists[number].pa
+            source = int.from_bytes(data[-8:], "little")
+            count -= ENTRIES_PER_PAGE
+            if not count:
+                break
     except Stage2Fault as fault:
         raise MessageRejected(Result.BAD_PARAMETERS, str(fault)) from None
-    buffer.pinned.append(pinned)
-    pas = pinned.pas
-    for at in range(0, count, ENTRIES_PER_PAGE):
-        part = min(count - at, ENTRIES_PER_PAGE)
-        words = lists[number].words
-        words[:part] = pas[at : at + part]
-        number += 1
-        if number < len(lists):
-            words[ENTRIES_PER_PAGE] = lists[number].pa
+    if not batch.buffers or batch.buffers[-1] is not buffer:
+        batch.buffers.append(buffer)
     return source
 
 
-def return_lists(world: SecureWorld, buffer: Buffer) -> None:
-    """Take the page list back: OP-TEE has read it, or never will."""
+def return_lists(core: "Mediator", buffer: Buffer) -> None:
+    """Take the page list back before the buffer ends: OP-TEE has read it."""
+    buffer.charge.reduce_memory(len(buffer.lists) * PAGE_SIZE)
     for page in buffer.lists:
-        world.take_back(page)
+        core.world.take_back(page)
     buffer.lists.clear()
-    if buffer.list_charge is not None:
-        buffer.list_charge.refund()
-        buffer.list_charge = None
 
 
-def release_buffer(world: SecureWorld, guest: Guest, buffer: Buffer) -> None:
+def release_buffer(core: "Mediator", guest: Guest, buffer: Buffer) -> None:
     """Unpin, refund and forget one buffer."""
     advance(buffer, BufferEvent.RELEASE, BUFFER_TABLE)
-    memory = guest.memory
-    for pinned in buffer.pinned:
+    for pins in buffer.pins:
+        pins.buffers -= 1
         if buffer.written:
-            memory.mark_dirty(pinned)
-        memory.unpin(pinned)
-    buffer.pinned.clear()
-    return_lists(world, buffer)
+            pins.written = True
+        if not pins.buffers:
+            if pins.written:
+                guest.memory.mark_dirty(pins.pinned)
+            guest.memory.unpin(pins.pinned)
+    buffer.pins.clear()
+    for page in buffer.lists:
+        core.world.take_back(page)
+    buffer.lists.clear()
     buffer.charge.refund()
     del guest.buffers[buffer.cookie]
-    guest.events.append(Event(PAGES_UNPINNED, "debug", guest.vm, {"cookie": buffer.cookie, "pages": buffer.pages}))
+    if core.tracing:
+        guest.events.append(Event(PAGES_UNPINNED, "debug", guest.vm, {"cookie": buffer.cookie, "pages": buffer.pages}))
 
 
 def release_argument(world: SecureWorld, guest: Guest, argument: RpcArgument) -> None:
@@ -219,5 +260,5 @@ def mark_written(guest: Guest, cookie: int) -> None:
     """Report the pages of the buffer with this cookie dirty: OP-TEE may have written them (R27)."""
     buffer = guest.buffers.get(cookie)
     if buffer is not None:
-        for pinned in buffer.pinned:
-            guest.memory.mark_dirty(pinned)
+        for pins in buffer.pins:
+            guest.memory.mark_dirty(pins.pinned)

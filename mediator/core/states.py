@@ -11,7 +11,13 @@ from typing import Protocol, TypeVar
 from mediator.core.faults import MediatorBug
 
 
-class GuestState(Enum):
+class _Word(Enum):
+    """Hashed by identity: tables are looked up several times a call, and Enum hashes its names."""
+
+    __hash__ = object.__hash__
+
+
+class GuestState(_Word):
     """Where a guest stands in its life (rules R24, R25, R28)."""
 
     CREATING = auto()
@@ -23,7 +29,7 @@ class GuestState(Enum):
     GONE = auto()
 
 
-class GuestEvent(Enum):
+class GuestEvent(_Word):
     """What moves a guest."""
 
     CREATED = auto()
@@ -37,7 +43,7 @@ class GuestEvent(Enum):
     ABANDON = auto()
 
 
-class CallState(Enum):
+class CallState(_Word):
     """Where a yielding call stands."""
 
     TRANSLATING = auto()
@@ -47,7 +53,7 @@ class CallState(Enum):
     ENDED = auto()
 
 
-class CallEvent(Enum):
+class CallEvent(_Word):
     """What moves a yielding call."""
 
     FORWARD = auto()
@@ -59,7 +65,7 @@ class CallEvent(Enum):
     ABORT = auto()
 
 
-class BufferState(Enum):
+class BufferState(_Word):
     """Where a shared buffer stands."""
 
     PINNED = auto()
@@ -69,7 +75,7 @@ class BufferState(Enum):
     RELEASED = auto()
 
 
-class BufferEvent(Enum):
+class BufferEvent(_Word):
     """What moves a shared buffer."""
 
     REGISTER = auto()
@@ -79,14 +85,14 @@ class BufferEvent(Enum):
     RELEASE = auto()
 
 
-class ArgumentState(Enum):
+class ArgumentState(_Word):
     """Where an RPC argument stands."""
 
     LIVE = auto()
     RELEASED = auto()
 
 
-class ArgumentEvent(Enum):
+class ArgumentEvent(_Word):
     """What moves an RPC argument."""
 
     RELEASE = auto()

@@ -56,15 +56,9 @@ LOW: Final = 0xFFFFFFFF
 
 _CALL_WITH_ARG: Final = int(Function.CALL_WITH_ARG)
 _CALL_WITH_RPC_ARG: Final = int(Function.CALL_WITH_RPC_ARG)
-_COMMANDS: Final = {int(command): command for command in Command}
 _PRESET: Final = Result.GENERIC.to_bytes(4, "little")
 _COMMS: Final = Origin.COMMS.to_bytes(4, "little")
-_VALUE_OUTPUT: Final = int(ParamType.VALUE_OUTPUT)
-_VALUE_INOUT: Final = int(ParamType.VALUE_INOUT)
-_MEMREF_OUTPUTS: Final = frozenset(
-    int(kind) for kind in (ParamType.RMEM_OUTPUT, ParamType.RMEM_INOUT, ParamType.TMEM_OUTPUT, ParamType.TMEM_INOUT)
-)
-_OUTPUTS: Final = _MEMREF_OUTPUTS | {_VALUE_OUTPUT, _VALUE_INOUT}
+_VALUE_OUTPUTS: Final = (int(ParamType.VALUE_OUTPUT), int(ParamType.VALUE_INOUT))
 
 
 def enter(core: "Mediator", guest: Guest, vcpu: int, regs: Regs, function: Function) -> Step:
@@ -75,38 +69,54 @@ def enter(core: "Mediator", guest: Guest, vcpu: int, regs: Regs, function: Funct
         code = ReturnCode.ETHREAD_LIMIT if over.resource == "calls" else ReturnCode.ENOMEM
         return refuse(core, guest, regs, CallRefused(code, f"{over.resource} at their limit", limit=over.resource))
     call = Call(guest, vcpu, regs, function, charge)
-    call.work = _enter(core, call)
+    try:
+        params = _take_message(core, call)
+        if not call.translates:
+            return _send(core, call)
+    except CallRefused as refused:
+        end(core, call, CallEvent.REJECT)
+        return refuse(core, guest, regs, refused)
+    except MessageRejected as rejected:
+        return _reject(core, call, rejected)
+    call.work = _translate(core, call, params)
     return core.work(call)
 
 
-def _enter(core: "Mediator", call: Call) -> Generator[None, None, Step]:
-    guest = call.guest
+def _translate(core: "Mediator", call: Call, params: Params) -> Generator[None, None, Step]:
+    assert call.shadow is not None
     try:
-        params = _take_message(core, call)
-        yield from _translate(core, call, params)
-    except CallRefused as refused:
-        end(core, call, CallEvent.REJECT)
-        return refuse(core, guest, call.regs, refused)
+        yield from translate(core, call, call.shadow, 0, params, call.buffers)
     except MessageRejected as rejected:
-        regs = call.regs
-        place = call.place
-        end(core, call, CallEvent.REJECT)
-        note_rejection(guest, call, rejected)
-        assert place is not None
-        try:
-            place.write(
-                guest.memory,
-                ((OFFSET_RET, rejected.result.to_bytes(4, "little")), (OFFSET_RET_ORIGIN, _COMMS)),
-            )
-        except Stage2Fault as fault:
-            return refuse(core, guest, regs, CallRefused(ReturnCode.EBADADDR, str(fault)))
-        return core.local(regs, ReturnCode.OK)
+        return _reject(core, call, rejected)
+    if call.command is Command.REGISTER_SHM:
+        call.registering = call.buffers.pop()
+        advance(call.registering, BufferEvent.REGISTER, BUFFER_TABLE)
+    return _send(core, call)
+
+
+def _send(core: "Mediator", call: Call) -> Step:
     shadow = call.shadow
     assert shadow is not None
     advance(call, CallEvent.FORWARD, CALL_TABLE)
     pa = shadow.pa
     function = _CALL_WITH_RPC_ARG if call.rpc_offset else _CALL_WITH_ARG
-    return core.forward(call, (function, pa >> 32, pa & LOW, SHM_CACHED, 0, 0, 0, guest.vm))
+    return core.forward(call, (function, pa >> 32, pa & LOW, SHM_CACHED, 0, 0, 0, call.guest.vm))
+
+
+def _reject(core: "Mediator", call: Call, rejected: MessageRejected) -> Step:
+    """Undo what the call made and say why in the guest's message (R10, R12)."""
+    guest = call.guest
+    regs = call.regs
+    place = call.place
+    end(core, call, CallEvent.REJECT)
+    note_rejection(guest, call, rejected)
+    assert place is not None
+    fields = ((OFFSET_RET, rejected.result.to_bytes(4, "little")), (OFFSET_RET_ORIGIN, _COMMS))
+    try:
+        place.write(guest.memory, fields)
+    except Stage2Fault as fault:
+        return refuse(core, guest, regs, CallRefused(ReturnCode.EBADADDR, str(fault)))
+    return core.local(regs, ReturnCode.OK)
 
 
 def _take_message(core: "Mediator", call: Call) -> Params:
@@ -141,16 +151,41 @@ def _take_message(core: "Mediator", call: Call) -> Params:
             raise CallRefused(ReturnCode.EBADADDR, "message and RPC argument do not lie in their buffer")
     elif num_params > MAX_PARAMS:
         raise MessageRejected(Result.BAD_PARAMETERS, f"{num_params} parameters")
-    command = _COMMANDS.get(header[0])
-    if command is None or command not in core.policy.commands:
+    command = core.commands.get(header[0])
+    if command is None:
         raise CallRefused(ReturnCode.EBADCMD, f"command {header[0]:#x} is not forwarded")
     call.command = command
     view = shadow.view
     view[:size] = data[:size]
     view[OFFSET_RET:OFFSET_RET_ORIGIN] = _PRESET
     params = list(PARAM.iter_unpack(data[HEADER_SIZE:size])) if num_params else []
-    call.attributes = [param[0] & TYPE_MASK for param in params]
+    call.num_params = num_params
+    if command is Command.REGISTER_SHM:
+        _check_register(core.policy, params)
+    elif command is Command.UNREGISTER_SHM:
+        _begin_unregister(call, core.policy, params)
+    _look_at(call, params, core.policy.cookie_zero)
     return params
+
+
+def _look_at(call: Call, params: Params, cookie_zero: bool) -> None:
+    """Note what is to be translated, and what the guest gets back at the end."""
+    at = HEADER_SIZE
+    for attribute, _, _, cookie in params:
+        kind = attribute & TYPE_MASK
+        if RMEM_INPUT <= kind <= RMEM_INOUT:
+            if cookie == 0 and not cookie_zero and call.command is not Command.UNREGISTER_SHM:
+                raise MessageRejected(Result.BAD_PARAMETERS, "a registered memory reference with cookie 0")
+            if kind != RMEM_INPUT:
+                call.outputs.append((at + 16, at + 24))
+                call.written.append(cookie)
+        elif TMEM_INPUT <= kind <= TMEM_INOUT:
+            call.translates = True
+            if kind != TMEM_INPUT:
+                call.outputs.append((at + 16, at + 24))
+        elif kind in _VALUE_OUTPUTS:
+            call.outputs.append((at + 8, at + 32))
+        at += PARAM_SIZE
 
 
 def _read_registered(call: Call) -> bytes:
@@ -167,28 +202,6 @@ def _read_registered(call: Call) -> bytes:
     place = BufferPlace(buffer, start)
     call.place = place
     return place.read(guest.memory, 0, min(PAGE_SIZE, room))
-
-
-def _translate(core: "Mediator", call: Call, params: Params) -> Generator[None, None, None]:
-    """Rules per command and parameter, then the page lists."""
-    policy = core.policy
-    command = call.command
-    if command is Command.REGISTER_SHM:
-        _check_register(policy, params)
-    elif command is Command.UNREGISTER_SHM:
-        _begin_unregister(call, policy, params)
-    elif not policy.cookie_zero:
-        for attribute, _, _, cookie in params:
-            if cookie == 0 and RMEM_INPUT <= attribute & TYPE_MASK <= RMEM_INOUT:
-                raise MessageRejected(Result.BAD_PARAMETERS, "a registered memory reference with cookie 0")
-    assert call.shadow is not None
-    for kind in call.attributes:
-        if TMEM_INPUT <= kind <= TMEM_INOUT:
-            yield from translate(core.world, call, call.shadow, 0, params, call.buffers)
-            break
-    if command is Command.REGISTER_SHM:
-        call.registering = call.buffers.pop()
-        advance(call.registering, BufferEvent.REGISTER, BUFFER_TABLE)
 
 
 def _check_register(policy: Policy, params: Params) -> None:
@@ -226,18 +239,15 @@ def completed(core: "Mediator", call: Call, answer: Regs) -> Step:
     shadow = call.shadow
     place = call.place
     assert shadow is not None and place is not None
-    size = HEADER_SIZE + PARAM_SIZE * len(call.attributes)
-    data = shadow.view[:size].tobytes()
+    data = shadow.view[: HEADER_SIZE + PARAM_SIZE * call.num_params].tobytes()
     fields = [
         (OFFSET_SESSION, data[OFFSET_SESSION : OFFSET_SESSION + 4]),
         (OFFSET_RET, data[OFFSET_RET : OFFSET_RET + 8]),
     ]
-    outputs(data, call.attributes, fields)
-    at = HEADER_SIZE + 24
-    for kind in call.attributes:
-        if kind in _MEMREF_OUTPUTS and kind <= RMEM_INOUT:
-            mark_written(guest, int.from_bytes(data[at : at + 8], "little"))
-        at += PARAM_SIZE
+    for start, stop in call.outputs:
+        fields.append((start, data[start:stop]))
+    for cookie in call.written:
+        mark_written(guest, cookie)
     if data[OFFSET_RET : OFFSET_RET + 4] == b"\0\0\0\0":
         if call.registering is not None:
             _registered(core, call)
@@ -258,7 +268,7 @@ def _registered(core: "Mediator", call: Call) -> None:
     assert buffer is not None
     if buffer.state is BufferState.REGISTERING:
         advance(buffer, BufferEvent.KEEP, BUFFER_TABLE)
-        return_lists(core.world, buffer)
+        return_lists(core, buffer)
 
 
 def _unregistered(core: "Mediator", call: Call) -> None:
@@ -269,19 +279,7 @@ def _unregistered(core: "Mediator", call: Call) -> None:
     call.unregistering = None
     buffer = call.guest.buffers.get(call.cookie)
     if buffer is not None and buffer.state is not BufferState.PINNED:
-        release_buffer(core.world, call.guest, buffer)
-
-
-def outputs(data: bytes, attributes: list[int], fields: list[tuple[int, bytes]]) -> None:
-    """Append the output fields of a message or RPC argument: sizes of memory references, values."""
-    at = HEADER_SIZE
-    for kind in attributes:
-        if kind in _OUTPUTS:
-            if kind in _MEMREF_OUTPUTS:
-                fields.append((at + 16, data[at + 16 : at + 24]))
-            else:
-                fields.append((at + 8, data[at + 8 : at + 32]))
-        at += PARAM_SIZE
+        release_buffer(core, call.guest, buffer)
 
 
 def end(core: "Mediator", call: Call, event: CallEvent) -> None:
@@ -290,11 +288,11 @@ def end(core: "Mediator", call: Call, event: CallEvent) -> None:
     guest = call.guest
     world = core.world
     for buffer in call.buffers:
-        release_buffer(world, guest, buffer)
+        release_buffer(core, guest, buffer)
     call.buffers.clear()
     if call.registering is not None:
         if call.registering.state is BufferState.REGISTERING:
-            release_buffer(world, guest, call.registering)
+            release_buffer(core, guest, call.registering)
         call.registering = None
     if call.unregistering is not None:
         if call.unregistering.state is BufferState.UNREGISTERING:

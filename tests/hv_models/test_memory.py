@@ -175,6 +175,19 @@ class TestPhysicalMemory:
         assert memory.read(BASE, 5) == bytes(5)
         assert memory.find(BASE) == (second, 0)
 
+    def test_looking_everything_up_costs_bounded_memory(
+        self, memory: PhysicalMemory, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("hv_models.memory._CACHED_FRAMES", 8)
+        bank = bank_of(100)
+        memory.add(bank)
+        for page in (*range(100), *range(99, -1, -1)):
+            memory.frame(BASE + page * PAGE_SIZE)[0] = page
+            assert memory.find(BASE + page * PAGE_SIZE) == (bank, page)
+            assert len(memory._found) <= 8
+            assert len(memory._views) <= 8
+        assert bank.store.view[::PAGE_SIZE].tolist() == list(range(100))
+
     def test_a_bank_that_reaches_over_4_gib_is_found_everywhere(self, memory: PhysicalMemory) -> None:
         bank = bank_of(4, 0x1_FFFF_E000)
         memory.add(bank)

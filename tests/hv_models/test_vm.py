@@ -308,6 +308,7 @@ class TestSharedFrames:
     def test_ends_with_the_other_mapping(self, create: Create) -> None:
         owner, user = self.shared(create)
         user.stage2.unmap(self.WINDOW, 1)
+        assert owner.regions[0].entries[3:5].tolist() == [4, 0]
         owner.unpin(owner.pin(pages(self.SHARED)))
         with pytest.raises(Stage2Fault):
             owner.pin(pages(self.SHARED + PAGE_SIZE))

@@ -458,10 +458,11 @@ def test_registered_message_may_cross_pages(rig: Rig) -> None:
     data, listed = rig.buffer(3 * PAGE_SIZE)
     rig.register(listed, 3 * PAGE_SIZE, 0x99)
     session = rig.open()
-    for offset in (0, 0x180, PAGE_SIZE - 64, PAGE_SIZE - 8, 3 * PAGE_SIZE - 160 - 320):
+    for offset in (0, 0x180, PAGE_SIZE - 64, PAGE_SIZE - 8, 3 * PAGE_SIZE - 320):
         rig.memory.write(data + offset, invoke_message(session, 0, value(8)).pack())
         assert rig.call(Function.CALL_WITH_REGD_ARG, 0, 0x99, offset) == (0, 0, 0, 0)
         message = Message.unpack(rig.memory.read(data + offset, 160))
         assert (message.ret, message.params[0].a) == (0, 9)
-    for offset in (4, 3 * PAGE_SIZE - 160 - 312, 3 * PAGE_SIZE, 0xFFFFFFF8):
+    rig.memory.write(data + 3 * PAGE_SIZE - 312, invoke_message(session, 0, value(8)).pack())
+    for offset in (4, 3 * PAGE_SIZE - 312, 3 * PAGE_SIZE - 24, 3 * PAGE_SIZE, 0xFFFFFFF8):
         assert rig.call(Function.CALL_WITH_REGD_ARG, 0, 0x99, offset)[0] == ReturnCode.EBADADDR
