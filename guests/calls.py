@@ -23,7 +23,8 @@ MAX_ARGUMENT_PARAMS: Final = 6
 """Two parameters of OPEN_SESSION and four of the client (Linux' MAX_ARG_PARAM_COUNT)."""
 
 _CODECS: Final = tuple(
-    struct.Struct(HEADER.format + PARAM.format.removeprefix("<") * count) for count in range(MAX_ARGUMENT_PARAMS + 1)
+    struct.Struct(HEADER.format + PARAM.format.removeprefix("<") * count)
+    for count in range(MAX_ARGUMENT_PARAMS + 1)
 )
 _NO_HEADER: Final = bytes(HEADER_SIZE)
 _RETURN_FROM_RPC: Final = int(Function.RETURN_FROM_RPC)
@@ -281,7 +282,9 @@ class Caller:
             if call.ended:
                 self._allocator.release(pages)
 
-    async def _exchange(self, call: Call, ipa: int, regs: Registers, codec: struct.Struct, data: bytes) -> Answer:
+    async def _exchange(
+        self, call: Call, ipa: int, regs: Registers, codec: struct.Struct, data: bytes
+    ) -> Answer:
         self._ram.write(ipa, data + _NO_HEADER if self._rpc_argument else data)
         self.calls += 1
         status = await self._run(call, regs)

@@ -21,7 +21,7 @@ import trio
 from guests.calls import Answer
 from guests.driver import NIL_UUID, Driver
 from guests.errors import OutOfGuestMemoryError, RegistrationError
-from guests.memory import Buffer, page_span
+from guests.memory import Buffer, allocate_buffer
 from guests.parameters import (
     MAX_PARAMETERS,
     NO_PARAM,
@@ -71,12 +71,14 @@ class TeeError(Exception):
 class SharedMemory:
     """A buffer that the client and TAs share, allocated or registered (TEEC_SharedMemory)."""
 
-    def __init__(self, context: "Context", shm: KernelMemory, direction: Direction, *, allocated: bool) -> None:
+    def __init__(
+        self, context: "Context", shm: KernelMemory, size: int, direction: Direction, *, allocated: bool
+    ) -> None:
         self._context = context
         self._shm: KernelMemory | None = shm
         self._allocated = allocated
         self.direction = direction
-        self.size = shm.buffer.size
+        self.size = size
 
     @property
     def kernel_memory(self) -> KernelMemory:
@@ -87,7 +89,7 @@ class SharedMemory:
 
     def read(self, offset: int = 0, size: int | None = None) -> bytes:
         """Copy bytes out; to the end unless `size` says less. Raises ValueError outside the buffer."""
-        return self.kernel_memory.buffer.read(offset, size)
+        return self.kernel_memory.buffer.read(offset, self.size - offset if size is None else size)
 
     def write(self, data: bytes, offset: int = 0) -> None:
         """Copy bytes in. Raises ValueError outside the buffer."""
@@ -163,16 +165,10 @@ class _Operation:
                 size = parameter.size
             else:
                 continue
-            driver = self._driver
-            length = max(size, _LEAST_BUFFER)
-            try:
-                pages = driver.allocator.pages(page_span(length, _MALLOC_HEADER))
-            except OutOfGuestMemoryError as error:
-                raise TeeError(Result.OUT_OF_MEMORY, Origin.API) from error
-            buffer = Buffer(driver.ram, pages, length, _MALLOC_HEADER)
+            buffer = _allocate(self._driver, max(size, _LEAST_BUFFER), _MALLOC_HEADER)
             if isinstance(parameter, Temporary):
                 buffer.write(parameter.data)
-            shm = self._buffers[index] = await _register(driver, buffer, allocated=True)
+            shm = self._buffers[index] = await _register(self._driver, buffer, allocated=True)
             self.params[index] = encode_registered(parameter.direction, shm.cookie, 0, size)
 
     async def release(self) -> None:
@@ -189,7 +185,10 @@ class _Operation:
             return ()
         params = answer.params[-MAX_PARAMETERS:]
         return tuple(
-            [self._output(index, parameter, params[index]) for index, parameter in enumerate(self._parameters)]
+            [
+                self._output(index, parameter, params[index])
+                for index, parameter in enumerate(self._parameters)
+            ]
         )
 
     def _output(self, index: int, parameter: Parameter, param: Param) -> Output:
@@ -202,6 +201,13 @@ class _Operation:
             buffer = self._buffers[index].buffer
             return MemoryResult(size, buffer.read(0, min(size, buffer.size)))
         return MemoryResult(size)
+
+
+def _allocate(driver: Driver, size: int, offset: int = 0) -> Buffer:
+    try:
+        return allocate_buffer(driver.ram, driver.allocator, size, offset)
+    except OutOfGuestMemoryError as error:
+        raise TeeError(Result.OUT_OF_MEMORY, Origin.API) from error
 
 
 async def _register(driver: Driver, buffer: Buffer, *, allocated: bool) -> KernelMemory:
@@ -320,14 +326,10 @@ class Context:
         return NIL_UUID
 
     def buffer(self, size: int, offset: int = 0) -> Buffer:
-        """Take memory of the process's own, beginning `offset` bytes into a page; see `free`."""
+        """Take zeroed memory of the process's own, `offset` bytes into a page; see `free`. Raises TeeError."""
         if not 0 <= size <= MAX_SHARED_MEMORY:
             raise TeeError(Result.BAD_PARAMETERS, Origin.API)
-        allocator = self.driver.allocator
-        try:
-            return Buffer(self.driver.ram, allocator.pages(page_span(size, offset)), size, offset)
-        except OutOfGuestMemoryError as error:
-            raise TeeError(Result.OUT_OF_MEMORY, Origin.API) from error
+        return _allocate(self.driver, size, offset)
 
     def free(self, buffer: Buffer) -> None:
         """Give such memory back, after what was registered of it has been released."""
@@ -336,13 +338,13 @@ class Context:
     async def register(self, buffer: Buffer, direction: Direction = Direction.INOUT) -> SharedMemory:
         """Share existing memory (TEEC_RegisterSharedMemory); the same twice gives two names. Raises TeeError."""
         shm = await _register(self.driver, buffer, allocated=False)
-        return self._remember(SharedMemory(self, shm, direction, allocated=False))
+        return self._remember(SharedMemory(self, shm, buffer.size, direction, allocated=False))
 
     async def allocate(self, size: int, direction: Direction = Direction.INOUT) -> SharedMemory:
         """Allocate whole pages and share them (TEEC_AllocateSharedMemory). Raises TeeError."""
         buffer = self.buffer(max(size, _LEAST_BUFFER))
         shm = await _register(self.driver, buffer, allocated=True)
-        return self._remember(SharedMemory(self, shm, direction, allocated=True))
+        return self._remember(SharedMemory(self, shm, size, direction, allocated=True))
 
     def _remember(self, memory: SharedMemory) -> SharedMemory:
         self._memories[memory] = None

@@ -1,13 +1,16 @@
 """A guest's own RAM: its page allocator, and buffers that lie in scattered pages."""
 
 from collections.abc import Iterator, Sequence
+from typing import Final
 
 from guests.errors import OutOfGuestMemoryError
 from hv_models.memory import PAGE_SIZE, GuestRam, Ipa
 
 # Consecutive allocations are this many pages apart, so a buffer of several pages never happens to be contiguous:
 # who treats an IPA range as one range finds somebody else's data. Odd, hence coprime to every power of two.
-_STRIDE = 0x1D3
+_STRIDE: Final = 0x1D3
+
+_ZEROES: Final = bytes(PAGE_SIZE)
 
 
 class PageAllocator:
@@ -115,6 +118,14 @@ class Buffer:
         for ipa, length in self._pieces(offset, len(data)):
             self._ram.write(ipa, data[position : position + length])
             position += length
+
+
+def allocate_buffer(ram: GuestRam, allocator: PageAllocator, size: int, offset: int = 0) -> Buffer:
+    """Take zeroed pages for a process, for `size` bytes from `offset` on. Raises OutOfGuestMemoryError."""
+    pages = allocator.pages(page_span(size, offset))
+    for page in pages:
+        ram.write(page, _ZEROES)
+    return Buffer(ram, pages, size, offset)
 
 
 def page_span(size: int, offset: int) -> int:

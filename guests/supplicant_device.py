@@ -5,7 +5,7 @@ from typing import Protocol, TypeAlias
 
 import trio
 
-from guests.memory import Buffer, PageAllocator, page_span
+from guests.memory import PageAllocator, allocate_buffer
 from guests.shm import SharedMemory, SharedMemoryTable
 from guests.uninterruptible import Uninterruptible
 from hv_models.memory import GuestRam
@@ -145,7 +145,7 @@ class SupplicantDevice:
 
     def allocate(self, size: int) -> int:
         """Share `size` bytes of the supplicant's memory (never registered: OP-TEE learns it by SHM_ALLOC)."""
-        buffer = Buffer(self._ram, self._allocator.pages(page_span(size, 0)), size)
+        buffer = allocate_buffer(self._ram, self._allocator, size)
         identifier = self._next
         self._next += 1
         self._shared[identifier] = self._shms.add(buffer)

@@ -70,7 +70,7 @@ class Part(NamedTuple):
     entries: IndexArray
     """1 + the number of the bank's page, for each."""
     region: Region | None
-    """The region that the guest named them in; None for frames of another VM."""
+    """The region that the guest named them in; None for addresses outside of its RAM."""
     places: IndexArray
     """Number of the page in that region."""
     positions: IndexArray | None

@@ -15,6 +15,7 @@ from hv_models.memory import (
     Bank,
     Gfn,
     GuestRam,
+    IndexArray,
     Ipa,
     PageArray,
     PhysicalFault,
@@ -134,10 +135,9 @@ class VirtualMachine:
                 return
         bank, page = self._resolve(ipa, size, True)
         bank.page_view(page)[within : within + size] = data
-        for region in self.regions:
-            index = region.index(ipa)
-            if region.dirty is not None and index is not None:
-                region.dirty[index] = True
+        place = self._place(ipa)
+        if place is not None and place[0].dirty is not None:
+            place[0].dirty[place[1]] = True
 
     def write_fields(self, ipa: int, fields: Sequence[tuple[int, bytes]]) -> None:
         """Write `(offset, bytes)` fields of the page that starts at `ipa`, looked up once. Raises Stage2Fault.
@@ -336,20 +336,26 @@ class VirtualMachine:
         self.stage2.map(ipa, (np.arange(pages, dtype=np.uint64) << _SHIFT) + np.uint64(pa), kind)
 
     def _home(self, ipa: int) -> PageArray:
+        place = self._place(ipa)
+        if place is None:
+            raise ValueError(f"{self.name} has no RAM at IPA {ipa:#x}")
+        return place[0].bank.pa[place[1] : place[1] + 1]
+
+    def _place(self, ipa: int) -> tuple[Region, int] | None:
+        """The region of an address, and the number of the page in it."""
         for region in self.regions:
             index = region.index(ipa)
             if index is not None:
-                return region.bank.pa[index : index + 1]
-        raise ValueError(f"{self.name} has no RAM at IPA {ipa:#x}")
+                return region, index
+        return None
 
     def _resolve(self, ipa: int, size: int, writable: bool) -> tuple[Bank, int]:
         """The page behind an access that the first region's TLB did not answer. Raises Stage2Fault."""
         if size < 0 or (ipa & PAGE_MASK) + size > PAGE_SIZE:
             raise Stage2Fault(ipa, Reason.CROSSES_PAGE)
-        for region in self.regions:
-            index = region.index(ipa)
-            if index is not None and region.lookup[index]:
-                return region.bank, region.lookup[index] - 1
+        place = self._place(ipa)
+        if place is not None and place[0].lookup[place[1]]:
+            return place[0].bank, place[0].lookup[place[1]] - 1
         bank, page, kind = self._backing(ipa)
         if kind not in _READABLE or (writable and kind is not PageKind.RAM_RW):
             raise Stage2Fault(ipa, REFUSED_KINDS[kind])
@@ -376,7 +382,8 @@ class VirtualMachine:
             parts, missing = self._gather(ipas)
         for position in missing.tolist():
             bank, page = self._shareable(int(ipas[position]))
-            parts.append(Part(bank, np.array([page + 1]), None, np.array([0]), np.array([position])))
+            region, index = self._place(int(ipas[position])) or (None, 0)
+            parts.append(Part(bank, np.array([page + 1]), region, np.array([index]), np.array([position])))
         pas = np.zeros(len(ipas), dtype=np.uint64)
         for part in parts:
             np.add.at(part.bank.entry_pins, part.entries, _ONE)
@@ -386,16 +393,16 @@ class VirtualMachine:
     def _gather(self, ipas: PageArray) -> tuple[list[Part], IndexArray]:
         """What the TLBs of all regions say; and the positions of the pages that none of them has."""
         parts: list[Part] = []
-        wanted = ipas & _MASK == 0
+        aligned = ipas & _MASK == 0
+        missing = np.ones(len(ipas), dtype=np.bool_)
         for region in self.regions:
             index = ((ipas - region.base_word) >> _SHIFT).view(np.int64)
             entries = region.entries.take(index, mode="clip")
-            good = (entries != 0) & wanted
-            positions = np.flatnonzero(good)
+            positions = np.flatnonzero((entries != 0) & aligned)
             if len(positions):
                 parts.append(Part(region.bank, entries[positions], region, index[positions], positions))
-                wanted[positions] = False
-        return parts, np.flatnonzero(wanted | (ipas & _MASK != 0))
+                missing[positions] = False
+        return parts, np.flatnonzero(missing)
 
     def _shareable(self, ipa: int) -> tuple[Bank, int]:
         """The page of an address that the TLBs do not have. Raises Stage2Fault if it may not be pinned."""

@@ -124,9 +124,7 @@ _BAD_PARAMETERS = Result.BAD_PARAMETERS
 _SECURITY = Result.SECURITY
 
 
-def from_message(
-    words: Sequence[tuple[int, ...]], table: SharedMemoryTable, held: list[SharedMemory]
-) -> Params:
+def from_message(words: Sequence[tuple[int, ...]], table: SharedMemoryTable, held: list[SharedMemory]) -> Params:
     """Make a TA's parameters of a message's (attribute and three words each).
 
     Every shared memory object that is used is appended to `held`, with a reference to put afterwards, also

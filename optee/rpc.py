@@ -62,8 +62,7 @@ def rpc_command(thread: Thread, command: int, params: Sequence[RpcParam]) -> Ste
             return Reply(_OUT_OF_MEMORY, 0, [])
     window.store(
         0,
-        HEADER.pack(command, 0, 0, 0, 0, _PRESET, 0, len(params))
-        + b"".join(PARAM.pack(*param) for param in params),
+        HEADER.pack(command, 0, 0, 0, 0, _PRESET, 0, len(params)) + b"".join(PARAM.pack(*param) for param in params),
     )
     buffer = thread.rpc_buffer
     cookie = 0 if buffer is None else buffer.cookie

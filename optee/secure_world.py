@@ -92,9 +92,7 @@ class SecureWorld:
         reserved = (0, 0) if config.virtualization else config.reserved_shm
         self.normal_world = NormalWorld(memory, config.secure_ram, reserved)
         self.random = Random(config.seed)
-        self.tas: dict[object, type[TrustedApplication]] = {
-            ta.uuid: ta for ta in (*BUILT_IN, *config.extra_tas)
-        }
+        self.tas: dict[object, type[TrustedApplication]] = {ta.uuid: ta for ta in (*BUILT_IN, *config.extra_tas)}
         """Every TA whose code the model knows, by UUID."""
         self.interrupt_pending: Callable[[VmId], bool] | None = None
         """Asked at each moment at which secure code of that guest can be interrupted: True makes the call
@@ -157,9 +155,7 @@ class SecureWorld:
         partition = self._by_id.get(vm_id)
         if partition is None:
             return ()
-        return tuple(
-            SharedObject(shm.cookie, tuple(shm.pages), shm.guarded) for shm in partition.shared_memory
-        )
+        return tuple(SharedObject(shm.cookie, tuple(shm.pages), shm.guarded) for shm in partition.shared_memory)
 
     def session_count(self, vm_id: int) -> int:
         """Sessions of the normal world that are open."""

@@ -246,9 +246,7 @@ class Sessions:
                 instance.busy = True
             if sessions is self.open:
                 self._partition.world.ta_invokes += 1
-            result = yield from self._enter(
-                thread, session, params, instance.ta.invoke, session.tee, command, params
-            )
+            result = yield from self._enter(thread, session, params, instance.ta.invoke, session.tee, command, params)
             answer = result, _TEE if instance.panicked else _TRUSTED_APP
             session.cancelled = False
             if instance.flags or self._mutex.queue:
@@ -290,9 +288,7 @@ class Sessions:
             yield from self._release(thread, instance)
         return _SUCCESS
 
-    def open_from_ta(
-        self, thread: Thread, caller: Instance, uuid: UUID, params: Params
-    ) -> Steps[Session | TeeError]:
+    def open_from_ta(self, thread: Thread, caller: Instance, uuid: UUID, params: Params) -> Steps[Session | TeeError]:
         """Open a session for a TA; a failure is returned, not raised."""
         client = Client(int(Login.TRUSTED_APP), caller.uuid)
         result, origin, session = yield from self.open_session(thread, uuid, client, params, caller.opened)

@@ -233,9 +233,7 @@ class StorageStandIn:
             else:
                 index += 1
         place = _VERSIONS_HEADER.size + index * _VERSION.size
-        yield from self._locked(
-            thread, self._write(thread, versions, place, _VERSION.pack(uuid.bytes, version))
-        )
+        yield from self._locked(thread, self._write(thread, versions, place, _VERSION.pack(uuid.bytes, version)))
         if not known:
             header = _VERSIONS_HEADER.pack(0, count + 1)
             yield from self._locked(thread, self._write(thread, versions, 0, header))
@@ -313,9 +311,7 @@ class StorageStandIn:
         owner, name, length, root_hash, number = _ENTRY.unpack(data)
         return owner, name, length, root_hash, number
 
-    def _find_entry(
-        self, thread: Thread, directory: _File, name: bytes
-    ) -> Steps[tuple[int, bytes, int] | None]:
+    def _find_entry(self, thread: Thread, directory: _File, name: bytes) -> Steps[tuple[int, bytes, int] | None]:
         """Index, root hash and file number of an object, by reading entry after entry."""
         for index in self._indices():
             entry = yield from self._read_entry(thread, directory, index)

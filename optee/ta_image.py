@@ -20,9 +20,7 @@ from optee.errors import TeeError
 if TYPE_CHECKING:
     from optee.trusted_application import TrustedApplication
 
-_HEADER: Final = struct.Struct(
-    "<IIIIHH"
-)  # magic, type, payload bytes, algorithm, bytes of hash, of signature
+_HEADER: Final = struct.Struct("<IIIIHH")  # magic, type, payload bytes, algorithm, bytes of hash, of signature
 _BOOTSTRAP: Final = struct.Struct("<16sI")  # UUID, version
 _MAGIC: Final = 0x4F545348
 _BOOTSTRAP_TA: Final = 1

@@ -148,9 +148,7 @@ class Tee:
         """Open a session to another TA (TEE_OpenTASession). Raises TeeError with the origin of the failure."""
         self._enter_syscall()
         self.thread.recursion += 1
-        opened = yield from self.thread.partition.sessions.open_from_ta(
-            self.thread, self.instance, uuid, params
-        )
+        opened = yield from self.thread.partition.sessions.open_from_ta(self.thread, self.instance, uuid, params)
         self.thread.recursion -= 1
         if isinstance(opened, TeeError):
             raise opened

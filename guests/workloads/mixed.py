@@ -53,7 +53,11 @@ async def _client(guest: Guest, report: Report, choose: Random) -> None:
         hello = await report.open_if_present(context, HELLO_WORLD, "hello_world")
         random = await report.open_if_present(context, RANDOM, "random")
         aes = await report.open_if_present(context, AES, "aes")
-        work = [(use, session) for use, session in ((_increment, hello), (_random, random), (_aes, aes)) if session]
+        work = [
+            (use, session)
+            for use, session in ((_increment, hello), (_random, random), (_aes, aes))
+            if session
+        ]
         if not work:
             return
         for _ in range(_OPERATIONS):

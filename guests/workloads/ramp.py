@@ -31,9 +31,9 @@ async def ramp(
 ) -> None:
     """Double the callers step by step, from one, and stop at the first step that crosses a bound.
 
-    p99_limit: seconds that 99 of 100 operations may take. refusal_share: part of the operations that may be
-    refused (OUT_OF_MEMORY, BUSY). rounds: steps at most. The steps are in the report, and its `knee` names the last
-    good one and the bound that the next one crossed.
+    p99_limit: seconds that 99 of 100 operations may take. refusal_share: part of the operations that may
+    fall out because their caller was refused something (OUT_OF_MEMORY, BUSY). rounds: steps at most. The steps
+    are in the report, and its `knee` names the last good one and the bound that the next one crossed.
     """
     callers = 1
     while callers <= MAX_CALLERS and (rounds is None or len(report.steps) < rounds):
@@ -76,17 +76,22 @@ class _Load:
 
     async def caller(self) -> None:
         """Work like one process: a buffer, a session, operations."""
+        done = 0
         async with self._guest.context() as context:
             try:
-                async with await context.allocate(_BUFFER), await context.open_session(HELLO_WORLD) as session:
+                async with (
+                    await context.allocate(_BUFFER),
+                    await context.open_session(HELLO_WORLD) as session,
+                ):
                     for number in range(OPERATIONS):
                         start = trio.current_time()
                         await session.invoke(HelloWorld.INC_VALUE, Value(number))
                         self.latencies.append(trio.current_time() - start)
                         self._report.invokes += 1
+                        done += 1
             except TeeError as error:
                 if error.result in _REFUSALS:
-                    self.refusals += 1
+                    self.refusals += OPERATIONS - done
                     self._report.refusals["load"] += 1
                 else:
                     self._report.unexpected(f"ramp: {error}")

@@ -28,6 +28,14 @@ FORWARDED: Final = IDENTITIES | {
 }
 
 
+_CAPABILITIES: Final = Function.EXCHANGE_CAPABILITIES
+_SHM_CONFIG: Final = Function.GET_SHM_CONFIG
+_COUNT: Final = Function.CALLS_COUNT
+_DISABLE: Final = Function.DISABLE_SHM_CACHE
+_NOTIFICATIONS: Final = Function.ENABLE_ASYNC_NOTIF
+_THREADS: Final = Function.GET_THREAD_COUNT
+
+
 class FastCall(Ticket):
     """A fast call that is with OP-TEE."""
 
@@ -41,12 +49,12 @@ class FastCall(Ticket):
 
 def enter(core: "Mediator", guest: Guest, regs: Regs, function: Function) -> Step:
     """A guest's fast call that the policy allows."""
-    if function is Function.GET_SHM_CONFIG:
+    if function is _SHM_CONFIG:
         return core.local(regs, ReturnCode.ENOTAVAIL)
-    if function is Function.CALLS_COUNT:
+    if function is _COUNT:
         return core.local(regs, len(core.policy.functions))
     a1 = 0
-    if function is Function.EXCHANGE_CAPABILITIES:
+    if function is _CAPABILITIES:
         a1 = regs[1] & core.policy.nsec_capabilities & LOW
     guest.in_flight += 1
     guest.counters.forwarded += 1
@@ -62,15 +70,15 @@ def returned(core: "Mediator", call: FastCall, answer: Regs) -> Step:
     if answer[0] & LOW != 0:
         return core.failed(regs, answer)
     guest = call.guest
-    if function is Function.EXCHANGE_CAPABILITIES:
+    if function is _CAPABILITIES:
         return _capabilities(core, regs, answer)
-    if function is Function.DISABLE_SHM_CACHE:
+    if function is _DISABLE:
         argument = guest.arguments.get((answer[1] & LOW) << 32 | answer[2] & LOW)
         if argument is not None:
             release_argument(core.world, guest, argument)
-    elif function is Function.ENABLE_ASYNC_NOTIF:
+    elif function is _NOTIFICATIONS:
         guest.notifications = True
-    elif function is Function.GET_THREAD_COUNT:
+    elif function is _THREADS:
         threads = min(answer[1] & LOW, guest.ledger.limits.calls)
         answer = (answer[0], threads, answer[2], answer[3])
     return core.answer(function, regs, answer)
@@ -88,4 +96,4 @@ def _capabilities(core: "Mediator", regs: Regs, answer: Regs) -> Step:
         a3 = 0
     if not offered & SecCapability.ASYNC_NOTIF:
         a2 = 0
-    return core.answer(Function.EXCHANGE_CAPABILITIES, regs, (answer[0], int(offered), a2, a3))
+    return core.answer(_CAPABILITIES, regs, (answer[0], int(offered), a2, a3))

@@ -56,6 +56,11 @@ RELEASES_PER_STEP: Final = LISTS_PER_STEP
 _FUNCTIONS: Final = {int(function): function for function in Function}
 _YIELDING: Final = frozenset({Function.CALL_WITH_ARG, Function.CALL_WITH_RPC_ARG, Function.CALL_WITH_REGD_ARG})
 _HANDLED: Final = _YIELDING | fast.FORWARDED | fast.LOCAL | {Function.RETURN_FROM_RPC}
+_PASS: Final = Word.PASS
+_KEEP: Final = Word.KEEP
+_LIVE: Final = GuestState.LIVE
+_SERVED: Final = (GuestState.LIVE, GuestState.PAUSED)
+_RETURN: Final = Function.RETURN_FROM_RPC
 _UNKNOWN: Final = int(ReturnCode.UNKNOWN_FUNCTION)
 
 
@@ -212,7 +217,7 @@ class Mediator:
         guest = self._guests.get(vm)
         if guest is None:
             return Reply((NOT_HANDLED, *regs[1:]))
-        if guest.state is not GuestState.LIVE:
+        if guest.state is not _LIVE:
             if guest.state is GuestState.PAUSED:
                 return Queue("the guest is resumed")
             return Reply((NOT_HANDLED, *regs[1:]))
@@ -225,7 +230,7 @@ class Mediator:
             return step
         if function in _YIELDING:
             step = yielding.enter(self, guest, vcpu, regs, function)
-        elif function is Function.RETURN_FROM_RPC:
+        elif function is _RETURN:
             step = rpc.resume(self, guest, vcpu, regs)
         else:
             step = fast.enter(self, guest, regs, function)
@@ -245,7 +250,7 @@ class Mediator:
         elif isinstance(ticket, fast.FastCall):
             guest = ticket.guest
             guest.in_flight -= 1
-            if guest.state in (GuestState.LIVE, GuestState.PAUSED):
+            if guest.state in _SERVED:
                 step = fast.returned(self, ticket, answer)
             else:
                 step = Reply((NOT_HANDLED, *ticket.regs[1:]))
@@ -327,7 +332,7 @@ class Mediator:
         guest = call.guest
         a0 = answer[0] & LOW
         is_rpc = a0 >> 16 == 0xFFFF and a0 != _UNKNOWN
-        if guest.state not in (GuestState.LIVE, GuestState.PAUSED):
+        if guest.state not in _SERVED:
             # The guest died meanwhile. A call that ended holds nothing more; one that waits for an RPC
             # is OP-TEE's until VM_DESTROYED.
             regs = call.regs
@@ -414,18 +419,13 @@ def _reply(words: tuple[Words, bool], regs: Regs, answer: Regs) -> Reply:
     (w1, w2, w3), straight = words
     if straight:
         return Reply((answer[0], answer[1], answer[2], answer[3], regs[4], regs[5], regs[6], regs[7]))
-    keep = Word.KEEP
-    passing = Word.PASS
     return Reply(
         (
             answer[0],
-            answer[1] if w1 is passing else regs[1] if w1 is keep else 0,
-            answer[2] if w2 is passing else regs[2] if w2 is keep else 0,
-            answer[3] if w3 is passing else regs[3] if w3 is keep else 0,
-            regs[4],
-            regs[5],
-            regs[6],
-            regs[7],
+            answer[1] if w1 is _PASS else regs[1] if w1 is _KEEP else 0,
+            answer[2] if w2 is _PASS else regs[2] if w2 is _KEEP else 0,
+            answer[3] if w3 is _PASS else regs[3] if w3 is _KEEP else 0,
+            *regs[4:],
         )
     )
 

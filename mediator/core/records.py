@@ -6,7 +6,7 @@ guest that dies at any moment can never leave it half done.
 
 from collections import deque
 from collections.abc import Generator, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 from hv_models.memory import PAGE_SIZE
 from hv_models.stage2 import Pinned, Reason, Stage2Fault
@@ -16,6 +16,8 @@ from mediator.core.states import ArgumentState, BufferState, CallState, GuestSta
 from mediator.core.steps import Event, Regs, Step, Ticket
 from optee.abi.message import Command
 from optee.abi.smc import Function
+
+_PINNED: Final = BufferState.PINNED
 
 
 class Guest:
@@ -97,7 +99,7 @@ class Buffer:
         self.pages = pages
         self.written = written
         self.charge = charge
-        self.state = BufferState.PINNED
+        self.state = _PINNED
         self.pins: list[Pins] = []
         self.lists: list[SharedPage] = []
 

@@ -44,6 +44,7 @@ LISTS_PER_STEP: Final = 33
 Stops a guest from holding everybody up with long lists (rule R23)."""
 PAGES_PER_STEP: Final = LISTS_PER_STEP * ENTRIES_PER_PAGE
 
+_RELEASE: Final = BufferEvent.RELEASE
 TMEM_INPUT: Final = int(ParamType.TMEM_INPUT)
 TMEM_OUTPUT: Final = int(ParamType.TMEM_OUTPUT)
 TMEM_INOUT: Final = int(ParamType.TMEM_INOUT)
@@ -228,7 +229,7 @@ def return_lists(core: "Mediator", buffer: Buffer) -> None:
 
 def release_buffer(core: "Mediator", guest: Guest, buffer: Buffer) -> None:
     """Unpin, refund and forget one buffer."""
-    advance(buffer, BufferEvent.RELEASE, BUFFER_TABLE)
+    advance(buffer, _RELEASE, BUFFER_TABLE)
     for pins in buffer.pins:
         pins.buffers -= 1
         if buffer.written:

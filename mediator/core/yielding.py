@@ -56,6 +56,13 @@ LOW: Final = 0xFFFFFFFF
 
 _CALL_WITH_ARG: Final = int(Function.CALL_WITH_ARG)
 _CALL_WITH_RPC_ARG: Final = int(Function.CALL_WITH_RPC_ARG)
+# Looking a member up in its enumeration takes as long as three other steps of this path.
+_REGD_ARG: Final = Function.CALL_WITH_REGD_ARG
+_PLAIN_ARG: Final = Function.CALL_WITH_ARG
+_REGISTER: Final = Command.REGISTER_SHM
+_UNREGISTER: Final = Command.UNREGISTER_SHM
+_FORWARD: Final = CallEvent.FORWARD
+_COMPLETE: Final = CallEvent.COMPLETE
 _PRESET: Final = Result.GENERIC.to_bytes(4, "little")
 _COMMS: Final = Origin.COMMS.to_bytes(4, "little")
 _VALUE_OUTPUTS: Final = (int(ParamType.VALUE_OUTPUT), int(ParamType.VALUE_INOUT))
@@ -88,7 +95,7 @@ def _translate(core: "Mediator", call: Call, params: Params) -> Generator[None, 
         yield from translate(core, call, call.shadow, 0, params, call.buffers)
     except MessageRejected as rejected:
         return _reject(core, call, rejected)
-    if call.command is Command.REGISTER_SHM:
+    if call.command is _REGISTER:
         call.registering = call.buffers.pop()
         advance(call.registering, BufferEvent.REGISTER, BUFFER_TABLE)
     return _send(core, call)
@@ -97,7 +104,7 @@ def _translate(core: "Mediator", call: Call, params: Params) -> Generator[None, 
 def _send(core: "Mediator", call: Call) -> Step:
     shadow = call.shadow
     assert shadow is not None
-    advance(call, CallEvent.FORWARD, CALL_TABLE)
+    advance(call, _FORWARD, CALL_TABLE)
     pa = shadow.pa
     function = _CALL_WITH_RPC_ARG if call.rpc_offset else _CALL_WITH_ARG
     return core.forward(call, (function, pa >> 32, pa & LOW, SHM_CACHED, 0, 0, 0, call.guest.vm))
@@ -123,7 +130,7 @@ def _take_message(core: "Mediator", call: Call) -> Params:
     """Copy the message, look at it, and lay out the shadow. Bytes are read once (R5)."""
     guest = call.guest
     regs = call.regs
-    if call.function is Function.CALL_WITH_REGD_ARG:
+    if call.function is _REGD_ARG:
         data = _read_registered(call)
     else:
         ipa = (regs[1] & LOW) << 32 | regs[2] & LOW
@@ -143,7 +150,7 @@ def _take_message(core: "Mediator", call: Call) -> Params:
     header = HEADER.unpack_from(data)
     num_params = header[7]
     size = HEADER_SIZE + PARAM_SIZE * num_params
-    if call.function is not Function.CALL_WITH_ARG:
+    if call.function is not _PLAIN_ARG:
         call.rpc_offset = size
         if size + core.rpc_argument_size > PAGE_SIZE:
             raise CallRefused(ReturnCode.EBADADDR, "message and RPC argument do not fit one page")
@@ -160,9 +167,9 @@ def _take_message(core: "Mediator", call: Call) -> Params:
     view[OFFSET_RET:OFFSET_RET_ORIGIN] = _PRESET
     params = list(PARAM.iter_unpack(data[HEADER_SIZE:size])) if num_params else []
     call.num_params = num_params
-    if command is Command.REGISTER_SHM:
+    if command is _REGISTER:
         _check_register(core.policy, params)
-    elif command is Command.UNREGISTER_SHM:
+    elif command is _UNREGISTER:
         _begin_unregister(call, core.policy, params)
     _look_at(call, params, core.policy.cookie_zero)
     return params
@@ -174,7 +181,7 @@ def _look_at(call: Call, params: Params, cookie_zero: bool) -> None:
     for attribute, _, _, cookie in params:
         kind = attribute & TYPE_MASK
         if RMEM_INPUT <= kind <= RMEM_INOUT:
-            if cookie == 0 and not cookie_zero and call.command is not Command.UNREGISTER_SHM:
+            if cookie == 0 and not cookie_zero and call.command is not _UNREGISTER:
                 raise MessageRejected(Result.BAD_PARAMETERS, "a registered memory reference with cookie 0")
             if kind != RMEM_INPUT:
                 call.outputs.append((at + 16, at + 24))
@@ -234,7 +241,7 @@ def completed(core: "Mediator", call: Call, answer: Regs) -> Step:
     code = answer[0] & LOW
     if code != 0:
         # OP-TEE refused the call and left the message alone: so nothing is written back (R11).
-        end(core, call, CallEvent.COMPLETE)
+        end(core, call, _COMPLETE)
         return core.failed(regs, answer)
     shadow = call.shadow
     place = call.place
@@ -251,9 +258,9 @@ def completed(core: "Mediator", call: Call, answer: Regs) -> Step:
     if data[OFFSET_RET : OFFSET_RET + 4] == b"\0\0\0\0":
         if call.registering is not None:
             _registered(core, call)
-        elif call.command is Command.UNREGISTER_SHM:
+        elif call.command is _UNREGISTER:
             _unregistered(core, call)
-    end(core, call, CallEvent.COMPLETE)
+    end(core, call, _COMPLETE)
     try:
         place.write(guest.memory, fields)
     except Stage2Fault as fault:
@@ -286,26 +293,20 @@ def end(core: "Mediator", call: Call, event: CallEvent) -> None:
     """End a call and free exactly what it made (R12, R13)."""
     advance(call, event, CALL_TABLE)
     guest = call.guest
-    world = core.world
-    for buffer in call.buffers:
-        release_buffer(core, guest, buffer)
-    call.buffers.clear()
+    if call.buffers:
+        for buffer in call.buffers:
+            release_buffer(core, guest, buffer)
     if call.registering is not None:
         if call.registering.state is BufferState.REGISTERING:
             release_buffer(core, guest, call.registering)
-        call.registering = None
-    if call.unregistering is not None:
-        if call.unregistering.state is BufferState.UNREGISTERING:
-            advance(call.unregistering, BufferEvent.UNREGISTER_REFUSED, BUFFER_TABLE)
-        call.unregistering = None
-    call.allocated = None
+    elif call.unregistering is not None and call.unregistering.state is BufferState.UNREGISTERING:
+        advance(call.unregistering, BufferEvent.UNREGISTER_REFUSED, BUFFER_TABLE)
     if call.shadow is not None:
-        world.take_back(call.shadow)
+        core.world.take_back(call.shadow)
         call.shadow = None
     if call.thread is not None:
         del guest.suspended[call.thread]
         call.thread = None
-    call.argument = None
     call.work = None
     call.charge.refund()
     del guest.calls[call.id]

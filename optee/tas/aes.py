@@ -50,11 +50,7 @@ class Aes(TrustedApplication):
     @command(0, ParamKind.VALUE_INPUT, ParamKind.VALUE_INPUT, ParamKind.VALUE_INPUT)
     def prepare(self, tee: Tee, algorithm: Value, key_size: Value, mode: Value) -> None:
         """Choose algorithm (0 ECB, 1 CBC, 2 CTR), key size in bytes, and mode (1 encode, 0 decode)."""
-        if (
-            algorithm.a not in (_ECB, _CBC, _CTR)
-            or key_size.a not in _KEY_SIZES
-            or mode.a not in (_DECODE, _ENCODE)
-        ):
+        if algorithm.a not in (_ECB, _CBC, _CTR) or key_size.a not in _KEY_SIZES or mode.a not in (_DECODE, _ENCODE):
             raise TeeError(Result.BAD_PARAMETERS)
         tee.context = _Operation(algorithm.a, key_size.a, mode.a, bytes(key_size.a))
 

@@ -16,7 +16,16 @@ from hv_models.memory import PAGE_SIZE, GuestRam, PageStore
 from optee.abi.message import Command, Message, Param, ParamType, list_pages, message_size, page_count
 from optee.abi.results import Origin, Result
 from optee.abi.rpc import RpcCommand
-from optee.abi.smc import API_UID, Function, Registers, ReturnCode, RpcReturn, SecCapability, from_pair, to_pair
+from optee.abi.smc import (
+    API_UID,
+    Function,
+    Registers,
+    ReturnCode,
+    RpcReturn,
+    SecCapability,
+    from_pair,
+    to_pair,
+)
 
 BASE = 0x4000_0000
 RPC_ARG_CAPABILITIES = SecCapability(0xF5)

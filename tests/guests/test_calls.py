@@ -236,7 +236,9 @@ async def test_a_request_waits_for_a_supplicant_and_a_signal_ends_that(autojump_
 
     def loads(side: SecureSide, message: Message) -> Steps:
         if message.cmd == Command.OPEN_SESSION and message.params[0].a == 1 << 56:
-            reply = yield Ask(RpcCommand.LOAD_TA, [Param(ParamType.VALUE_INPUT), Param(ParamType.TMEM_OUTPUT)])
+            reply = yield Ask(
+                RpcCommand.LOAD_TA, [Param(ParamType.VALUE_INPUT), Param(ParamType.TMEM_OUTPUT)]
+            )
             answers.append(reply.ret)
             return reply.ret, Origin.TEE
         return Result.SUCCESS, Origin.TRUSTED_APP

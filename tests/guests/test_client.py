@@ -94,7 +94,11 @@ async def test_values(capabilities: SecCapability) -> None:
 
 
 @both
-@given(data=st.binary(max_size=3 * PAGE_SIZE), size=st.integers(0, 2 * PAGE_SIZE), direction=st.sampled_from(Direction))
+@given(
+    data=st.binary(max_size=3 * PAGE_SIZE),
+    size=st.integers(0, 2 * PAGE_SIZE),
+    direction=st.sampled_from(Direction),
+)
 def test_temporary_memory(capabilities: SecCapability, data: bytes, size: int, direction: Direction) -> None:
     async def main() -> None:
         side = SecureSide(make_ram(64), capabilities, tas={TA: (ta := Mirror())})
@@ -146,7 +150,10 @@ async def test_registered_memory_is_seen_and_changed_in_place(capabilities: SecC
             assert await session.invoke(0, Partial(memory, 4000, 500, INPUT)) == (MemoryResult(500),)
             assert ta.seen == [inverted(original)[4000:4500]]
             assert await session.invoke(0, Partial(memory, 100, 7)) == (MemoryResult(7),)
-            assert memory.read(99, 9) == inverted(original)[99:100] + original[100:107] + inverted(original)[107:108]
+            assert (
+                memory.read(99, 9)
+                == inverted(original)[99:100] + original[100:107] + inverted(original)[107:108]
+            )
         context.free(buffer)
         async with await context.allocate(100, OUTPUT) as memory:
             assert memory.kernel_memory.buffer.offset == 0

@@ -86,7 +86,9 @@ def make_side(capabilities: SecCapability = RPC_ARG_CAPABILITIES) -> SecureSide:
 
 @both
 @pytest.mark.parametrize("name", [name for name in WORKLOADS if name != "ramp"])
-async def test_everything_is_as_expected(name: str, capabilities: SecCapability, autojump_clock: MockClock) -> None:
+async def test_everything_is_as_expected(
+    name: str, capabilities: SecCapability, autojump_clock: MockClock
+) -> None:
     side = make_side(capabilities)
     report = Report()
     async with guests.open(side.ram, side) as guest:

@@ -182,7 +182,24 @@ class TestDirtyLogging:
         machine.add_ram(vm, RamBlock(1 << 32, 1 << 20))
         vm.write(1 << 32, b"x")
         vm.write(RAM, b"x")
-        assert vm.dirty_pages() == [GFN, 1 << 20]
+        vm.unpin(vm.pin(np.array([1 << 32, RAM], dtype=np.uint64)))
+        vm.write_fields(RAM + PAGE_SIZE, [(0, b"x")])
+        assert vm.dirty_pages() == [GFN, GFN + 1, 1 << 20]
+        pinned = vm.pin(np.array([(1 << 32) + PAGE_SIZE, RAM, RAM + PAGE_SIZE], dtype=np.uint64))
+        vm.store(pinned, PAGE_SIZE - 1, b"xy")
+        assert vm.dirty_pages() == [GFN, (1 << 20) + 1]
+        vm.mark_dirty(pinned)
+        assert vm.dirty_pages() == [GFN, GFN + 1, (1 << 20) + 1]
+        vm.unpin(pinned)
+
+    def test_follows_the_guests_address_of_a_page_that_is_mapped_twice(self, machine: Machine) -> None:
+        vm = machine.create_kvm("two", [RamBlock(RAM, 1 << 20), RamBlock(1 << 32, 1 << 20)])
+        vm.set_kind(1 << 32, PageKind.RAM_RW, page=3)
+        vm.start_dirty_logging()
+        pinned = vm.pin(np.array([1 << 32], dtype=np.uint64))
+        vm.mark_dirty(pinned)
+        assert vm.dirty_pages() == [1 << 20]
+        vm.unpin(pinned)
 
     def test_splits_blocks(self, machine: Machine) -> None:
         vm = machine.create_kvm("blocks", [RamBlock(RAM, 4 << 20)])

@@ -70,6 +70,18 @@ class TestReadAndWrite:
         with pytest.raises(Stage2Fault):
             vm.read(RAM + 8, -1)
 
+    @pytest.mark.parametrize("base", [RAM, HIGH])
+    def test_fields_of_a_page_are_written_and_nothing_else(self, two_region_vm: VirtualMachine, base: int) -> None:
+        two_region_vm.write(base + PAGE_SIZE, b"." * 64)
+        two_region_vm.write_fields(base + PAGE_SIZE, [(4, b"ret"), (0, b"ab"), (60, b"last")])
+        two_region_vm.write_fields(base + PAGE_SIZE + 32, [(1, b"x")])
+        page = b"ab..ret" + b"." * 26 + b"x" + b"." * 26 + b"last"
+        assert two_region_vm.read(base + PAGE_SIZE, 64) == page
+        two_region_vm.set_kind(base + PAGE_SIZE, PageKind.RAM_RO)
+        with pytest.raises(Stage2Fault):
+            two_region_vm.write_fields(base + PAGE_SIZE, [(0, b"no")])
+        assert two_region_vm.read(base + PAGE_SIZE, 64) == page
+
     @pytest.mark.parametrize("kind", REASON)
     def test_need_ram_of_the_right_kind(self, vm: VirtualMachine, kind: PageKind) -> None:
         vm.write(RAM + PAGE_SIZE, b"data")

@@ -148,9 +148,7 @@ class Rig:
     def page_list(self, pages: list[int]) -> int:
         first = here = self.page()
         while True:
-            self.memory.write(
-                here, struct.pack(f"<{len(pages[:ENTRIES_PER_PAGE])}Q", *pages[:ENTRIES_PER_PAGE])
-            )
+            self.memory.write(here, struct.pack(f"<{len(pages[:ENTRIES_PER_PAGE])}Q", *pages[:ENTRIES_PER_PAGE]))
             pages = pages[ENTRIES_PER_PAGE:]
             if not pages:
                 return first
@@ -167,9 +165,7 @@ class Rig:
     def read(self, pa: int) -> Message:
         return Message.unpack(self.memory.read(pa, PAGE_SIZE - pa % PAGE_SIZE))
 
-    def issue(
-        self, message: Message, *, vm: int = 1, function: int = Function.CALL_WITH_RPC_ARG
-    ) -> tuple[Answer, int]:
+    def issue(self, message: Message, *, vm: int = 1, function: int = Function.CALL_WITH_RPC_ARG) -> tuple[Answer, int]:
         """Issue a yielding call: the answer and the PA of its message."""
         pa = self.write(message)
         return self.call(function, *to_pair(pa), vm=vm), pa
@@ -188,17 +184,13 @@ class Rig:
         assert answer == (ReturnCode.OK, 0, 0, 0), answer
         return self.read(pa)
 
-    def finish(
-        self, answer: Answer, pa: int, *, vm: int = 1, serve: Callable[[Rpc], None] | None = None
-    ) -> Answer:
+    def finish(self, answer: Answer, pa: int, *, vm: int = 1, serve: Callable[[Rpc], None] | None = None) -> Answer:
         """Serve RPCs until a call ends."""
         while is_rpc(answer[0]):
             answer = self.step(answer, pa, vm=vm, serve=serve)
         return answer
 
-    def step(
-        self, answer: Answer, pa: int, *, vm: int = 1, serve: Callable[[Rpc], None] | None = None
-    ) -> Answer:
+    def step(self, answer: Answer, pa: int, *, vm: int = 1, serve: Callable[[Rpc], None] | None = None) -> Answer:
         """Serve one RPC return and resume."""
         thread = answer[3]
         if answer[0] == RpcReturn.ALLOC:
@@ -211,9 +203,7 @@ class Rig:
             (serve or self.supplicant.serve)(self.rpc(answer, pa))
         return self.resume(thread, vm=vm)
 
-    def resume(
-        self, thread: int, a1: int = 0, a2: int = 0, a4: int = 0, a5: int = 0, *, vm: int = 1
-    ) -> Answer:
+    def resume(self, thread: int, a1: int = 0, a2: int = 0, a4: int = 0, a5: int = 0, *, vm: int = 1) -> Answer:
         return self.call(Function.RETURN_FROM_RPC, a1, a2, thread, a4, a5, vm=vm)
 
     def rpc(self, answer: Answer, pa: int) -> Rpc:

@@ -134,9 +134,5 @@ def test_abort_names_the_address(rig: Rig) -> None:
     rig.invoke(session, 4, value(1 << 20, 0, ParamType.VALUE_INPUT))
     aborted = rig.world.panics[0]
     stack = next(region for region in aborted.regions if region.what == "(stack)")
-    assert (
-        aborted.text()
-        .splitlines()[0]
-        .endswith(f"data-abort at address {stack.va - 8:#x} (translation fault)")
-    )
+    assert aborted.text().splitlines()[0].endswith(f"data-abort at address {stack.va - 8:#x} (translation fault)")
     assert aborted.code != 0xFFFF300F

@@ -97,9 +97,7 @@ def test_aes(client: Client, algorithm: int, key_size: int) -> None:
         assert client.invoke(session, 0, number(algorithm), number(key_size), number(encode)).ret == 0
         assert client.invoke(session, 1, client.source(key)).ret == 0
         assert client.invoke(session, 2, client.source(iv)).ret == 0
-        assert (
-            client.result(client.invoke(session, 3, client.source(given), client.target(4096)), 1) == wanted
-        )
+        assert client.result(client.invoke(session, 3, client.source(given), client.target(4096)), 1) == wanted
 
 
 def test_aes_refusals(client: Client) -> None:
@@ -137,9 +135,7 @@ def test_acipher(client: Client) -> None:
     key = client.world._by_id[1].sessions.open[session].tee.context
     assert isinstance(key, RsaKey)
     assert private_key(key).decrypt(cipher, padding.PKCS1v15()) == b"a secret"
-    assert (
-        client.invoke(session, 1, client.source(bytes(118)), client.target(128)).ret == Result.BAD_PARAMETERS
-    )
+    assert client.invoke(session, 1, client.source(bytes(118)), client.target(128)).ret == Result.BAD_PARAMETERS
 
 
 def private_key(key: RsaKey) -> RSAPrivateKey:
