@@ -23,8 +23,7 @@ MAX_ARGUMENT_PARAMS: Final = 6
 """Two parameters of OPEN_SESSION and four of the client (Linux' MAX_ARG_PARAM_COUNT)."""
 
 _CODECS: Final = tuple(
-    struct.Struct(HEADER.format + PARAM.format.removeprefix("<") * count)
-    for count in range(MAX_ARGUMENT_PARAMS + 1)
+    struct.Struct(HEADER.format + PARAM.format.removeprefix("<") * count) for count in range(MAX_ARGUMENT_PARAMS + 1)
 )
 _NO_HEADER: Final = bytes(HEADER_SIZE)
 _RETURN_FROM_RPC: Final = int(Function.RETURN_FROM_RPC)
@@ -204,10 +203,10 @@ def resume(answer: Registers, regs: Registers) -> Registers:
 class Caller:
     """Makes yielding calls.
 
-    Cancellation: a call that OP-TEE has begun is always brought to its end. `Cancelled` that arrives while an
-    RPC waits is a signal to the process: that wait ends early, the rest of the call is done uninterruptibly, and
-    then `Cancelled` goes on. There is no shield on the way of a call without RPC: where `Cancelled` comes out of a
-    conduit, the SMC was not executed.
+    Cancellation: a call that OP-TEE has begun is always brought to its end, and its answer returned: it is the
+    next checkpoint that raises `Cancelled` then. While an RPC waits, `Cancelled` is a signal to the process: that
+    wait ends early, the rest of the call is done uninterruptibly. There is no shield on the way of a call without
+    RPC: where `Cancelled` comes out of a conduit, the SMC was not executed.
     """
 
     def __init__(
@@ -282,9 +281,7 @@ class Caller:
             if call.ended:
                 self._allocator.release(pages)
 
-    async def _exchange(
-        self, call: Call, ipa: int, regs: Registers, codec: struct.Struct, data: bytes
-    ) -> Answer:
+    async def _exchange(self, call: Call, ipa: int, regs: Registers, codec: struct.Struct, data: bytes) -> Answer:
         self._ram.write(ipa, data + _NO_HEADER if self._rpc_argument else data)
         self.calls += 1
         status = await self._run(call, regs)
@@ -303,8 +300,9 @@ class Caller:
             try:
                 answer = await smc(regs)
             except trio.Cancelled:
-                await self._finish(call, regs)
-                raise
+                if call.ended or self._uninterruptible.dead:
+                    raise
+                return await self._finish(call, regs)
             a0 = answer[0] & _LOW_WORD
             if a0 == _THREAD_LIMIT:
                 self.thread_limits += 1
@@ -314,8 +312,9 @@ class Caller:
                 try:
                     regs = await self._rpc.serve(call, answer, regs)
                 except trio.Cancelled:
-                    await self._finish(call, resume(answer, regs))
-                    raise
+                    if self._uninterruptible.dead:
+                        raise
+                    return await self._finish(call, resume(answer, regs))
             else:
                 break
         call.ended = True
@@ -324,8 +323,7 @@ class Caller:
         queue.complete()
         return a0
 
-    async def _finish(self, call: Call, regs: Registers) -> None:
-        """After `Cancelled`: bring a call that OP-TEE has begun to its end, unless the VM is dead."""
-        if not call.ended and not self._uninterruptible.dead:
-            with self._uninterruptible.scope():
-                await self._run(call, regs)
+    async def _finish(self, call: Call, regs: Registers) -> int:
+        """Go on with a call that OP-TEE has begun, although the caller is cancelled."""
+        with self._uninterruptible.scope():
+            return await self._run(call, regs)

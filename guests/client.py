@@ -7,8 +7,8 @@ Source: GlobalPlatform TEE Client API Specification 1.0; libteec of optee_client
             values, = await session.invoke(0, Value(a=42))
 
 A result other than TEEC_SUCCESS is raised as `TeeError`. Cancelling a task that waits in here is a signal to
-its process: what OP-TEE has begun is brought to its end first, temporary memory is taken back, then `Cancelled`
-goes on. To end the TA's work itself, call `Session.request_cancellation`.
+its process: what OP-TEE has begun is brought to its end and returned, temporary memory is taken back, and the next
+call in here raises `Cancelled`. To end the TA's work itself, call `Session.request_cancellation`.
 """
 
 from collections.abc import Sequence
@@ -185,10 +185,7 @@ class _Operation:
             return ()
         params = answer.params[-MAX_PARAMETERS:]
         return tuple(
-            [
-                self._output(index, parameter, params[index])
-                for index, parameter in enumerate(self._parameters)
-            ]
+            [self._output(index, parameter, params[index]) for index, parameter in enumerate(self._parameters)]
         )
 
     def _output(self, index: int, parameter: Parameter, param: Param) -> Output:
@@ -214,6 +211,10 @@ async def _register(driver: Driver, buffer: Buffer, *, allocated: bool) -> Kerne
     """Register a buffer; libteec makes OUT_OF_MEMORY of any refusal (the cause says what it was)."""
     try:
         return await driver.register(buffer)
+    except trio.Cancelled:
+        if allocated:
+            driver.allocator.release(buffer.pages)
+        raise
     except (RegistrationError, OutOfGuestMemoryError) as error:
         if allocated:
             driver.allocator.release(buffer.pages)

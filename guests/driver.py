@@ -77,9 +77,7 @@ class Driver:
     used inside one trio run.
     """
 
-    def __init__(
-        self, ram: GuestRam, conduit: Conduit, *, vcpus: int = 2, boot_time: int = BOOT_TIME
-    ) -> None:
+    def __init__(self, ram: GuestRam, conduit: Conduit, *, vcpus: int = 2, boot_time: int = BOOT_TIME) -> None:
         self.ram = ram
         self.allocator = PageAllocator(ram.base, ram.size)
         self.clock = Clock(boot_time)
@@ -92,9 +90,7 @@ class Driver:
         self._vcpus = Vcpus(conduit, vcpus, self.uninterruptible)
         self._notifications = Notifications(self.uninterruptible)
         self._supplicant = SupplicantDevice(ram, self.allocator, self._shms, self.uninterruptible)
-        self._rpc = RpcHandler(
-            ram, self.allocator, self._shms, self._notifications, self.clock, self._supplicant
-        )
+        self._rpc = RpcHandler(ram, self.allocator, self._shms, self._notifications, self.clock, self._supplicant)
         self._bus_scanned = False
         self._bottom_halves = trio.Event()
         self._interrupts = trio.CancelScope()
@@ -243,9 +239,7 @@ class Driver:
         ]
         return await self._caller.message(Command.OPEN_SESSION, cancel_id=cancel_id, params=[*meta, *params])
 
-    async def invoke(
-        self, session: int, function: int, params: Sequence[Param] = (), *, cancel_id: int = 0
-    ) -> Answer:
+    async def invoke(self, session: int, function: int, params: Sequence[Param] = (), *, cancel_id: int = 0) -> Answer:
         """Invoke a TA's command (at most four parameters)."""
         return await self._caller.message(Command.INVOKE_COMMAND, function, session, cancel_id, params)
 

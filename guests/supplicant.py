@@ -135,9 +135,7 @@ class Supplicant:
 
     def _file_operation(self, operation: ValueParam, rest: Sequence[RpcParam]) -> int:
         match (operation.a, *rest):
-            case (
-                FsOperation.OPEN | FsOperation.CREATE
-            ) as kind, MemoryParam() as name, ValueParam() as handle:
+            case (FsOperation.OPEN | FsOperation.CREATE) as kind, MemoryParam() as name, ValueParam() as handle:
                 parts = path_parts(name.read())
                 create = kind == FsOperation.CREATE
                 return self._add(handle, lambda: self.files.open(parts, create=create))
@@ -206,9 +204,7 @@ class SlowSupplicant(Supplicant):
 
     pauses = True
 
-    def __init__(
-        self, delay: float, images: Mapping[UUID, bytes] = _NO_IMAGES, *, files: Files | None = None
-    ) -> None:
+    def __init__(self, delay: float, images: Mapping[UUID, bytes] = _NO_IMAGES, *, files: Files | None = None) -> None:
         super().__init__(images, files=files)
         self._delay = delay
 

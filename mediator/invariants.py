@@ -18,14 +18,14 @@ from hv_models.stage2 import Pinned
 from hv_models.vm import VirtualMachine
 from mediator.core.mediator import Lifecycle, Mediator
 from mediator.core.ports import GuestMemory
-from mediator.core.records import Guest
+from mediator.core.records import Guest, Pins
+from mediator.core.sharing import LISTS_PER_STEP
 from mediator.core.states import CallState, GuestState
 from mediator.core.steps import (
     GUEST_ISOLATED,
     GUEST_QUARANTINED,
     SECURE_WORLD_FAULT,
     Forward,
-    Preempt,
     Queue,
     Regs,
     Reply,
@@ -36,6 +36,7 @@ from optee.abi.message import (
     ENTRIES_PER_PAGE,
     HEADER,
     HEADER_SIZE,
+    MAX_PARAMS,
     NONCONTIG,
     PARAM,
     PARAM_SIZE,
@@ -47,7 +48,7 @@ from optee.abi.smc import Function, VmId
 
 SCAN_EVERY: Final = 1000
 """Steps between two looks at everything; in between only what changed is looked at."""
-WORK_PER_REQUEST: Final = 24
+WORK_PER_REQUEST: Final = MAX_PARAMS + LISTS_PER_STEP + 8
 WORK_PER_PAGE: Final = 2
 """Invariant 10: accesses of one request to guest memory <= WORK_PER_PAGE * pages + WORK_PER_REQUEST."""
 
@@ -274,12 +275,12 @@ class Checker:
             self._open[vm] -= 1
             self._check_reply(vm, step)
         if vm is not None:
-            self._check_guest(vm, isinstance(step, Preempt))
+            self._check_guest(vm)
         if self.steps % SCAN_EVERY == 0:
             self.scan()
         return step
 
-    def _check_guest(self, vm: int, preempted: bool) -> None:
+    def _check_guest(self, vm: int) -> None:
         guest = self.mediator.guests.get(vm)
         watched = self._watched.get(vm)
         if guest is None:
@@ -299,11 +300,12 @@ class Checker:
         for name, count in held.items():
             if getattr(ledger, name) != count:
                 self._report(2, vm, f"{count} {name} in the ledger", str(getattr(ledger, name)))
-        if not preempted:
-            expected = pages + len(guest.arguments)
-            count = self.host.pin_count(vm)
-            if count != expected:
-                self._report(1, vm, f"{expected} pins", str(count))
+        expected = sum(len(pins.pinned.pas) for pins in _groups(guest)) + len(guest.arguments)
+        count = self.host.pin_count(vm)
+        if count != expected:
+            self._report(1, vm, f"{expected} pins", str(count))
+        if not any(call.work is not None for call in guest.calls.values()) and expected != pages + len(guest.arguments):
+            self._report(1, vm, f"{pages + len(guest.arguments)} pages in live objects", str(expected))
         for cookie, buffer in guest.buffers.items():
             if buffer.cookie != cookie:
                 self._report(5, vm, f"the buffer {cookie:#x}", f"{buffer.cookie:#x}")
@@ -336,8 +338,7 @@ class Checker:
 
     def _check_pins(self, vm: int, guest: Guest) -> None:
         expected: Counter[int] = Counter()
-        groups = {id(pins): pins for buffer in guest.buffers.values() for pins in buffer.pins}
-        for pins in groups.values():
+        for pins in _groups(guest):
             expected.update(pins.pinned.pas.tolist())
         for argument in guest.arguments.values():
             expected.update(argument.pinned.pas.tolist())
@@ -422,6 +423,11 @@ class Checker:
                     return
             left -= part
             page = int(words[ENTRIES_PER_PAGE])
+
+
+def _groups(guest: Guest) -> list[Pins]:
+    """What was pinned for the live buffers, each pin once."""
+    return list({id(pins): pins for buffer in guest.buffers.values() for pins in buffer.pins}.values())
 
 
 def pins_by_frame(vm: VirtualMachine) -> dict[int, int]:

@@ -22,7 +22,5 @@ class Workload(Protocol):
         ...
 
 
-WORKLOADS: Final[Mapping[str, Workload]] = MappingProxyType(
-    {"mixed": mixed, "hello": hello, "shm": shm, "ramp": ramp}
-)
+WORKLOADS: Final[Mapping[str, Workload]] = MappingProxyType({"mixed": mixed, "hello": hello, "shm": shm, "ramp": ramp})
 """By name, as the command line knows them."""

@@ -1,4 +1,4 @@
-"""UUIDs and commands of the TAs that workloads use: those of optee_examples and optee_test."""
+"""UUIDs and commands of the TAs that workloads use: those of optee_examples and tests."""
 
 from enum import IntEnum
 from typing import Final
@@ -9,7 +9,8 @@ RANDOM: Final = UUID("b6c53aba-9669-4668-a7f2-205629d00f86")
 AES: Final = UUID("5dbac793-f574-4871-8ad3-04331ec17f24")
 INVOKE_TESTS: Final = UUID("d96a5b40-c3e5-21e3-8794-1002a5d5c61b")
 """Pseudo TA for tests (CFG_ENABLE_EMBEDDED_TESTS): needs no image."""
-OS_TEST: Final = UUID("5b9e0e40-2636-11e1-ad9e-0002a5d5c51b")
+EXERCISE: Final = UUID("9d5b2f10-7a3c-4d31-8c5e-0a6d1f2e3b01")
+"""Test TA of the OP-TEE model, an instance for each session; other builds do not have it."""
 
 
 class HelloWorld(IntEnum):
@@ -42,9 +43,8 @@ class InvokeTests(IntEnum):
     SELF_TESTS = 2
 
 
-class OsTest(IntEnum):
-    """Commands of os_test."""
+class Exercise(IntEnum):
+    """Commands of the test TA: panic with a code; wait for milliseconds, cancellable if the second number says so."""
 
-    BASIC = 5
-    PANIC = 6
-    WAIT = 9
+    PANIC = 0
+    WAIT = 1

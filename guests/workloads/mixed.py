@@ -8,7 +8,7 @@ import trio
 from guests.client import Context, Session
 from guests.guest import Guest
 from guests.parameters import Direction, MemoryResult, Partial, Temporary, Value, Values
-from guests.workloads.applications import AES, HELLO_WORLD, OS_TEST, RANDOM, Aes, HelloWorld, OsTest
+from guests.workloads.applications import AES, EXERCISE, HELLO_WORLD, RANDOM, Aes, Exercise, HelloWorld
 from guests.workloads.applications import Random as RandomCommand
 from guests.workloads.refusals import try_refusals
 from guests.workloads.report import Report
@@ -20,6 +20,8 @@ CALLERS: Final = 12
 _OPERATIONS: Final = 16  # of each client in a round
 _PAUSE: Final = 20  # milliseconds that every client sleeps inside a TA, all at the same time
 _LONG_WAIT: Final = 200  # milliseconds of the wait that is cancelled
+_CANCELLABLE: Final = 1
+_PANIC_CODE: Final = 0x0BAD
 _TEXT: Final = 512  # bytes to encrypt
 _AES_CTR, _AES_KEY_SIZE, _ENCODE, _DECODE = 2, 16, 1, 0
 _IV: Final = bytes(16)
@@ -53,11 +55,7 @@ async def _client(guest: Guest, report: Report, choose: Random) -> None:
         hello = await report.open_if_present(context, HELLO_WORLD, "hello_world")
         random = await report.open_if_present(context, RANDOM, "random")
         aes = await report.open_if_present(context, AES, "aes")
-        work = [
-            (use, session)
-            for use, session in ((_increment, hello), (_random, random), (_aes, aes))
-            if session
-        ]
+        work = [(use, session) for use, session in ((_increment, hello), (_random, random), (_aes, aes)) if session]
         if not work:
             return
         for _ in range(_OPERATIONS):
@@ -67,10 +65,10 @@ async def _client(guest: Guest, report: Report, choose: Random) -> None:
 
 async def _sleep(context: Context, report: Report) -> None:
     """Occupy a thread without occupying a vCPU."""
-    session = await report.open_if_present(context, OS_TEST, "os_test")
+    session = await report.open_if_present(context, EXERCISE, "exercise")
     if session is not None:
         with report.operation("wait"):
-            await session.invoke(OsTest.WAIT, Value(_PAUSE))
+            await session.invoke(Exercise.WAIT, Value(_PAUSE, direction=Direction.INPUT))
         await session.close()
 
 
@@ -118,7 +116,7 @@ async def _prepare(session: Session, mode: int, key: bytes) -> None:
 
 async def _cancelled_wait(context: Context, report: Report) -> None:
     """Cancel a wait that has begun: it ends with CANCEL, when the sleep that is under way is over."""
-    session = await report.open_if_present(context, OS_TEST, "os_test")
+    session = await report.open_if_present(context, EXERCISE, "exercise")
     if session is None:
         return
     async with trio.open_nursery() as nursery:
@@ -131,17 +129,17 @@ async def _cancelled_wait(context: Context, report: Report) -> None:
 
 async def _wait_until_cancelled(session: Session, report: Report) -> None:
     with report.operation("cancelled wait", result=Result.CANCEL):
-        await session.invoke(OsTest.WAIT, Value(_LONG_WAIT))
+        await session.invoke(Exercise.WAIT, Value(_LONG_WAIT, _CANCELLABLE, Direction.INPUT))
 
 
 async def _panic(context: Context, report: Report) -> None:
     """Make a TA panic, twice use the dead session, close it, and open a new one."""
-    session = await report.open_if_present(context, OS_TEST, "os_test")
+    session = await report.open_if_present(context, EXERCISE, "exercise")
     if session is None:
         return
     for _ in range(2):
         with report.operation("panic", result=Result.TARGET_DEAD, origin=Origin.TEE):
-            await session.invoke(OsTest.PANIC)
+            await session.invoke(Exercise.PANIC, Value(_PANIC_CODE, direction=Direction.INPUT))
     await session.close()
     with report.operation("open after panic"):
-        await (await context.open_session(OS_TEST)).close()
+        await (await context.open_session(EXERCISE)).close()

@@ -65,7 +65,9 @@ async def _exceed_quota(guest: Guest, report: Report) -> None:
         good, answer = error.result == Result.OUT_OF_MEMORY, str(error)
     except OutOfGuestMemoryError:
         answer = "the guest's own RAM is full"
-    for shm in held:
-        await driver.unregister(shm)
-    driver.allocator.release((page,))
+    finally:
+        with driver.uninterruptible.scope():
+            for shm in held:
+                await driver.unregister(shm)
+        driver.allocator.release((page,))
     report.refused("quota", good=good, answer=answer)

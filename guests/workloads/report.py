@@ -75,9 +75,7 @@ class Report:
             self.unexpected(f"{name}: not refused as expected: {answer}")
 
     @contextmanager
-    def operation(
-        self, name: str, *, result: int = Result.SUCCESS, origin: int | None = None
-    ) -> Iterator[None]:
+    def operation(self, name: str, *, result: int = Result.SUCCESS, origin: int | None = None) -> Iterator[None]:
         """Count the block as one operation which ends with `result`, and from `origin` if that is given."""
         self.tried[name] += 1
         try:

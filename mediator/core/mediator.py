@@ -162,6 +162,8 @@ class Mediator:
             return self._host_reply(ReturnCode.OK)
         if guest.state is GuestState.CREATING:
             return Queue("the guest is created")
+        if guest.state is GuestState.QUARANTINED and guest.in_flight:
+            return Queue("the guest is released")
         if guest.state is not GuestState.DYING:
             advance(guest, GuestEvent.DESTROY, GUEST_TABLE)
         if guest.in_flight:
@@ -174,6 +176,9 @@ class Mediator:
         guest = self._guests.get(vm)
         if guest is None or guest.state is not GuestState.QUARANTINED:
             return self._host_reply(ReturnCode.ENOTAVAIL)
+        if guest.in_flight:
+            return Queue("the guest is released")
+        guest.in_flight += 1
         ticket = Lifecycle(guest)
         ticket.work = self._release(ticket, guest, GuestEvent.ABANDON)
         return self.proceed(ticket)
@@ -285,10 +290,11 @@ class Mediator:
     def work(self, ticket: Call | Lifecycle) -> Step:
         """Run a bounded piece of a call's or a request's work."""
         work = ticket.work
-        if work is None:
-            # Its guest was destroyed while others had their turn.
-            regs = ticket.regs if isinstance(ticket, Call) else (0,) * 8
-            return Reply((NOT_HANDLED, *regs[1:]))
+        if isinstance(ticket, Call) and (work is None or ticket.guest.state not in _SERVED):
+            # Its guest died while others had their turn; what the call holds is released with the guest.
+            ticket.work = None
+            return Reply((NOT_HANDLED, *ticket.regs[1:]))
+        assert work is not None
         try:
             next(work)
         except StopIteration as stop:
@@ -372,8 +378,8 @@ class Mediator:
                 ReturnCode.ENOTAVAIL,
                 Event(GUEST_REFUSED, "info", guest.vm, {"why": f"OP-TEE answered {answer[0] & LOW:#x}"}),
             )
-        guest.in_flight -= 1
         if not ok:
+            guest.in_flight -= 1
             advance(guest, GuestEvent.DESTROY_REFUSED, GUEST_TABLE)
             why = f"VM_DESTROYED was answered {answer[0] & LOW:#x}: pins are kept"
             return self._host_reply(
@@ -394,6 +400,7 @@ class Mediator:
             release_buffer(self, guest, buffer)
             if count % RELEASES_PER_STEP == 0:
                 yield
+        guest.in_flight -= 1
         advance(guest, event, GUEST_TABLE)
         del self._guests[guest.vm]
         guest.events.append(Event(GUEST_DESTROYED, "info", guest.vm, guest.ledger.sums()))

@@ -76,6 +76,7 @@ class _Batch:
 
         """
         if not self.pages:
+            self.buffers.clear()
             return
         memory = self.guest.memory
         try:
@@ -193,7 +194,9 @@ def _read_list(batch: _Batch, buffer: Buffer, source: int, first: int, count: in
     memory = batch.guest.memory
     lists = buffer.lists
     number = first // ENTRIES_PER_PAGE
-    batch.pages += count
+    if not batch.buffers or batch.buffers[-1] is not buffer:
+        # Before reading: what was read of a list whose rest cannot be read is pinned too, and undone with the buffer.
+        batch.buffers.append(buffer)
     try:
         while True:
             if source & OFFSET_MASK:
@@ -203,10 +206,12 @@ def _read_list(batch: _Batch, buffer: Buffer, source: int, first: int, count: in
             if number == len(lists):
                 batch.entries.append(memory.read(source, count * 8, writable=True))
                 batch.targets.append((page, count * 8))
+                batch.pages += count
                 break
             data = memory.read(source, PAGE_SIZE, writable=True)
             batch.entries.append(data[:-8])
             batch.targets.append((page, PAGE_SIZE - 8))
+            batch.pages += ENTRIES_PER_PAGE
             page.words[ENTRIES_PER_PAGE] = lists[number].pa
             source = int.from_bytes(data[-8:], "little")
             count -= ENTRIES_PER_PAGE
@@ -214,8 +219,6 @@ def _read_list(batch: _Batch, buffer: Buffer, source: int, first: int, count: in
                 break
     except Stage2Fault as fault:
         raise MessageRejected(Result.BAD_PARAMETERS, str(fault)) from None
-    if not batch.buffers or batch.buffers[-1] is not buffer:
-        batch.buffers.append(buffer)
     return source
 
 

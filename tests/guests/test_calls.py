@@ -6,7 +6,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from guests import Guest, Supplicant, TeeError, Temporary, Value, boot
+from guests import Guest, MemoryResult, Supplicant, TeeError, Temporary, Value, boot
 from guests.calls import CallQueue
 from hv_models.conduit import ConduitClosed
 from optee.abi.message import Command, Message, Param, ParamType
@@ -116,7 +116,8 @@ async def test_a_signal_ends_a_sleep_and_the_call_goes_to_its_end(autojump_clock
         session = await context.open_session(TA)
         start = trio.current_time()
         with trio.move_on_after(0.02) as scope:
-            await session.invoke(0, Temporary(b"some data"))
+            assert await session.invoke(0, Temporary(b"some data")) == (MemoryResult(9, b"some data"),)
+            await session.invoke(0)
         assert scope.cancelled_caught
         assert trio.current_time() - start == pytest.approx(0.02)
         assert not any(side.slots)
@@ -221,13 +222,13 @@ async def test_cancelled_before_the_smc_costs_nothing() -> None:
         session = await context.open_session(TA)
         side.cancelled = False
         with trio.CancelScope() as scope:
-            await session.invoke(0)
-        assert scope.cancelled_caught and not any(side.slots)
+            assert await session.invoke(0) == ()
+        assert side.cancelled and not any(side.slots)
         with trio.CancelScope() as scope:
             scope.cancel()
             before = len(side.log)
             await session.invoke(0, Value(1))
-        assert side.log[before:] == []
+        assert scope.cancelled_caught and side.log[before:] == []
     assert side.idle and guest.driver.allocator.used == 0
 
 
@@ -236,9 +237,7 @@ async def test_a_request_waits_for_a_supplicant_and_a_signal_ends_that(autojump_
 
     def loads(side: SecureSide, message: Message) -> Steps:
         if message.cmd == Command.OPEN_SESSION and message.params[0].a == 1 << 56:
-            reply = yield Ask(
-                RpcCommand.LOAD_TA, [Param(ParamType.VALUE_INPUT), Param(ParamType.TMEM_OUTPUT)]
-            )
+            reply = yield Ask(RpcCommand.LOAD_TA, [Param(ParamType.VALUE_INPUT), Param(ParamType.TMEM_OUTPUT)])
             answers.append(reply.ret)
             return reply.ret, Origin.TEE
         return Result.SUCCESS, Origin.TRUSTED_APP
@@ -247,7 +246,9 @@ async def test_a_request_waits_for_a_supplicant_and_a_signal_ends_that(autojump_
     side = SecureSide(make_ram(), default=loads)
     async with boot(side.ram, side) as guest, guest.context() as context:
         with trio.move_on_after(3) as scope:
-            await context.open_session(ta)
+            with pytest.raises(TeeError, match="COMMUNICATION"):
+                await context.open_session(ta)
+            await trio.lowlevel.checkpoint()
         assert scope.cancelled_caught and answers == [Result.COMMUNICATION]
         async with trio.open_nursery() as nursery:
 
@@ -261,3 +262,18 @@ async def test_a_request_waits_for_a_supplicant_and_a_signal_ends_that(autojump_
             assert answers == [Result.COMMUNICATION]
             await guest.driver.start_supplicant(Supplicant())
     assert side.idle and guest.driver.allocator.used == 0
+
+
+async def test_a_session_that_was_opened_for_a_killed_process_is_closed(autojump_clock: MockClock) -> None:
+    def slow_to_open(side: SecureSide, message: Message) -> Steps:
+        yield ASK_SLEEP
+        return Result.SUCCESS, Origin.TRUSTED_APP
+
+    side = SecureSide(make_ram(), tas={TA: slow_to_open})
+    async with boot(side.ram, side) as guest:
+        with trio.move_on_after(0.05) as scope:
+            async with guest.context() as context:
+                await context.open_session(TA)
+                assert len(side.sessions) == 1
+                await trio.lowlevel.checkpoint()
+        assert scope.cancelled_caught and side.sessions == {}

@@ -150,10 +150,7 @@ async def test_registered_memory_is_seen_and_changed_in_place(capabilities: SecC
             assert await session.invoke(0, Partial(memory, 4000, 500, INPUT)) == (MemoryResult(500),)
             assert ta.seen == [inverted(original)[4000:4500]]
             assert await session.invoke(0, Partial(memory, 100, 7)) == (MemoryResult(7),)
-            assert (
-                memory.read(99, 9)
-                == inverted(original)[99:100] + original[100:107] + inverted(original)[107:108]
-            )
+            assert memory.read(99, 9) == inverted(original)[99:100] + original[100:107] + inverted(original)[107:108]
         context.free(buffer)
         async with await context.allocate(100, OUTPUT) as memory:
             assert memory.kernel_memory.buffer.offset == 0
@@ -352,12 +349,13 @@ async def test_pool_keeps_its_interval(autojump_clock: MockClock) -> None:
 async def test_pool_replaces_a_dead_session(autojump_clock: MockClock) -> None:
     side = SecureSide(make_ram(), tas={TA: sleeps})
     async with guests.open(side.ram, side) as guest, guest.context() as context:
-        async with SessionPool(context, TA, limit=1, queue=0) as pool:
-            with pytest.raises(TeeError, match="TARGET_DEAD"):
-                await pool.invoke(1)
-            with trio.move_on_after(0.05):
-                await pool.invoke(0)
-            assert await pool.invoke(0) == ()
+        pool = SessionPool(context, TA, limit=1, queue=0)
+        with pytest.raises(TeeError, match="TARGET_DEAD"):
+            await pool.invoke(1)
+        with trio.move_on_after(0.05):
+            await pool.invoke(0)
+        assert await pool.invoke(0) == ()
+        await pool.close()
         assert sum("OPEN_SESSION [101 101 0" in line for line in side.log) == 2
     assert side.idle
 

@@ -57,9 +57,7 @@ def shm_alloc(kind: int, size: int) -> Ask:
 
 
 @both
-async def test_time_and_sleep_are_on_the_clock(
-    capabilities: SecCapability, autojump_clock: MockClock
-) -> None:
+async def test_time_and_sleep_are_on_the_clock(capabilities: SecCapability, autojump_clock: MockClock) -> None:
     half = Ask(RpcCommand.SUSPEND, [Param(VALUE_IN, 1500)])
     replies, *_ = await ask(capabilities, ASK_TIME, half, ASK_TIME)
     assert [reply.ret for reply in replies] == [0, 0, 0]
@@ -185,9 +183,7 @@ async def test_no_memory_left(capabilities: SecCapability, kind: ShmType) -> Non
     assert side.idle and driver.allocator.used == 0
 
 
-@pytest.mark.parametrize(
-    "misbehaviour", [Misbehaviour.REFUSE, Misbehaviour.NO_MEMORY, Misbehaviour.FORGED_MEMORY]
-)
+@pytest.mark.parametrize("misbehaviour", [Misbehaviour.REFUSE, Misbehaviour.NO_MEMORY, Misbehaviour.FORGED_MEMORY])
 async def test_supplicant_gives_no_memory(misbehaviour: Misbehaviour) -> None:
     replies, _, driver = await ask(
         RPC_ARG_CAPABILITIES,

@@ -135,9 +135,7 @@ async def test_a_long_name_in_a_short_buffer(make_files: Callable[[], Files]) ->
 @pytest.mark.parametrize(
     "name", [b"/../secret", b"..", b"/a/../../secret", b"/link/secret", b"/link", b"", b"/", b"\xff\xfe"]
 )
-@pytest.mark.parametrize(
-    "operation", [FsOperation.OPEN, FsOperation.CREATE, FsOperation.REMOVE, FsOperation.OPENDIR]
-)
+@pytest.mark.parametrize("operation", [FsOperation.OPEN, FsOperation.CREATE, FsOperation.REMOVE, FsOperation.OPENDIR])
 async def test_no_way_out_of_the_directory(name: bytes, operation: FsOperation, tmp_path: Path) -> None:
     outside = tmp_path / "secret"
     outside.write_bytes(b"kept")

@@ -6,7 +6,7 @@ from trio.testing import MockClock
 
 import guests
 from guests.workloads import WORKLOADS, Report, hello, mixed, ramp, shm
-from guests.workloads.applications import AES, HELLO_WORLD, OS_TEST, RANDOM, Aes, OsTest
+from guests.workloads.applications import AES, EXERCISE, HELLO_WORLD, RANDOM, Aes, Exercise
 from guests.workloads.ramp import OPERATIONS
 from optee.abi.message import Command, Message, Param, ParamType
 from optee.abi.results import Origin, Result
@@ -54,8 +54,8 @@ def aes(side: SecureSide, message: Message) -> Steps:
     yield
 
 
-class OperatingSystemTest:
-    """os_test: waits that can be cancelled, panics."""
+class ExerciseTa:
+    """Waits that can be cancelled, panics."""
 
     def __init__(self) -> None:
         self.cancelled: set[int] = set()
@@ -69,7 +69,7 @@ class OperatingSystemTest:
             self.cancelled.discard(session)
             self.dead.discard(session)
         elif message.cmd == Command.INVOKE_COMMAND:
-            if message.func == OsTest.PANIC:
+            if message.func == Exercise.PANIC:
                 self.dead.add(session)
             if session in self.dead:
                 return Result.TARGET_DEAD, Origin.TEE
@@ -80,15 +80,13 @@ class OperatingSystemTest:
 
 
 def make_side(capabilities: SecCapability = RPC_ARG_CAPABILITIES) -> SecureSide:
-    tas = {HELLO_WORLD: echo, RANDOM: random, AES: aes, OS_TEST: OperatingSystemTest()}
+    tas = {HELLO_WORLD: echo, RANDOM: random, AES: aes, EXERCISE: ExerciseTa()}
     return SecureSide(make_ram(4096), capabilities, threads=8, tas=tas, max_pages=16384)
 
 
 @both
 @pytest.mark.parametrize("name", [name for name in WORKLOADS if name != "ramp"])
-async def test_everything_is_as_expected(
-    name: str, capabilities: SecCapability, autojump_clock: MockClock
-) -> None:
+async def test_everything_is_as_expected(name: str, capabilities: SecCapability, autojump_clock: MockClock) -> None:
     side = make_side(capabilities)
     report = Report()
     async with guests.open(side.ram, side) as guest:
@@ -116,12 +114,12 @@ async def test_absent_tas_are_left_out_and_named() -> None:
         yield
 
     side = make_side()
-    side.tas = {RANDOM: missing, AES: missing, OS_TEST: missing, HELLO_WORLD: echo}
+    side.tas = {RANDOM: missing, AES: missing, EXERCISE: missing, HELLO_WORLD: echo}
     report = Report()
     async with guests.open(side.ram, side) as guest:
         await mixed(guest, report, rounds=1)
         await shm(guest, report, rounds=3)
-    assert report.errors == 0 and report.absent == {"random", "aes", "os_test"}
+    assert report.errors == 0 and report.absent == {"random", "aes", "exercise"}
 
 
 async def test_wrong_answers_are_errors() -> None:

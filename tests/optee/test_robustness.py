@@ -22,9 +22,8 @@ PAGES = 8
 LIST = RAM + 64 * PAGE_SIZE
 """A page list with a good, a repeated and a bad entry."""
 
-addresses = st.sampled_from(
-    [RAM + page * PAGE_SIZE for page in range(PAGES)] + [LIST, SECURE, DEVICE, 0, 1 << 63]
-).flatmap(lambda base: st.sampled_from([base, base + 8, base + 0xFFC, base + 1]))
+bases = [RAM + page * PAGE_SIZE for page in range(PAGES)] + [LIST, SECURE, DEVICE, 0, 1 << 63]
+addresses = st.sampled_from([base + offset for base in bases for offset in (0, 8, 0xFFC, 1)])
 sizes = st.sampled_from([0, 1, 8, 100, 4095, 4096, 8192, 1 << 32, (1 << 64) - 1])
 words = st.one_of(st.integers(0, 12), addresses, sizes, st.integers(0, (1 << 64) - 1))
 attributes = st.one_of(
