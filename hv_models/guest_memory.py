@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import numpy as np
@@ -50,10 +50,11 @@ class GuestMemory:
     Addresses may be any integers; whatever is not allowed raises `Stage2Fault` and changes nothing.
     """
 
-    def __init__(self, name: str, memory: PhysicalMemory, stage2: Stage2) -> None:
+    def __init__(self, name: str, memory: PhysicalMemory, stage2: Stage2, release: Callable[[Bank], None]) -> None:
         self.name = name
         self.stage2 = stage2
         self._memory = memory
+        self._release = release
         self._first = _NO_REGION
         self._removed: list[Region] = []
 
@@ -136,17 +137,10 @@ class GuestMemory:
 
         Only normal read-write RAM of this VM may be pinned, not the page at IPA 0 and no frame that another
         VM maps. A page that is named twice is pinned twice. All or nothing: raises Stage2Fault for the
-        first page that cannot be pinned. `ipas` is read once only.
+        first page that cannot be pinned. What is checked and what is pinned is one copy of `ipas`.
         """
-        region = self._first
-        offsets = ipas - region.base_word
-        index = (offsets >> _SHIFT).view(np.int64)
-        entries = region.entries.take(index, mode="clip")
-        if np.count_nonzero(entries) != len(entries) or np.count_nonzero(offsets & _MASK):
-            return self._pin_slowly(offsets + region.base_word)
-        bank = region.bank
-        np.add.at(bank.entry_pins, entries, _ONE)
-        return Pinned(self, bank.entry_pa[entries], (Part(bank, entries, region, index, None),))
+        pinned = self._pin_in(self._first, ipas)
+        return self._pin_slowly(ipas.copy()) if pinned is None else pinned
 
     def unpin(self, pinned: Pinned) -> None:
         """Undo one `pin`. Raises ValueError if these pages are not pinned by this VM (any more)."""
@@ -193,13 +187,13 @@ class GuestMemory:
         """Map those of the pages that should be mapped but are not; whether there were any."""
         return False
 
-    def _bank_released(self, bank: Bank) -> None:
-        """Memory that was taken away has no references any more."""
-
-    def _region_added(self) -> None:
+    def _add_region(self, region: Region) -> None:
+        self.stage2.add_region(region)
         self._first = self.regions[0]
 
-    def _region_removed(self, region: Region) -> None:
+    def _remove_region(self, region: Region) -> None:
+        """Take RAM away; its bank is released once no page of it is pinned."""
+        self.stage2.remove_region(region)
         self._first = self.regions[0] if self.regions else _NO_REGION
         self._removed.append(region)
         self._release_removed()
@@ -208,7 +202,7 @@ class GuestMemory:
         for region in list(self._removed):
             if not region.bank.pins.any():
                 self._removed.remove(region)
-                self._bank_released(region.bank)
+                self._release(region.bank)
 
     def _place(self, ipa: int) -> tuple[Region, int] | None:
         """The region of an address, and the number of the page in it."""
@@ -244,15 +238,31 @@ class GuestMemory:
             raise Stage2Fault(ipa, Reason.HOLE) from None
         return bank, page, walk.kind
 
+    def _pin_in(self, region: Region, ipas: PageArray) -> Pinned | None:
+        """Pin pages all of which are in the TLB of one region; None if they are not."""
+        offsets = ipas - region.base_word
+        index = (offsets >> _SHIFT).view(np.int64)
+        entries = region.entries.take(index, mode="clip")
+        if np.count_nonzero(entries) != len(entries) or np.count_nonzero(offsets & _MASK):
+            return None
+        bank = region.bank
+        np.add.at(bank.entry_pins, entries, _ONE)
+        return Pinned(self, bank.entry_pa[entries], (Part(bank, entries, region, index, None),))
+
     def _pin_slowly(self, ipas: PageArray) -> Pinned:
         """Pin pages that are not all in the first region's TLB."""
+        for region in self.regions[1:]:
+            pinned = self._pin_in(region, ipas)
+            if pinned is not None:
+                return pinned
         parts, missing = self._gather(ipas)
         if len(missing) and self._fault_in(ipas[missing]):
             parts, missing = self._gather(ipas)
         for position in missing.tolist():
-            bank, page = self._shareable(int(ipas[position]))
-            region, index = self._place(int(ipas[position])) or (None, 0)
-            parts.append(Part(bank, np.array([page + 1]), region, np.array([index]), np.array([position])))
+            ipa = int(ipas[position])
+            bank, page = self._shareable(ipa)
+            named, index = self._place(ipa) or (None, 0)
+            parts.append(Part(bank, np.array([page + 1]), named, np.array([index]), np.array([position])))
         pas = np.zeros(len(ipas), dtype=np.uint64)
         for part in parts:
             np.add.at(part.bank.entry_pins, part.entries, _ONE)

@@ -75,7 +75,7 @@ class KvmVm(VirtualMachine):
 
     def remove_slot(self, slot: Region) -> None:
         """Take RAM away; the guest's next access faults. Pages that are pinned stay where they are."""
-        self._remove_ram(slot)
+        self._remove_region(slot)
 
     def start_dirty_logging(self) -> None:
         """Begin to record writes (KVM_MEM_LOG_DIRTY_PAGES): pages become read-only until the guest writes.

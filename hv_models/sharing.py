@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from hv_models.memory import Bank, Ipa, PageArray, PhysicalMemory
+from hv_models.memory import Bank, PageArray, PhysicalMemory
 
 
 class Mapper(Protocol):
     """The stage-2 tables of a VM as far as sharing is concerned."""
 
-    def find(self, pa: int) -> list[Ipa]:
-        """All page addresses at which the frame is mapped."""
+    def unmap_frames(self, bank: Bank) -> None:
+        """Unmap the frames of a bank wherever they are mapped."""
         ...
 
-    def unmap(self, ipa: int, pages: int) -> None:
-        """Make accesses to a range fault."""
-        ...
-
-    def refresh(self, bank: Bank, page: int) -> None:
-        """Take note that the sharing of an own frame changed."""
+    def refresh(self) -> None:
+        """Take note that the sharing of own frames changed."""
         ...
 
 
@@ -33,6 +29,8 @@ class FrameSharing:
         self._memory = memory
         self._owners: dict[Bank, Mapper] = {}
         self._users: dict[Bank, dict[int, list[Mapper]]] = {}
+        self.mappings = 0
+        """How many mappings there are of other VMs' frames."""
 
     def own(self, bank: Bank, owner: Mapper) -> None:
         """Record whose RAM a bank is."""
@@ -41,22 +39,22 @@ class FrameSharing:
 
     def disown(self, bank: Bank) -> None:
         """Take a bank away: other VMs that map frames of it lose those mappings."""
-        for page, users in list(self._users[bank].items()):
-            for user in list(users):
-                for ipa in user.find(int(bank.pa[page])):
-                    user.unmap(ipa, 1)
-        del self._owners[bank], self._users[bank]
+        del self._owners[bank]
+        users = [user for mappings in self._users.pop(bank).values() for user in mappings]
+        self.mappings -= len(users)
+        for user in dict.fromkeys(users):
+            user.unmap_frames(bank)
 
     def shared(self, bank: Bank, page: int) -> bool:
         """Whether a VM other than the owner maps this page."""
         return page in self._users.get(bank, ())
 
-    def shared_pages(self, bank: Bank) -> tuple[int, ...]:
+    def shared_pages(self, bank: Bank) -> list[int]:
         """Pages of a bank that VMs other than the owner map."""
-        return tuple(self._users.get(bank, ()))
+        return list(self._users.get(bank, ()))
 
     def foreign(self, user: Mapper, pas: PageArray) -> list[tuple[Bank, int]]:
-        """Those of the addresses that are RAM of another VM."""
+        """Those of the addresses that are RAM of another VM, each as often as it occurs."""
         return [
             (bank, page)
             for bank in self._memory.reaching(int(pas.min()), int(pas.max()))
@@ -65,17 +63,15 @@ class FrameSharing:
             if page >= 0
         ]
 
-    def use(self, user: Mapper, bank: Bank, page: int) -> None:
-        """Record one more mapping of somebody else's page."""
-        users = self._users[bank].setdefault(page, [])
-        users.append(user)
-        if len(users) == 1:
-            self._owners[bank].refresh(bank, page)
-
-    def drop(self, user: Mapper, bank: Bank, page: int) -> None:
-        """Take one such mapping back."""
-        users = self._users[bank][page]
-        users.remove(user)
-        if not users:
-            del self._users[bank][page]
-            self._owners[bank].refresh(bank, page)
+    def change(self, user: Mapper, used: list[tuple[Bank, int]], dropped: list[tuple[Bank, int]]) -> None:
+        """Record mappings of other VMs' pages that `user` made, and others that it took away."""
+        for bank, page in used:
+            self._users[bank].setdefault(page, []).append(user)
+        for bank, page in dropped:
+            users = self._users[bank][page]
+            users.remove(user)
+            if not users:
+                del self._users[bank][page]
+        self.mappings += len(used) - len(dropped)
+        for owner in {self._owners[bank] for bank, _ in (*used, *dropped)}:
+            owner.refresh()

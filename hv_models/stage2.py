@@ -68,7 +68,6 @@ class Stage2:
         self._pool = pool
         self._sharing = sharing
         self._pages: dict[int, Page] = {}
-        self._foreign_mappings = 0
         self.regions: list[Region] = []
         self.allowed: frozenset[int] = frozenset()
         """IPAs of pages that may be shared with OP-TEE although another VM maps them; not in the TLB."""
@@ -129,13 +128,11 @@ class Stage2:
         found = np.zeros(pages, dtype=np.uint64)
         for first, last, at in _groups(ipa, pages):
             leaf = self._leaf(at)
-            if isinstance(leaf, int):
-                start = leaf + ((at >> PAGE_SHIFT) % ENTRIES << PAGE_SHIFT) if leaf else 0
-                if leaf:
-                    found[first:last] = RAMP[: last - first] + np.uint64(start)
-            else:
-                index = (at >> PAGE_SHIFT) % ENTRIES
+            index = (at >> PAGE_SHIFT) % ENTRIES
+            if not isinstance(leaf, int):
                 found[first:last] = leaf[index : index + last - first]
+            elif leaf:
+                found[first:last] = RAMP[index : index + last - first] + np.uint64(leaf)
         return found
 
     def lookup(self, ipas: PageArray) -> PageArray:
@@ -175,16 +172,25 @@ class Stage2:
     def remove_region(self, region: Region) -> None:
         """Unmap a region and forget it; other VMs that map frames of it lose them."""
         self.unmap(region.base, region.pages)
-        for ipa, pages, pa in self._mappings():  # pages of it that were mapped at other places too
-            if region.bank.frames.page(pa) is not None:
-                self.unmap(ipa, pages)
+        self.unmap_frames(region.bank)  # pages of it that were mapped at other places too
         self.regions.remove(region)
         self._sharing.disown(region.bank)
 
-    def refresh(self, bank: Bank, page: int) -> None:
-        """Bring the TLB up to date for one of this VM's frames whose sharing changed."""
-        for ipa in self.find(int(bank.pa[page])):
-            self._fill_range(ipa, self.descriptors(ipa, 1))
+    def unmap_frames(self, bank: Bank) -> None:
+        """Unmap the frames of a bank wherever they are mapped; a block that reaches into it goes as a whole."""
+        for base, level, leaves in list(self._leaves()):
+            pas = leaves & _ADDRESS
+            if level == 3:
+                hit = bank.frames.find(pas) >= 0
+            else:
+                hit = (pas < bank.frames.end) & (pas + BLOCK_PAGES[level] * PAGE_SIZE > bank.frames.base)
+            for place in np.flatnonzero(hit & (leaves & _VALID != 0)).tolist():
+                self.unmap(base + (place << LEVEL_SHIFT[level]), BLOCK_PAGES[level])
+
+    def refresh(self) -> None:
+        """Bring the TLB up to date after the sharing of own frames changed."""
+        for region in self.regions:
+            self._fill_range(region.base, self.descriptors(region.base, region.pages))
 
     def shareable(self, ipa: int, bank: Bank, page: int) -> bool:
         """Whether the frame at `ipa` is mapped by this VM alone, or explicitly allowed (rule R26)."""
@@ -195,9 +201,13 @@ class Stage2:
         """Drop all regions and mappings and give the tables back."""
         for region in list(self.regions):
             self.remove_region(region)
-        if self._foreign_mappings:
-            for ipa, pages, _ in self._mappings():
-                self.unmap(ipa, pages)
+        if self._sharing.mappings:
+            for base, level, leaves in list(self._leaves()):
+                if level == 3:
+                    self.unmap(base, ENTRIES)
+                    continue
+                for place in np.flatnonzero(leaves & _VALID).tolist():
+                    self.unmap(base + (place << LEVEL_SHIFT[level]), BLOCK_PAGES[level])
         for page in self._pages.values():
             self._pool.release(page)
         self._pages.clear()
@@ -205,16 +215,13 @@ class Stage2:
     def _write(self, ipa: int, descriptors: PageArray) -> None:
         """Put page descriptors (0: unmapped) in place of what a range has: tables, sharing, and TLB."""
         used = self._foreign(descriptors)
-        dropped = self._foreign(self.descriptors(ipa, len(descriptors))) if self._foreign_mappings else []
+        dropped = self._foreign(self.descriptors(ipa, len(descriptors))) if self._sharing.mappings else []
         position = 0
         while position < len(descriptors):
             position += self._write_leaf(ipa + (position << PAGE_SHIFT), descriptors[position:])
         self._fill_range(ipa, descriptors)
-        for bank, page in used:
-            self._sharing.use(self, bank, page)
-        for bank, page in dropped:
-            self._sharing.drop(self, bank, page)
-        self._foreign_mappings += len(used) - len(dropped)
+        if used or dropped:
+            self._sharing.change(self, used, dropped)
 
     def _write_leaf(self, ipa: int, descriptors: PageArray) -> int:
         """Write the largest block that the descriptors begin with, or pages up to the next 2 MiB."""
@@ -301,14 +308,6 @@ class Stage2:
             for index2 in _tables_in(level2):
                 yield base + (index2 << LEVEL_SHIFT[2]), 3, self._table(int(level2[index2]) & ADDRESS)
 
-    def _mappings(self) -> list[tuple[int, int, int]]:
-        """All leaves that map something: (IPA, pages, PA)."""
-        return [
-            (base + (place << LEVEL_SHIFT[level]), BLOCK_PAGES[level], int(leaves[place]) & ADDRESS)
-            for base, level, leaves in self._leaves()
-            for place in np.flatnonzero(leaves & _VALID).tolist()
-        ]
-
     def _table(self, pa: int) -> PageArray:
         bank, page = self._memory.find(pa)
         words: PageArray = bank.store.words[page]
@@ -342,9 +341,11 @@ class Stage2:
             region.entries[index] = 0
             return
         pages = region.bank.frames.find(descriptors & _ADDRESS)
-        region.entries[index] = np.where(is_ram_rw(descriptors), pages + 1, 0)
-        for page in self._sharing.shared_pages(region.bank):
-            region.entries[region.entries == page + 1] = 0
+        shareable = is_ram_rw(descriptors)
+        shared = self._sharing.shared_pages(region.bank)
+        if shared:
+            shareable &= ~np.isin(pages, shared)
+        region.entries[index] = np.where(shareable, pages + 1, 0)
         if region.base == 0:
             region.entries[0] = 0
 

@@ -1,43 +1,25 @@
-"""Virtual machines: vCPUs, interrupts, and guest memory as the mediator reaches it."""
+"""Virtual machines: identity, vCPUs, interrupts, and how the hypervisor arranges their memory."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from typing import ClassVar, Final
+from collections.abc import Callable
+from typing import ClassVar
 
 import numpy as np
 
-from hv_models.memory import (
-    PAGE_MASK,
-    PAGE_SHIFT,
-    PAGE_SIZE,
-    Bank,
-    Gfn,
-    GuestRam,
-    IndexArray,
-    Ipa,
-    PageArray,
-    PhysicalFault,
-    PhysicalMemory,
-)
-from hv_models.region import Part, Pinned, Region
+from hv_models.guest_memory import GuestMemory
+from hv_models.memory import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Bank, Ipa, PageArray, PhysicalMemory
+from hv_models.region import Region
 from hv_models.smccc import Hypervisor
 from hv_models.stage2 import PageKind, Reason, Stage2, Stage2Fault
 from hv_models.walk import REFUSED_KINDS
 from optee.abi.smc import VmId
 
-_SHIFT = np.array(PAGE_SHIFT, dtype=np.uint64)  # arrays without dimensions are the fastest operands
-_MASK = np.array(PAGE_MASK, dtype=np.uint64)
-_ONE = np.int32(1)
-_READABLE: Final = frozenset({PageKind.RAM_RW, PageKind.RAM_RO})
 
-
-class VirtualMachine:
+class VirtualMachine(GuestMemory):
     """A VM: RAM, stage-2 tables, vCPUs. `KvmVm` and `XenVm` say how pages come and go.
 
-    The methods from `read` to `mark_dirty` are what a mediator may do with guest memory. They take any
-    integer for an address; whatever is not allowed raises `Stage2Fault` and changes nothing.
+    What a mediator may do with it is `GuestMemory`; the rest is for the hypervisor and the guest.
     """
 
     hypervisor: ClassVar[Hypervisor]
@@ -54,21 +36,16 @@ class VirtualMachine:
     ) -> None:
         if vcpus < 1:
             raise ValueError(f"{name}: a VM has at least one vCPU, not {vcpus}")
-        self.name = name
+        super().__init__(name, memory, stage2, release)
         self.client_id = client_id
         """The id by which OP-TEE knows this VM (a7)."""
-        self.stage2 = stage2
         self.vcpus = range(vcpus)
         """Numbers of the virtual CPUs."""
         self.alive = True
         """False once the machine destroyed it."""
         self.on_interrupt: Callable[[], object] | None = None
         """Called whenever an interrupt becomes pending."""
-        self._memory = memory
-        self._release = release
         self._pending: dict[int, None] = {}
-        self._first = _NO_REGION
-        self._removed: list[Region] = []
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}, client id {self.client_id}>"
@@ -78,9 +55,8 @@ class VirtualMachine:
 
         The guest's bytes go straight to its RAM (`ram`); a hypervisor only notices faults.
         """
-        first = ipa >> PAGE_SHIFT
-        last = (ipa + max(size, 1) - 1) >> PAGE_SHIFT
-        ipas = np.arange(first, last + 1, dtype=np.uint64) << _SHIFT
+        first, last = ipa >> PAGE_SHIFT, (ipa + max(size, 1) - 1) >> PAGE_SHIFT
+        ipas = _run(first << PAGE_SHIFT, last - first + 1)
         self._fault_in(ipas)
         for page in ipas.tolist():
             walk = self.stage2.walk(page)
@@ -117,7 +93,7 @@ class VirtualMachine:
 
     def map_device(self, ipa: int, pa: int, pages: int) -> None:
         """Map device registers, such as the GIC's virtual CPU interface."""
-        self._map_run(ipa, pa, pages, PageKind.MMIO)
+        self.stage2.map(ipa, _run(pa, pages), PageKind.MMIO)
 
     def set_kind(self, ipa: int, kind: PageKind, *, pages: int = 1, page: int | None = None) -> None:
         """Change stage-2 entries of pages of this VM's RAM.
@@ -146,39 +122,32 @@ class VirtualMachine:
         kind: PageKind = PageKind.RAM_RW,
     ) -> None:
         """Map frames that another VM has at `other_ipa`. None of the two may share them with OP-TEE then."""
-        other._fault_in((np.arange(pages, dtype=np.uint64) << _SHIFT) + np.uint64(other_ipa))
-        pas = [other.stage2.walk(other_ipa + (n << PAGE_SHIFT)).pa for n in range(pages)]
-        found = [pa for pa in pas if pa is not None]
-        if len(found) < pages:
-            raise Stage2Fault(other_ipa + (pas.index(None) << PAGE_SHIFT), Reason.UNMAPPED)
-        self.stage2.map(ipa, np.array(found, dtype=np.uint64), kind)
+        ipas = _run(other_ipa, pages)
+        other._fault_in(ipas)
+        pas: list[int] = []
+        for page in ipas.tolist():
+            pa = other.stage2.walk(page).pa
+            if pa is None:
+                raise Stage2Fault(page, Reason.UNMAPPED)
+            pas.append(pa)
+        self.stage2.map(ipa, np.array(pas, dtype=np.uint64), kind)
 
     def add_ram(self, base: int, bank: Bank) -> Region:
         """Give the VM the memory of a bank as RAM. Raises ValueError on an overlap."""
         region = Region(base, bank)
-        self.stage2.add_region(region)
-        self._first = self.regions[0]
+        self._add_region(region)
         return region
 
     def destroy(self) -> None:
         """Take away RAM and tables; banks that are still pinned stay part of physical memory."""
         self.alive = False
         for region in list(self.regions):
-            self._remove_ram(region)
+            self._remove_region(region)
         self.stage2.close()
-
-    def _remove_ram(self, region: Region) -> None:
-        self.stage2.remove_region(region)
-        self._first = self.regions[0] if self.regions else _NO_REGION
-        self._removed.append(region)
-        self._release_removed()
 
     def _write_fault(self, ipa: int, kind: PageKind) -> None:
         """The guest wrote to a page that it cannot write to."""
         raise Stage2Fault(ipa, REFUSED_KINDS[kind])
-
-    def _map_run(self, ipa: int, pa: int, pages: int, kind: PageKind) -> None:
-        self.stage2.map(ipa, (np.arange(pages, dtype=np.uint64) << _SHIFT) + np.uint64(pa), kind)
 
     def _home(self, ipa: int) -> PageArray:
         place = self._place(ipa)
@@ -186,3 +155,7 @@ class VirtualMachine:
             raise ValueError(f"{self.name} has no RAM at IPA {ipa:#x}")
         return place[0].bank.pa[place[1] : place[1] + 1]
 
+
+def _run(address: int, pages: int) -> PageArray:
+    """Addresses of consecutive pages."""
+    return np.arange(pages, dtype=np.uint64) * np.uint64(PAGE_SIZE) + np.uint64(address)

@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from hv_models.machine import MEDIATOR_BASE, Machine
-from hv_models.memory import PAGE_SIZE
+from hv_models.machine import Machine
 from hv_models.pages import Page
 from mediator.core.ports import SharedPage
 from mediator.invariants import pins_by_frame
@@ -47,5 +46,6 @@ class Host:
         return self.machine.memory.frame(pa)
 
     def host_addresses(self) -> Sequence[tuple[int, int]]:
-        """Where the mediator's pages lie."""
-        return ((MEDIATOR_BASE, MEDIATOR_BASE + self.machine.pages.capacity * PAGE_SIZE),)
+        """Where the mediator's pages and the frames of guests lie; a guest can name none of these."""
+        banks = self.machine.memory.banks
+        return [(bank.frames.base, bank.frames.end) for bank in banks]

@@ -8,6 +8,7 @@ in the fault model.
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -16,11 +17,13 @@ import numpy.typing as npt
 from hv_models.memory import PAGE_SIZE
 from hv_models.stage2 import Pinned
 from hv_models.vm import VirtualMachine
+from mediator.core.ledger import Ledger
 from mediator.core.mediator import Lifecycle, Mediator
+from mediator.core.policy import Policy
 from mediator.core.ports import GuestMemory
-from mediator.core.records import Guest, Pins
+from mediator.core.records import Call, Guest, Pins
 from mediator.core.sharing import LISTS_PER_STEP
-from mediator.core.states import CallState, GuestState
+from mediator.core.states import ArgumentState, CallState, GuestState
 from mediator.core.steps import (
     GUEST_ISOLATED,
     GUEST_QUARANTINED,
@@ -38,13 +41,15 @@ from optee.abi.message import (
     HEADER_SIZE,
     MAX_PARAMS,
     NONCONTIG,
+    OFFSET_RET,
+    OFFSET_SESSION,
     PARAM,
     PARAM_SIZE,
     TYPE_MASK,
     ParamType,
     page_count,
 )
-from optee.abi.smc import Function, VmId
+from optee.abi.smc import Function, RpcReturn, VmId
 
 SCAN_EVERY: Final = 1000
 """Steps between two looks at everything; in between only what changed is looked at."""
@@ -68,6 +73,8 @@ TITLES: Final = {
 
 _LOW: Final = 0xFFFFFFFF
 _TMEM: Final = range(int(ParamType.TMEM_INPUT), int(ParamType.TMEM_INOUT) + 1)
+_VALUE_OUTPUTS: Final = (ParamType.VALUE_OUTPUT, ParamType.VALUE_INOUT)
+_SIZE_OUTPUTS: Final = (ParamType.RMEM_OUTPUT, ParamType.RMEM_INOUT, ParamType.TMEM_OUTPUT, ParamType.TMEM_INOUT)
 _WITH_MESSAGE: Final = frozenset({int(Function.CALL_WITH_ARG), int(Function.CALL_WITH_RPC_ARG)})
 _OF_THE_HOST: Final = frozenset(
     {int(Function.CALLS_UID), int(Function.GET_THREAD_COUNT), int(Function.VM_CREATED), int(Function.VM_DESTROYED)}
@@ -132,12 +139,16 @@ class _Watched:
         self.vm = vm
         self.memory = memory
         self.reads: list[tuple[int, int]] = []
+        self.loads: list[tuple[int, int, int]] = []
+        self.outputs: dict[int, list[tuple[int, int]]] = {}
+        """By IPA of a message: the fields (start, stop) of it that the guest gets back."""
         self.writes: list[tuple[int, bytes]] = []
         self.accesses = 0
         self.pages = 0
 
     def begin(self) -> None:
         self.reads.clear()
+        self.loads.clear()
         self.writes.clear()
         self.accesses = 0
         self.pages = 0
@@ -148,6 +159,9 @@ class _Watched:
         if not writable:
             # Messages and RPC arguments; each list page is a stage of its own, whatever page it names.
             self.reads.append((ipa, size))
+            if size == PAGE_SIZE:
+                # Two live calls may have their messages in one page.
+                self.outputs.setdefault(ipa, []).extend(_output_fields(data))
         return data
 
     def write_fields(self, ipa: int, fields: Sequence[tuple[int, bytes]]) -> None:
@@ -165,6 +179,7 @@ class _Watched:
 
     def load(self, pinned: Pinned, offset: int, size: int) -> bytes:
         self.accesses += 1
+        self.loads.append((id(pinned), offset, size))
         return self.memory.load(pinned, offset, size)
 
     def store(self, pinned: Pinned, offset: int, data: bytes) -> None:
@@ -192,8 +207,14 @@ class Checker:
         self.untranslated = 0
         self._threads_held = threads_held
         self._watched: dict[int, _Watched] = {}
+        self._ledgers: dict[int, Ledger] = {}
         self._open: Counter[int] = Counter()
         self._with_optee: dict[int, int] = {}
+
+    @property
+    def policy(self) -> Policy:
+        """See `Mediator`."""
+        return self.mediator.policy
 
     # The same requests as the mediator's
 
@@ -208,6 +229,9 @@ class Checker:
         step = self.mediator.create(vm, watched)
         if not known:
             self._watched[vm] = watched
+            guest = self.mediator.guests.get(vm)
+            if guest is not None:
+                self._ledgers[vm] = guest.ledger
             self._open[vm] = 0
         return self._after(vm, step)
 
@@ -222,6 +246,24 @@ class Checker:
     def abandon(self, vm: VmId) -> Step:
         """See `Mediator.abandon`."""
         return self._after(vm, self.mediator.abandon(vm))
+
+    def pause(self, vm: VmId) -> bool:
+        """See `Mediator.pause`."""
+        return self.mediator.pause(vm)
+
+    def resume(self, vm: VmId) -> bool:
+        """See `Mediator.resume`."""
+        return self.mediator.resume(vm)
+
+    def give_back(self, ticket: Ticket) -> Step:
+        """See `Mediator.give_back`."""
+        guest: Guest | None = getattr(ticket, "guest", None)
+        assert guest is not None
+        return self._after(guest.vm, self.mediator.give_back(ticket), guest_call=True)
+
+    def notified(self) -> list[VmId]:
+        """See `Mediator.notified`."""
+        return self.mediator.notified()
 
     def submit(self, vm: VmId, vcpu: int, regs: Regs) -> Step:
         """See `Mediator.submit`."""
@@ -288,7 +330,12 @@ class Checker:
                 self._report(2, vm, "no pinned page after the guest is gone", f"{count} pins")
             if watched is not None:
                 del self._watched[vm]
+            ledger = self._ledgers.pop(vm, None)
+            if ledger is not None and any(ledger.sums().values()):
+                self._report(2, vm, "all sums zero after the guest is gone", str(ledger.sums()))
             return
+        if guest.ledger is not self._ledgers.get(vm):
+            self._ledgers[vm] = guest.ledger
         ledger = guest.ledger
         pages = sum(buffer.pages for buffer in guest.buffers.values())
         held = {
@@ -296,13 +343,18 @@ class Checker:
             "buffers": len(guest.buffers),
             "rpc_arguments": len(guest.arguments),
             "calls": len(guest.calls),
+            "memory": sum(
+                held.charge.memory
+                for objects in (guest.calls, guest.buffers, guest.arguments)
+                for held in objects.values()
+            ),
         }
         for name, count in held.items():
             if getattr(ledger, name) != count:
                 self._report(2, vm, f"{count} {name} in the ledger", str(getattr(ledger, name)))
         expected = sum(len(pins.pinned.pas) for pins in _groups(guest)) + len(guest.arguments)
         count = self.host.pin_count(vm)
-        if count != expected:
+        if count != expected and not self.mediator.policy.shared_pages:
             self._report(1, vm, f"{expected} pins", str(count))
         if not any(call.work is not None for call in guest.calls.values()) and expected != pages + len(guest.arguments):
             self._report(1, vm, f"{pages + len(guest.arguments)} pages in live objects", str(expected))
@@ -327,11 +379,22 @@ class Checker:
             if start < end:
                 self._report(8, vm, "each byte read once", f"bytes at {start:#x} twice")
             end = max(end, start + size)
+        for (pinned, start, size), (other, second, _) in pairwise(sorted(watched.loads)):
+            if pinned == other and second < start + size:
+                self._report(8, vm, "each byte read once", f"byte {second:#x} of a message's buffer twice")
         bound = WORK_PER_PAGE * watched.pages + WORK_PER_REQUEST
         if watched.accesses > bound:
             self._report(10, vm, f"at most {bound} accesses", str(watched.accesses))
         ranges = self.host.host_addresses()
+        if not guest.calls and not watched.writes:
+            watched.outputs.clear()
+        arguments = {argument.ipa for argument in guest.arguments.values()}
         for at, data in watched.writes:
+            page, offset = at - at % PAGE_SIZE, at % PAGE_SIZE
+            fields = watched.outputs.get(page, ())
+            written = offset + len(data)
+            if at >= 0 and page not in arguments and not any(a <= offset and written <= b for a, b in fields):
+                self._report(8, vm, "writes of outputs only", f"{len(data)} bytes at {at:#x}")
             for word in _words(data):
                 if any(first <= word < end for first, end in ranges):
                     self._report(4, vm, "no host address in guest memory", f"{word:#x} at {at:#x}")
@@ -378,7 +441,9 @@ class Checker:
             self._report(9, vm, "an allowed function", f"{function:#x}")
         if function in _WITH_MESSAGE:
             self._check_message(vm, (regs[1] << 32) | regs[2], 0)
-        elif function == Function.RETURN_FROM_RPC and (regs[1] or regs[2]) and (regs[4] or regs[5]):
+        elif isinstance(step.ticket, Call) and step.ticket.rpc == RpcReturn.CMD:
+            self._check_argument(vm, step.ticket)
+        elif isinstance(step.ticket, Call) and step.ticket.rpc == RpcReturn.ALLOC and (regs[1] or regs[2]):
             self._own(vm, (regs[1] << 32) | regs[2])
 
     def _own(self, vm: int, pa: int) -> memoryview | None:
@@ -388,6 +453,13 @@ class Checker:
             self._report(4, vm, "a page of the mediator's own", f"{pa:#x}")
             self.untranslated += 1
             return None
+
+    def _check_argument(self, vm: int, call: Call) -> None:
+        """The RPC argument that OP-TEE finds when a CMD is answered; SHM_ALLOC's answer has a page list."""
+        if call.rpc_offset and call.shadow is not None:
+            self._check_message(vm, call.shadow.pa, call.rpc_offset)
+        elif call.argument is not None and call.argument.state is ArgumentState.LIVE:
+            self._check_message(vm, call.argument.page.pa, 0)
 
     def _check_message(self, vm: int, pa: int, base: int) -> None:
         frame = self._own(vm, pa)
@@ -423,6 +495,21 @@ class Checker:
                     return
             left -= part
             page = int(words[ENTRIES_PER_PAGE])
+
+
+def _output_fields(message: bytes) -> list[tuple[int, int]]:
+    """What the guest gets back of a message: session, ret, origin, outputs, and what stands behind it."""
+    count = min(HEADER.unpack_from(message)[7], MAX_PARAMS)
+    fields = [(OFFSET_SESSION, OFFSET_SESSION + 4), (OFFSET_RET, OFFSET_RET + 8)]
+    at = HEADER_SIZE
+    for attribute, _, _, _ in PARAM.iter_unpack(message[HEADER_SIZE : HEADER_SIZE + PARAM_SIZE * count]):
+        kind = attribute & TYPE_MASK
+        if kind in _VALUE_OUTPUTS:
+            fields.append((at + 8, at + 32))
+        elif kind in _SIZE_OUTPUTS:
+            fields.append((at + 16, at + 24))
+        at += PARAM_SIZE
+    return [*fields, (at, PAGE_SIZE)]
 
 
 def _groups(guest: Guest) -> list[Pins]:

@@ -41,8 +41,8 @@ class Config:
     reserved_shm: tuple[int, int] = (0x4200_0000, 0x20_0000)
     """PA and bytes of static shared memory: announced and accepted only without virtualization."""
 
-    core_heap_size: int = 256 << 20
-    """CFG_CORE_HEAP_SIZE in bytes. Only what asks for more than this at once fails as yet."""
+    core_heap_size: int = 4 << 20
+    """CFG_CORE_HEAP_SIZE in bytes. As yet only a page list that alone would not fit is refused."""
 
     early_tas: frozenset[UUID] | None = None
     """CFG_EARLY_TA: user TAs inside the OP-TEE image. None: all that the model knows. Others come from the

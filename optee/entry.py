@@ -16,7 +16,6 @@ from optee.abi.message import (
     MAX_PARAMS,
     META,
     NONCONTIG,
-    OFFSET_NUM_PARAMS,
     OFFSET_RET,
     OFFSET_SESSION,
     PARAM,
@@ -31,8 +30,8 @@ from optee.errors import TeeError
 from optee.normal_world import Window
 from optee.parameters import NO_PARAMS, Memref, Params, Value, from_message
 from optee.rpc import RPC_ARGUMENT_SIZE, end_of_call, free_argument
-from optee.sessions import Client
 from optee.steps import WORK, Steps
+from optee.ta_context import Client
 from optee.threads import Thread
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ _STOP_ASYNC_NOTIF: Final = int(Command.STOP_ASYNC_NOTIF)
 
 _TEE: Final = int(Origin.TEE)
 _BAD_PARAMETERS: Final = int(Result.BAD_PARAMETERS)
-_TARGET_DEAD: Final = int(Result.TARGET_DEAD)
+_DEAD: Final = (int(Result.TARGET_DEAD), _TEE)
 
 _META_VALUE: Final = META | ParamType.VALUE_INPUT
 _REGISTER_ATTR: Final = NONCONTIG | ParamType.TMEM_OUTPUT
@@ -76,6 +75,8 @@ _UUID: Final = struct.Struct("<QQ")
 _OFFSET_VALUES: Final = HEADER_SIZE + 8  # of the words behind the first attribute
 _OFFSET_SIZE: Final = _OFFSET_VALUES + 8
 _OUTPUT: Final = 2  # bit of a parameter kind that is set where something is written back
+
+_USUAL_SIZE: Final = HEADER_SIZE + 4 * PARAM_SIZE  # most messages are read in one go
 
 _Words = list[tuple[int, ...]]
 
@@ -129,12 +130,14 @@ def _map_in_buffer(shm: SharedMemory, offset: int) -> Window | None:
 
 def _processed(thread: Thread, message: Window, *, with_rpc_argument: bool) -> Steps[int]:
     """Check the message's size and carry it out."""
-    (num_params,) = _WORD.unpack(message.load(OFFSET_NUM_PARAMS, 4))
+    data = message.load(0, min(message.size, _USUAL_SIZE))
+    command, function, number, *_, num_params = HEADER.unpack_from(data)
     if num_params > MAX_PARAMS:
         return _EBADADDR
     size = HEADER_SIZE + num_params * PARAM_SIZE
     if size + (RPC_ARGUMENT_SIZE if with_rpc_argument else 0) > message.size:
         return _EBADADDR
+    data = data[:size] if size <= len(data) else data + message.load(len(data), size - len(data))
     if with_rpc_argument:
         if thread.rpc_buffer is not None:
             yield from free_argument(thread)
@@ -142,8 +145,6 @@ def _processed(thread: Thread, message: Window, *, with_rpc_argument: bool) -> S
     partition = thread.partition
     if partition.world.interrupt_pending is not None:
         yield WORK
-    data = message.load(0, size)
-    command, function, number, *_ = HEADER.unpack_from(data)
     words = list(PARAM.iter_unpack(data[HEADER_SIZE:]))
     code = _OK
     if command == _INVOKE_COMMAND:
@@ -190,7 +191,7 @@ def _open_session(thread: Thread, message: Window, words: _Words) -> Steps[None]
         )
         if session is not None:
             number = session.id
-        _copy_out(message, params, words, 2, untouched=result == _TARGET_DEAD)
+        _copy_out(message, params, words, 2, untouched=(result, origin) == _DEAD)
     for shm in held:
         yield from partition.shared_memory.put(thread, shm)
     message.store(OFFSET_SESSION, _WORD.pack(number))
@@ -221,7 +222,7 @@ def _invoke(thread: Thread, message: Window, function: int, number: int, words: 
     else:
         sessions = partition.sessions
         result, origin = yield from sessions.invoke(thread, number, function, params, sessions.open)
-        _copy_out(message, params, words, 0, untouched=result == _TARGET_DEAD)
+        _copy_out(message, params, words, 0, untouched=(result, origin) == _DEAD)
     for shm in held:
         yield from partition.shared_memory.put(thread, shm)
     message.store(OFFSET_RET, _RESULT.pack(result, origin))

@@ -18,7 +18,7 @@ from optee.parameters import Memref
 from optee.ta_memory import Region
 
 if TYPE_CHECKING:
-    from optee.sessions import Instance
+    from optee.ta_context import Instance
 
 
 @dataclass(frozen=True, slots=True)

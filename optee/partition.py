@@ -6,6 +6,7 @@ the rest is banked, so guests never compete for threads, heap, sessions or cooki
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from optee.abi.smc import VmId
@@ -58,7 +59,8 @@ class Partition:
             steps, thread.steps = thread.steps, None
             thread.state = ThreadState.FREE
             if steps is not None:
-                steps.close()
+                with suppress(RuntimeError):  # a TA that suspends again on its way out
+                    steps.close()
         for instance in self.sessions.instances:
             if instance.memory is not None:
                 instance.memory.free()

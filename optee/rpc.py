@@ -29,6 +29,7 @@ VALUE_INPUT: Final = int(ParamType.VALUE_INPUT)
 VALUE_OUTPUT: Final = int(ParamType.VALUE_OUTPUT)
 RMEM_INPUT: Final = int(ParamType.RMEM_INPUT)
 RMEM_OUTPUT: Final = int(ParamType.RMEM_OUTPUT)
+TMEM_INPUT: Final = int(ParamType.TMEM_INPUT)
 TMEM_OUTPUT: Final = int(ParamType.TMEM_OUTPUT)
 
 _ALLOC = int(RpcReturn.ALLOC)
@@ -39,6 +40,7 @@ _SHM_FREE = int(RpcCommand.SHM_FREE)
 _APPL = int(ShmType.APPL)
 _ALIGNMENT = 8  # of struct optee_msg_arg and of payload buffers
 _PRESET = int(Result.GENERIC)
+_BAD_PARAMETERS = int(Result.BAD_PARAMETERS)
 _OUT_OF_MEMORY = int(Result.OUT_OF_MEMORY)
 
 RpcParam: TypeAlias = tuple[int, ...]
@@ -60,6 +62,8 @@ def rpc_command(thread: Thread, command: int, params: Sequence[RpcParam]) -> Ste
         window = yield from _allocate_argument(thread)
         if window is None:
             return Reply(_OUT_OF_MEMORY, 0, [])
+    if any(RMEM_INPUT <= param[0] < TMEM_INPUT and not param[3] for param in params):
+        return Reply(_BAD_PARAMETERS, 0, [])  # a buffer that the normal world gave without a name
     window.store(
         0,
         HEADER.pack(command, 0, 0, 0, 0, _PRESET, 0, len(params)) + b"".join(PARAM.pack(*param) for param in params),

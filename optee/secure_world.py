@@ -6,10 +6,12 @@ happens inside `SecureWorld.call`; between two calls nothing runs. Memory is rea
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from random import Random
 from typing import Final, NoReturn, TypeAlias
+from uuid import UUID
 
 from hv_models.memory import PhysicalFault, PhysicalMemory
 from optee.abi.rpc import RPC_PARAMS
@@ -68,6 +70,8 @@ _CAPABILITIES: Final = (
 _KNOWN_NSEC_CAPABILITIES: Final = int(NsecCapability.UNIPROCESSOR)
 _CALLS: Final = 12
 _CALLS_WITH_VIRTUALIZATION: Final = 14
+_KEPT_REPORTS: Final = 64  # a guest can cause any number of them
+_KEPT_LINES: Final = 2048
 _VALID: Final = 1
 _MORE_PENDING: Final = 2
 _ONLY_PARTITION: Final = VmId(0)  # of a build without virtualization
@@ -92,7 +96,7 @@ class SecureWorld:
         reserved = (0, 0) if config.virtualization else config.reserved_shm
         self.normal_world = NormalWorld(memory, config.secure_ram, reserved)
         self.random = Random(config.seed)
-        self.tas: dict[object, type[TrustedApplication]] = {ta.uuid: ta for ta in (*BUILT_IN, *config.extra_tas)}
+        self.tas: dict[UUID, type[TrustedApplication]] = {ta.uuid: ta for ta in (*BUILT_IN, *config.extra_tas)}
         """Every TA whose code the model knows, by UUID."""
         self.interrupt_pending: Callable[[VmId], bool] | None = None
         """Asked at each moment at which secure code of that guest can be interrupted: True makes the call
@@ -109,10 +113,12 @@ class SecureWorld:
         """CANCEL messages."""
         self.thread_limits = 0
         """Answers ETHREAD_LIMIT."""
-        self.panics: list[PanicReport] = []
-        """Every TA panic so far."""
-        self.console: list[str] = []
-        """Lines that OP-TEE printed, panic reports included."""
+        self.panics = 0
+        """TA panics."""
+        self.panic_reports: deque[PanicReport] = deque(maxlen=_KEPT_REPORTS)
+        """The latest of them, described."""
+        self.console: deque[str] = deque(maxlen=_KEPT_LINES)
+        """The latest lines that OP-TEE printed, panic reports included."""
         self.died: str | None = None
         """Why OP-TEE itself is dead, if it is."""
         self._slept = 0
@@ -196,7 +202,8 @@ class SecureWorld:
 
     def note_panic(self, report: PanicReport) -> None:
         """Record a TA panic and print it."""
-        self.panics.append(report)
+        self.panics += 1
+        self.panic_reports.append(report)
         self.console.extend(report.text().splitlines())
         if self.on_panic is not None:
             self.on_panic(report)

@@ -1,4 +1,4 @@
-"""Sessions and TA contexts of one guest.
+"""Sessions of one guest: opening, invoking, closing, and who waits for whom.
 
 Source: OP-TEE core behaviour, section 7. What is busy makes others wait, not fail: a session runs one call
 at a time, an instance one thread at a time, and one lock serialises all single-instance TAs of the guest,
@@ -7,8 +7,7 @@ also while one of them sleeps in an RPC.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from uuid import UUID
 
@@ -18,15 +17,15 @@ from optee.errors import SecureWorldFault, TaPanic, TeeError
 from optee.panic import PanicReport, report_panic
 from optee.parameters import Params
 from optee.steps import Steps
+from optee.ta_context import Client, Instance, Session
 from optee.ta_loader import load_ta
 from optee.ta_memory import TaMemory
-from optee.tee import Tee
 from optee.threads import Thread
 from optee.wait_queue import Condition, Mutex
 
 if TYPE_CHECKING:
     from optee.partition import Partition
-    from optee.trusted_application import Outcome, TrustedApplication
+    from optee.trusted_application import Outcome
 
 Answer: TypeAlias = tuple[int, int]
 """TEE_Result and its origin."""
@@ -38,112 +37,7 @@ _TARGET_DEAD: Final = int(Result.TARGET_DEAD)
 
 _SINGLE_INSTANCE: Final = int(TaFlag.SINGLE_INSTANCE)
 _MULTI_SESSION: Final = int(TaFlag.MULTI_SESSION)
-_KEEP_ALIVE: Final = int(TaFlag.INSTANCE_KEEP_ALIVE)
-_KEEP_CRASHED: Final = int(TaFlag.INSTANCE_KEEP_CRASHED)
 _CONCURRENT: Final = int(TaFlag.CONCURRENT)
-
-
-@dataclass(frozen=True, slots=True)
-class Client:
-    """Who opens a session: the login method and the UUID that goes with it."""
-
-    login: int
-    uuid: UUID
-
-
-class Instance:
-    """A TA context: one loaded instance of a TA and what it holds."""
-
-    __slots__ = (
-        "busy",
-        "created",
-        "flags",
-        "heap_biggest_failure",
-        "heap_failures",
-        "heap_peak",
-        "heap_used",
-        "heap_used_at_failure",
-        "idle",
-        "initializing",
-        "live",
-        "memory",
-        "opened",
-        "panicked",
-        "params",
-        "references",
-        "stack_peak",
-        "stack_used",
-        "ta",
-        "uuid",
-    )
-
-    def __init__(self, uuid: UUID, mutex: Mutex) -> None:
-        self.uuid = uuid
-        self.ta: TrustedApplication
-        self.flags = 0
-        self.references = 1
-        self.initializing = True
-        self.panicked = False
-        self.busy = False
-        self.idle = Condition(mutex)
-        self.created = False
-        """TA_CreateEntryPoint has run, TA_DestroyEntryPoint has not."""
-        self.live: set[Session] = set()
-        """Sessions that the TA itself knows: it accepted their open and has not seen their close."""
-        self.opened: dict[int, Session] = {}
-        """Sessions of this TA with other TAs."""
-        self.params: Params = ()
-        """Parameters of the call that runs in it."""
-        self.memory: TaMemory | None = None
-        self.heap_used = self.heap_peak = 0
-        self.heap_failures = self.heap_biggest_failure = self.heap_used_at_failure = 0
-        self.stack_used = self.stack_peak = 0
-
-    @property
-    def keeps_alive(self) -> bool:
-        """Stays without sessions."""
-        return self.flags & (_SINGLE_INSTANCE | _KEEP_ALIVE) == _SINGLE_INSTANCE | _KEEP_ALIVE
-
-    @property
-    def keeps_crashed(self) -> bool:
-        """Stays after a panic, so that new opens answer TARGET_DEAD."""
-        return self.keeps_alive and bool(self.flags & _KEEP_CRASHED)
-
-    def below_stack(self) -> int:
-        """Virtual address just below the stack."""
-        return self.memory.stack_base - 8 if self.memory is not None else 0
-
-
-class Session:
-    """A client's session with a TA."""
-
-    __slots__ = (
-        "cancel_masked",
-        "cancelled",
-        "client",
-        "holder",
-        "id",
-        "instance",
-        "let_go",
-        "lock",
-        "references",
-        "tee",
-        "unlinked",
-    )
-
-    def __init__(self, number: int, client: Client, thread: Thread, mutex: Mutex) -> None:
-        self.id = number
-        self.client = client
-        self.instance: Instance
-        self.tee = Tee(self, thread)
-        self.cancelled = False
-        self.cancel_masked = True
-        self.holder: Thread | None = None
-        """The thread whose call runs in this session."""
-        self.references = 1
-        self.unlinked = False
-        self.lock = Condition(mutex)
-        self.let_go = Condition(mutex)
 
 
 class Sessions:
@@ -186,7 +80,9 @@ class Sessions:
             origin = _TEE if instance.panicked else _TRUSTED_APP
             yield from self._clear_busy(thread, instance)
         else:  # waiting would be a deadlock
-            result, origin = int(Result.BUSY), _TEE
+            yield from self._unlink(thread, session, sessions)
+            instance.references -= 1
+            return int(Result.BUSY), _TEE, None
         session.cancelled = False
         if result != _SUCCESS:
             yield from self.close(thread, session.id, sessions)
@@ -328,7 +224,8 @@ class Sessions:
     def _unlink(self, thread: Thread, session: Session, sessions: dict[int, Session]) -> Steps[None]:
         session.unlinked = True
         session.lock.broadcast()
-        while session.references != 2:  # the list's own and this thread's
+        own = 1 if session.holder is thread else 0
+        while session.references != 1 + own:  # the list has the other one
             yield from session.let_go.wait(thread)
         del sessions[session.id]
         if self._mutex.queue:
@@ -429,14 +326,14 @@ class Sessions:
         instance.params = params
         try:
             outcome = entry(*arguments)
-            if isinstance(outcome, Generator):
+            if outcome is not None and not isinstance(outcome, int):
                 outcome = yield from outcome
         except TeeError as error:
             return error.result
         except TaPanic as panic:
             report = report_panic(self._partition.vm_id, thread.index, instance, panic)
         else:
-            return _SUCCESS if outcome is None else outcome
+            return outcome or _SUCCESS
         yield from self._die(thread, instance, report)
         return _TARGET_DEAD
 
@@ -464,9 +361,9 @@ class Sessions:
 
 def _finish(outcome: Outcome) -> Steps[int]:
     """Run an entry point to its end: its TEE_Result."""
-    if isinstance(outcome, Generator):
+    if outcome is not None and not isinstance(outcome, int):
         outcome = yield from outcome
-    return _SUCCESS if outcome is None else outcome
+    return outcome or _SUCCESS
 
 
 def _new_id(sessions: dict[int, Session]) -> int:

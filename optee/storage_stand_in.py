@@ -185,24 +185,42 @@ class _Object:
         self.created = created
 
 
+def _while_locked(mutex: Mutex, thread: Thread, steps: Steps[T]) -> Steps[T]:
+    """Run steps with a mutex held. No `finally`: a guest that dies meanwhile must not suspend again."""
+    yield from mutex.lock(thread)
+    try:
+        result = yield from steps
+    except TeeError:
+        yield from mutex.unlock(thread)
+        raise
+    yield from mutex.unlock(thread)
+    return result
+
+
 class StorageStandIn:
     """Secure storage of one guest, as far as loading TAs needs it."""
 
     def __init__(self) -> None:
         self._mutex = Mutex()  # ree_fs_mutex
+        self._database_mutex = Mutex()  # tadb_mutex
+        self._versions_mutex = Mutex()  # ver_db_mutex
         self._directory: _File | None = None
         self._references = 0
         self._numbers: set[int] = set()
 
-    def find_ta(self, thread: Thread, uuid: UUID) -> Steps[bool]:
-        """Look a TA up in the TA database, which is always empty here. Raises TeeError."""
-        database = yield from self._open_or_create(thread, _TA_DATABASE, b"")
-        content = yield from self._locked(thread, database.file.read(thread, 0, 1))
-        yield from self._locked(thread, self._close(thread, database))
-        return uuid.bytes in content
+    def look_for_ta(self, thread: Thread) -> Steps[None]:
+        """Open and close the TA database, which is always empty here. Raises TeeError."""
+        yield from _while_locked(self._database_mutex, thread, self._look_for_ta(thread))
 
     def check_version(self, thread: Thread, uuid: UUID, version: int) -> Steps[None]:
         """Note a loaded TA's version; an older one than before is refused: TeeError(ACCESS_CONFLICT)."""
+        yield from _while_locked(self._versions_mutex, thread, self._check_version(thread, uuid, version))
+
+    def _look_for_ta(self, thread: Thread) -> Steps[None]:
+        database = yield from self._open_or_create(thread, _TA_DATABASE, b"")
+        yield from self._locked(thread, self._close(thread, database))
+
+    def _check_version(self, thread: Thread, uuid: UUID, version: int) -> Steps[None]:
         versions = yield from self._open_or_create(thread, _TA_VERSIONS, _VERSIONS_HEADER.pack(0, 0))
         try:
             yield from self._update_version(thread, versions, uuid, version)
@@ -240,14 +258,7 @@ class StorageStandIn:
 
     def _locked(self, thread: Thread, steps: Steps[T]) -> Steps[T]:
         """Run one operation under the file system's lock."""
-        yield from self._mutex.lock(thread)
-        try:
-            result = yield from steps
-        except TeeError:
-            yield from self._mutex.unlock(thread)
-            raise
-        yield from self._mutex.unlock(thread)
-        return result
+        return (yield from _while_locked(self._mutex, thread, steps))
 
     def _open_or_create(self, thread: Thread, name: bytes, content: bytes) -> Steps[_Object]:
         try:

@@ -39,7 +39,7 @@ def load_ta(thread: Thread, uuid: UUID) -> Steps[type[TrustedApplication]]:
         return ta
     storage = thread.partition.storage
     try:
-        yield from storage.find_ta(thread, uuid)
+        yield from storage.look_for_ta(thread)
     except TeeError as error:
         if error.result not in _GO_ON:
             raise

@@ -21,7 +21,7 @@ from optee.steps import WORK, Steps
 from optee.threads import Thread
 
 if TYPE_CHECKING:
-    from optee.sessions import Instance, Session
+    from optee.ta_context import Instance, Session
     from optee.trusted_application import TrustedApplication
 
 _SUSPEND = int(RpcCommand.SUSPEND)
@@ -191,7 +191,8 @@ class Tee:
         instance.stack_used = size
         if size > instance.stack_peak:
             instance.stack_peak = min(size, instance.ta.stack_size)
-            self.thread.partition.sessions.note_stack(instance)
+            if not instance.ta.is_pseudo:  # those run on the thread's own stack
+                self.thread.partition.sessions.note_stack(instance)
             if size > instance.ta.stack_size:
                 raise TaAbort(instance.below_stack())
 

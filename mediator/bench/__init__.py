@@ -79,9 +79,7 @@ class Bench:
         }
 
 
-def run(
-    policy: Policy, wanted: str, progress: Progress, *, batches: int = BATCHES, calls: int = CALLS
-) -> Bench:
+def run(policy: Policy, wanted: str, progress: Progress, *, batches: int = BATCHES, calls: int = CALLS) -> Bench:
     """Measure everything whose name contains `wanted`; `progress` is told (name, done, of how many)."""
     bench = Bench()
     for case in CASES:
@@ -107,8 +105,7 @@ def _measured(policy: Policy, case: Case, batches: int) -> Measured:
         for count in (max(1, batches // _WARM_UP), batches):
             timing = measure(ready.operation, batches=count, size=case.size, after=ready.after)
             compared = {
-                name: measure(baseline, batches=count, size=case.size)
-                for name, baseline in ready.baselines.items()
+                name: measure(baseline, batches=count, size=case.size) for name, baseline in ready.baselines.items()
             }
     finally:
         stand.close()

@@ -2,6 +2,8 @@
 
 import sys
 
+from typer.main import get_command
+
 from mediator.cli.app import app
 from mediator.cli.output import INTERRUPTED, Boundary, note
 
@@ -20,7 +22,7 @@ def run(arguments: list[str]) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     with Boundary() as boundary:
-        boundary.code = app(args=arguments, prog_name="mediator", standalone_mode=False) or 0
+        boundary.code = get_command(app)(args=arguments, prog_name="mediator", standalone_mode=False) or 0
         if boundary.code == INTERRUPTED:
             note("interrupted")
     return boundary.code

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 import typer
 
@@ -51,11 +51,6 @@ class _OutputClosed(Exception):
     """Standard output is a pipe that nobody reads."""
 
 
-def report(code: int) -> int:
-    """End a command with this exit code: `return report(FAILED)` reads better than a bare number."""
-    return code
-
-
 def verdict(good: bool) -> int:
     """Exit code of a check."""
     return GOOD if good else FAILED
@@ -70,10 +65,17 @@ def emit(text: str) -> None:
     """Print text on standard output."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:
-        # What is buffered goes nowhere, so that the interpreter's last flush finds no broken pipe again.
+    except OSError as error:
+        # What is buffered goes nowhere, so that the interpreter's last flush does not fail as well.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise _OutputClosed from None
+        if isinstance(error, BrokenPipeError):
+            raise _OutputClosed from None
+        raise BadInput(f"standard output: {error.strerror}") from None
+
+
+def on_terminal(stream: TextIO | None) -> bool:
+    """Whether somebody looks at a stream; a closed one is None."""
+    return stream is not None and stream.isatty()
 
 
 def emit_json(document: dict[str, Any]) -> None:
@@ -85,10 +87,10 @@ def show(*parts: "RenderableType") -> None:
     """Print tables and text on standard output, as wide as the terminal."""
     from rich.console import Console
 
-    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False, markup=False, emoji=False)
+    console = Console(width=None if on_terminal(sys.stdout) else PIPE_WIDTH, highlight=False, markup=False, emoji=False)
     with console.capture() as captured:
         for part in parts:
-            console.print(part)
+            console.print(part, soft_wrap=isinstance(part, str))
     emit("\n".join(line.rstrip() for line in captured.get().rstrip("\n").split("\n")))
 
 
@@ -118,7 +120,7 @@ Advance = Callable[[int, int], None]
 @contextmanager
 def progress(title: str) -> Iterator[Advance]:
     """Show a bar on standard error while work goes on; nothing unless that is a terminal."""
-    if not sys.stderr.isatty():
+    if not on_terminal(sys.stderr):
         yield lambda done, total: None
         return
     from rich.console import Console

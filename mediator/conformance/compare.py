@@ -222,7 +222,10 @@ class _Comparison:
         steps = self.vector.steps
         first = index
         domain = getattr(steps[index], "domain", None)
-        while first and isinstance(steps[first - 1], v.Relinquish) and steps[first - 1].domain == domain:  # type: ignore[union-attr]
+        while first:
+            before = steps[first - 1]
+            if not isinstance(before, v.Relinquish) or before.domain != domain:
+                break
             first -= 1
         for step in steps[:first]:
             if isinstance(step, v.Create) and step.out.rc == 0:
@@ -233,7 +236,7 @@ class _Comparison:
 
 
 def _subtract(extras: list[_Extra], name: str, expected: Any) -> Any:
-    if name.endswith("pins") or name.endswith("pins_during"):
+    if name.endswith(("pins", "pins_during")):
         pins = Counter(expected)
         for extra in extras:
             pins.subtract(extra.pins)

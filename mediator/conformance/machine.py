@@ -6,7 +6,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from hv_models.machine import Machine, RamBlock
+from hv_models.machine import MEDIATOR_BASE, Machine, RamBlock
 from hv_models.memory import PAGE_MASK, PAGE_SHIFT, Frames
 from hv_models.stage2 import PageKind, Pinned, Stage2Fault
 from hv_models.vm import VirtualMachine
@@ -159,6 +159,10 @@ class VectorMachine(Host):
         if self.objects.due():
             raise OverLimit("memory")
         return _FaultyLedger(limits, self.objects)
+
+    def host_addresses(self) -> Sequence[tuple[int, int]]:
+        """Only the mediator's pages: the frames of a vector's domains have addresses that a guest may name."""
+        return [(first, end) for first, end in super().host_addresses() if first >= MEDIATOR_BASE]
 
     # Steps that are no calls
 

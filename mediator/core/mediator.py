@@ -280,7 +280,9 @@ class Mediator:
         """After a `Preempt`: let the guest take its interrupts, under a thread id of our own (R29)."""
         assert isinstance(ticket, Call)
         guest = ticket.guest
-        thread = rpc.OWN_THREADS + ticket.id
+        if guest.state is not _LIVE or ticket.work is None:
+            return Reply((NOT_HANDLED, *ticket.regs[1:]))
+        thread = rpc.OWN_THREADS + ticket.id % rpc.OWN_THREADS
         ticket.thread = thread
         guest.suspended[thread] = ticket
         return self.suspended(ticket.regs, (int(RpcReturn.FOREIGN_INTR), 0, 0, thread))

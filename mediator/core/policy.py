@@ -45,7 +45,8 @@ class Policy:
     parameter with cookie 0 goes through (R13). compare_resume_cookie: R17's comparison.
     answers: for each function, what a1..a3 hold when OP-TEE has answered; `completed` for a
     yielding call that ended, `suspended` for an RPC, `failed` beside an error in a0, `local` beside an answer of
-    the mediator's own. shared_frames: physical frame numbers that two guests may both share (R26).
+    the mediator's own. shared_pages: IPAs of pages that a guest may share although another VM
+    maps the same frame (R26).
     """
 
     name: str
@@ -61,4 +62,4 @@ class Policy:
     compare_resume_cookie: bool
     answers: Mapping[str, Words]
     limits: PolicyLimits
-    shared_frames: frozenset[int] = frozenset()
+    shared_pages: frozenset[int] = frozenset()

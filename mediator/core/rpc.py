@@ -61,8 +61,9 @@ OWN_THREADS: Final = 0x40000000
 """Thread ids from here on are the mediator's own: of calls that gave their vCPU back while they wait (R29).
 OP-TEE's are indices below CFG_NUM_THREADS."""
 MAX_UNDELIVERED: Final = 64
-"""RPCs of one call that may fail to reach the guest before the secure world is held to be at fault: stops a
-call from going round for ever (R18)."""
+"""RPCs that may fail to reach the guest before something else happens (R18): stops a call from going round for
+ever. If the guest's own memory is to blame, the guest gets its vCPU back in between; if the request is, the
+secure world is held to be at fault."""
 ARGUMENT_MEMORY: Final = RECORD_MEMORY + PIN_MEMORY + PAGE_SIZE
 
 ALLOC: Final = int(RpcReturn.ALLOC)
@@ -95,9 +96,12 @@ def suspended(core: "Mediator", call: Call, answer: Regs) -> Step:
     call.rpc_words = (answer[1], answer[2])
     call.argument = None
     if rpc == CMD:
-        why = _deliver(core, call, (answer[1] & LOW) << 32 | answer[2] & LOW)
+        try:
+            why = _deliver(core, call, (answer[1] & LOW) << 32 | answer[2] & LOW)
+        except Stage2Fault as fault:
+            return _undelivered(core, call, str(fault), contract=False)
         if why is not None:
-            return _undelivered(core, call, why)
+            return _undelivered(core, call, why, contract=True)
     elif rpc == FREE:
         argument = guest.arguments.get((answer[1] & LOW) << 32 | answer[2] & LOW)
         if argument is not None:
@@ -118,7 +122,7 @@ def _request(core: "Mediator", call: Call) -> tuple[SharedPage, int, int] | None
 
 
 def _deliver(core: "Mediator", call: Call, cookie: int) -> str | None:
-    """Copy a request to the guest; or say why that cannot be done."""
+    """Copy a request to the guest; or say what is wrong with it. Raises Stage2Fault."""
     guest = call.guest
     if not call.rpc_offset:
         call.argument = guest.arguments.get(cookie)
@@ -148,10 +152,7 @@ def _deliver(core: "Mediator", call: Call, cookie: int) -> str | None:
                 _drop(core, call, freed)
         elif header[0] == _SHM_ALLOC:
             call.shm_type = a
-    try:
-        _write(call, ((0, data),))
-    except Stage2Fault as fault:
-        return str(fault)
+    _write(call, ((0, data),))
     return None
 
 
@@ -181,20 +182,30 @@ def _read(call: Call, size: int) -> bytes:
     return memory.read(call.argument.ipa, size)
 
 
-def _undelivered(core: "Mediator", call: Call, why: str) -> Step:
-    """Resume OP-TEE with an error in the buffer (R18); the call stays where it was, with OP-TEE."""
+def _undelivered(core: "Mediator", call: Call, why: str, *, contract: bool) -> Step:
+    """Resume OP-TEE with an error in the buffer (R18); the call stays where it was, with OP-TEE.
+
+    contract: it is the request that is wrong, not the guest's memory.
+    """
     guest = call.guest
     thread = call.thread
     assert thread is not None
-    call.thread = None
     call.undelivered += 1
     guest.events.append(Event(RPC_UNDELIVERED, "info", guest.vm, {"call": call.id, "thread": thread, "why": why}))
-    if call.undelivered > MAX_UNDELIVERED:
-        raise SecureWorldFault(f"{call.undelivered} RPCs of one call could not be delivered")
     request = _request(core, call)
     if request is not None:
         page, base, _ = request
         page.view[base + OFFSET_RET : base + OFFSET_RET_ORIGIN] = _GENERIC
+    if call.undelivered > MAX_UNDELIVERED:
+        if contract:
+            call.thread = None
+            raise SecureWorldFault(f"{call.undelivered} RPCs of one call could not be delivered")
+        call.rpc = FOREIGN_INTR
+        call.rpc_words = (0, 0)
+        advance(call, CallEvent.RPC, CALL_TABLE)
+        guest.suspended[thread] = call
+        return core.suspended(call.regs, (FOREIGN_INTR, 0, 0, thread))
+    call.thread = None
     return core.forward(call, (_RETURN_FROM_RPC, 0, 0, thread, 0, 0, 0, guest.vm))
 
 
@@ -206,6 +217,7 @@ def resume(core: "Mediator", guest: Guest, vcpu: int, regs: Regs) -> Step:
         return refuse(core, guest, regs, CallRefused(ReturnCode.ERESUME, f"no call of thread {thread:#x} waits"))
     if (
         call.rpc == CMD
+        and thread < OWN_THREADS
         and call.state is CallState.SUSPENDED
         and core.policy.compare_resume_cookie
         and ((regs[1] & LOW) << 32 | regs[2] & LOW) != ((call.rpc_words[0] & LOW) << 32 | call.rpc_words[1] & LOW)
@@ -215,6 +227,7 @@ def resume(core: "Mediator", guest: Guest, vcpu: int, regs: Regs) -> Step:
     call.thread = None
     call.vcpu = vcpu
     call.regs = regs
+    call.undelivered = 0
     if thread >= OWN_THREADS:
         return core.work(call)
     if call.state is CallState.FREEING:
@@ -245,7 +258,7 @@ def _resume_alloc(core: "Mediator", call: Call, thread: int) -> Step:
         pa = _allocate_argument(core, guest, ipa, cookie)
     except CallRefused as refused:
         refuse(core, guest, regs, refused)
-    return _forward(core, call, thread, pa >> 32, pa & LOW, regs[4], regs[5])
+    return _forward(core, call, thread, pa >> 32, pa & LOW, regs[4] & LOW, regs[5] & LOW)
 
 
 def _allocate_argument(core: "Mediator", guest: Guest, ipa: int, cookie: int) -> int:
@@ -285,8 +298,7 @@ def _resume_command(core: "Mediator", call: Call, thread: int) -> Generator[None
     except Stage2Fault as fault:
         _replace(core, call, str(fault))
         return _forward(core, call, thread)
-    command, _, _, _, _, ret, _, replied = HEADER.unpack_from(reply)
-    del command
+    _, _, _, _, _, ret, _, replied = HEADER.unpack_from(reply)
     if replied != num_params and not (header[0] == _SHM_ALLOC and ret):
         _replace(core, call, f"{replied} parameters instead of {num_params}")
         return _forward(core, call, thread)
@@ -364,11 +376,10 @@ def _answer_failed(core: "Mediator", call: Call) -> None:
     """Tell OP-TEE that the request failed: ret = GENERIC, no parameters."""
     request = _request(core, call)
     if request is not None:
-        page, base, room = request
+        page, base, _ = request
         view = page.view
         view[base + OFFSET_RET : base + OFFSET_RET_ORIGIN] = _GENERIC
         view[base + OFFSET_NUM_PARAMS : base + HEADER_SIZE] = _NO_PARAMS
-        del room
 
 
 def _replace(core: "Mediator", call: Call, why: str) -> None:

@@ -181,7 +181,7 @@ def _look_at(call: Call, params: Params, cookie_zero: bool) -> None:
     for attribute, _, _, cookie in params:
         kind = attribute & TYPE_MASK
         if RMEM_INPUT <= kind <= RMEM_INOUT:
-            if cookie == 0 and not cookie_zero and call.command is not _UNREGISTER:
+            if cookie == 0 and not cookie_zero:
                 raise MessageRejected(Result.BAD_PARAMETERS, "a registered memory reference with cookie 0")
             if kind != RMEM_INPUT:
                 call.outputs.append((at + 16, at + 24))

@@ -18,7 +18,13 @@ _CAPABILITY_NEEDS: Final = {
     SecCapability.RPC_ARG: {Function.CALL_WITH_RPC_ARG, Function.CALL_WITH_REGD_ARG},
     SecCapability.ASYNC_NOTIF: {Function.ENABLE_ASYNC_NOTIF, Function.GET_ASYNC_NOTIF_VALUE},
 }
-_NEVER_OFFERED: Final = SecCapability.HAVE_RESERVED_SHM
+_NEVER_OFFERED: Final = (
+    SecCapability.HAVE_RESERVED_SHM,
+    SecCapability.VIRTUALIZATION,
+    SecCapability.PROTMEM,
+    SecCapability.DYNAMIC_PROTMEM,
+)
+_RPMB_COMMANDS: Final = {RpcCommand.RPMB_PROBE_RESET, RpcCommand.RPMB_PROBE_NEXT, RpcCommand.RPMB_FRAMES}
 _STATUS_ANSWERS: Final = ("completed", "suspended", "failed", "local")
 
 
@@ -86,16 +92,22 @@ class PolicyDocument(_Strict):
     rules: _Rules
     answers: dict[str, Annotated[list[_Word], Field(min_length=3, max_length=3)]]
     limits: _Limits
-    shared_frames: list[Annotated[int, Field(ge=1)]] = []
+    shared_pages: list[Annotated[int, Field(ge=4096, multiple_of=4096)]] = []
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         functions = set(self.functions)
         offered = self.capabilities.sec
-        if _NEVER_OFFERED in offered:
-            raise ValueError("capabilities: HAVE_RESERVED_SHM is never offered (rule R4)")
+        for capability in _NEVER_OFFERED:
+            if capability in offered:
+                raise ValueError(f"capabilities: {capability.name} is never offered (rule R4)")
+        if SecCapability.RPMB_PROBE in offered and not set(self.rpc_commands or RpcCommand) >= _RPMB_COMMANDS:
+            raise ValueError("capabilities: RPMB_PROBE needs the RPC commands RPMB_PROBE_* and RPMB_FRAMES (rule R4)")
         for capability, needs in _CAPABILITY_NEEDS.items():
             missing = needs - functions
+            if capability not in offered and needs & functions:
+                names = ", ".join(sorted(function.name for function in needs & functions))
+                raise ValueError(f"functions: {names} without the capability {capability.name} (rule R4)")
             if capability in offered and missing:
                 names = ", ".join(sorted(function.name for function in missing))
                 raise ValueError(f"capabilities: {capability.name} needs {names} (rule R4)")
@@ -145,7 +157,7 @@ class PolicyDocument(_Strict):
                 calls=self.limits.calls,
                 memory=self.limits.memory_kib * 1024,
             ),
-            shared_frames=frozenset(self.shared_frames),
+            shared_pages=frozenset(self.shared_pages),
         )
 
 

@@ -2,11 +2,8 @@
 
 import signal
 import sys
-from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 import structlog
 import trio
@@ -30,9 +27,6 @@ from optee.config import Config
 from optee.secure_world import SecureWorld
 from optee.ta_image import build_image
 from optee.tas.catalogue import BUILT_IN
-
-SHUTDOWN_SECONDS: Final = 5.0
-"""What a guest gets to close its sessions and unload its driver before its power is cut."""
 
 
 @dataclass(slots=True)
@@ -86,8 +80,8 @@ class Bench:
             create = self.machine.create_kvm if flavour == "kvm" else self.machine.create_xen
             vm = create(name)
             if await self.service.add(vm):
-                guest = self.core.guests[vm.client_id]
-                self.ledgers[vm.client_id], self.counters[vm.client_id] = guest.ledger, guest.counters
+                record = self.core.guests[vm.client_id]
+                self.ledgers[vm.client_id], self.counters[vm.client_id] = record.ledger, record.counters
                 self.guests.append(_Guest(vm))
             else:
                 self.refused_guests.append(name)
@@ -198,7 +192,7 @@ class Bench:
                 "rpc_arguments": self.machine.pages.allocated,
             },
             ta_invokes=self.model.ta_invokes,
-            panics=len(self.model.panics),
+            panics=self.model.panics,
             cancels=self.model.cancels,
             thread_limits=self.model.thread_limits,
             up_seconds=up,
@@ -212,6 +206,7 @@ def run_bench(options: ServeOptions) -> Summary:
 
     Raises:
         DocumentError: the policy is wrong, or OP-TEE cannot be used.
+
     """
     bench = Bench(options, load_policy(options.policy))
     try:

@@ -85,6 +85,7 @@ class Service:
 
     async def add(self, vm: VirtualMachine) -> bool:
         """Announce a VM (R24); False if OP-TEE has no room for it."""
+        vm.allowed_shared_frames = self.mediator.policy.shared_pages
         memory = GuestMemoryCount(vm)
         reply = await self._finish(lambda: self.mediator.create(vm.client_id, memory))
         if reply[0] != ReturnCode.OK:
@@ -117,8 +118,7 @@ class Service:
 
     def notify(self, _: VmId) -> None:
         """OP-TEE raised its notification interrupt: inject it into the guests that asked for it."""
-        core = self.mediator.mediator if isinstance(self.mediator, Checker) else self.mediator
-        for client in core.notified():
+        for client in self.mediator.notified():
             vm = self._vms.get(client)
             if vm is not None:
                 vm.inject(NOTIFICATION_INTERRUPT)

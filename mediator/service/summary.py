@@ -131,6 +131,5 @@ class Summary:
             f"quota refusals: {data['quota_refusals']}",
             f"calls denied: {self.totals()['denied']}",
             f"violations: {checked}",
-            "left behind: "
-            + (", ".join(f"{value} {name}" for name, value in self.left.items() if value) or "nothing"),
+            "left behind: " + (", ".join(f"{value} {name}" for name, value in self.left.items() if value) or "nothing"),
         ]

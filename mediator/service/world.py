@@ -29,7 +29,7 @@ class LocalSecureWorld(Host):
         function = regs[0] & _LOW
         self.inbox[function, regs[7]] += 1
         answer = self.model.call(regs)
-        if function == Function.EXCHANGE_CAPABILITIES and answer[0] == 0:
-            if answer[1] & SecCapability.HAVE_RESERVED_SHM:
-                self.reserved_offered.add(regs[7])
+        offered = function == Function.EXCHANGE_CAPABILITIES and answer[0] == 0
+        if offered and answer[1] & SecCapability.HAVE_RESERVED_SHM:
+            self.reserved_offered.add(regs[7])
         return answer

@@ -84,8 +84,8 @@ class ExerciseTa(TrustedApplication):
 
     @command(6, ParamKind.VALUE_INPUT)
     def work(self, tee: Tee, portions: Value) -> Steps[None]:
-        """Compute for `a` portions."""
-        yield from tee.work(portions.a)
+        """Compute for `a` portions, at most 65535."""
+        yield from tee.work(portions.a & 0xFFFF)
 
     @command(7, ParamKind.VALUE_INOUT)
     def count(self, tee: Tee, total: Value) -> None:

@@ -338,12 +338,12 @@ async def test_pool_bounds_callers(autojump_clock: MockClock) -> None:
 async def test_pool_keeps_its_interval(autojump_clock: MockClock) -> None:
     side = SecureSide(make_ram())
     async with guests.open(side.ram, side) as guest, guest.context() as context:
-        async with SessionPool(context, TA, limit=4, queue=10, interval=0.25) as pool:
-            start = trio.current_time()
-            async with trio.open_nursery() as nursery:
-                for _ in range(5):
-                    nursery.start_soon(pool.invoke, 0)
-            assert trio.current_time() - start == pytest.approx(1.0)
+        pool = SessionPool(context, TA, limit=4, queue=10, interval=0.25)
+        start = trio.current_time()
+        async with pool, trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(pool.invoke, 0)
+        assert trio.current_time() - start == pytest.approx(1.0)
 
 
 async def test_pool_replaces_a_dead_session(autojump_clock: MockClock) -> None:

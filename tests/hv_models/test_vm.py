@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hv_models.frames import Contiguous
 from hv_models.machine import Machine, RamBlock
 from hv_models.memory import PAGE_SIZE, Frames, PageArray
 from hv_models.stage2 import PageKind, Reason, Stage2Fault
@@ -341,6 +342,24 @@ class TestSharedFrames:
         assert user.find(frame) is None
         create("next", 1 << 20)
         user.unpin(user.pin(pages(RAM)))
+
+    def test_many_frames_mapped_as_a_block_are_shared_and_given_up_alike(self) -> None:
+        machine = Machine(Contiguous())
+        owner, user = machine.create_xen("owner", 8 << 20), machine.create_xen("user", 1 << 20)
+        user.map_frames_of(owner, RAM + (2 << 20), self.WINDOW, 600)
+        assert user.stage2.walk(self.WINDOW).pages == 512
+        shared = slice(512, 512 + 600)
+        assert not owner.regions[0].entries[shared].any()
+        assert np.count_nonzero(owner.regions[0].entries) == 2048 - 600
+        user.stage2.unmap(self.WINDOW + PAGE_SIZE, 599)
+        assert np.count_nonzero(owner.regions[0].entries) == 2048 - 1
+        user.map_frames_of(owner, RAM, self.WINDOW, 512)
+        assert np.count_nonzero(owner.regions[0].entries) == 2048 - 512
+        machine.destroy(owner)
+        assert user.stage2.walk(self.WINDOW).pa is None
+        user.unpin(user.pin(pages(RAM)))
+        machine.destroy(user)
+        machine.close()
 
     def test_counts_mappings_not_vms(self, create: Create) -> None:
         owner, user = self.shared(create)

@@ -165,6 +165,10 @@ class Rig:
     def read(self, pa: int) -> Message:
         return Message.unpack(self.memory.read(pa, PAGE_SIZE - pa % PAGE_SIZE))
 
+    def read_at(self, pa: int, size: int) -> Message:
+        """A message of `size` bytes that may cross a page."""
+        return Message.unpack(self.memory.read(pa, size))
+
     def issue(self, message: Message, *, vm: int = 1, function: int = Function.CALL_WITH_RPC_ARG) -> tuple[Answer, int]:
         """Issue a yielding call: the answer and the PA of its message."""
         pa = self.write(message)
@@ -220,9 +224,15 @@ class Rig:
         reply = Message(rpc.command, ret=ret, ret_origin=Origin.COMMS, params=rpc.params)
         self.memory.write(rpc.at, reply.pack())
 
-    def open(self, uuid: UUID = HelloWorld.uuid, *params: Param, vm: int = 1, **options: int) -> int:
+    def open(
+        self,
+        uuid: UUID = HelloWorld.uuid,
+        *params: Param,
+        vm: int = 1,
+        function: int = Function.CALL_WITH_RPC_ARG,
+    ) -> int:
         """Open a session that must succeed: its id."""
-        opened = self.run(open_message(uuid, *params), vm=vm, **options)
+        opened = self.run(open_message(uuid, *params), vm=vm, function=function)
         assert (opened.ret, opened.ret_origin) == (0, Origin.TRUSTED_APP), hex(opened.ret)
         return opened.session
 

@@ -4,7 +4,7 @@ from uuid import UUID
 
 import pytest
 
-from hv_models.memory import PAGE_SIZE
+from hv_models.memory import PAGE_SIZE, Bank, Frames, PageStore
 from optee.abi.message import NONCONTIG, Command, Message, Param, ParamType
 from optee.abi.results import Origin, Result
 from optee.abi.rpc import RpcCommand
@@ -119,6 +119,24 @@ class TestNoVmCreated:
         assert native.call(Function.VM_CREATED, 1, vm=0)[0] == 0xFFFFFFFF
         assert native.call(Function.VM_DESTROYED, 1, vm=0)[0] == 0xFFFFFFFF
         assert native.open(vm=3) == 1
+
+    def test_static_shared_memory_without_virtualization(self) -> None:
+        native = Rig(Config(threads=2, virtualization=False), vms=0)
+        base = native.world.config.reserved_shm[0]
+        native.memory.add(Bank("static", PageStore("static", 512), Frames(base, 512)))
+        pa = native.write(open_message(HelloWorld.uuid), base + PAGE_SIZE - 72)
+        assert native.call(Function.CALL_WITH_ARG, *to_pair(pa)) == (0, 0, 0, 0)
+        assert native.read_at(pa, 96).session == 1
+        end = base + 0x200000
+        for bad in (base + 4, end - 32, end - 96):
+            native.memory.write(min(bad, end - 96), open_message(HelloWorld.uuid).pack())
+            assert (native.call(Function.CALL_WITH_ARG, *to_pair(bad))[0] == 0) is (bad == end - 96)
+        session = native.open(ExerciseTa.uuid)
+        native.memory.write(base, b"static")
+        plain = Param(ParamType.TMEM_INPUT, base, 6), Param(ParamType.TMEM_OUTPUT, base + 64, 6)
+        assert native.invoke(session, 8, *plain).ret == 0
+        assert native.memory.read(base + 64, 6) == b"static"
+        assert native.invoke(session, 8, Param(ParamType.TMEM_INPUT, end - 4, 8)).ret == Result.BAD_PARAMETERS
 
 
 class TestLifeCycle:
@@ -401,6 +419,11 @@ class TestShmAlloc:
     def test_contiguous_buffer_is_accepted(self, rig: Rig) -> None:
         seen, _ = self.alloc(rig, Param(ParamType.TMEM_OUTPUT, rig.page(), 4096, 0xC0))
         assert [rpc.command for rpc in seen[:2]] == [RpcCommand.SHM_ALLOC, RpcCommand.FS]
+
+    def test_buffer_without_a_cookie_cannot_be_named_to_the_supplicant(self, rig: Rig) -> None:
+        seen, opened = self.alloc(rig, Param(REGISTER, rig.buffer(4096)[1], 4096, 0))
+        assert RpcCommand.FS not in [rpc.command for rpc in seen]
+        assert opened.ret == Result.BAD_PARAMETERS
 
 
 class TestTwoVms:

@@ -367,6 +367,14 @@ class TestTaToTa:
         assert (answer.ret, answer.params[1].a) == (0, 10)
         assert rig.world.ta_invokes == 1
 
+    def test_open_of_a_busy_single_instance_by_itself_is_busy(self, rig: Rig) -> None:
+        session = rig.open(SingleInstanceTa.uuid)
+        answer = rig.invoke(session, CALL_OTHER, value(1, 0, ParamType.VALUE_INPUT), value(9))
+        assert (answer.ret, answer.ret_origin) == (Result.BUSY, Origin.TRUSTED_APP)
+        assert count(rig, session) == 1
+        assert rig.close(session).ret == 0
+        assert rig.invoke(rig.open(SingleInstanceTa.uuid), RECURSE, value(1)).ret == Result.BUSY
+
     def test_panic_of_the_other(self, rig: Rig) -> None:
         class Caller(TrustedApplication):
             uuid = UUID(int=0x55)
@@ -409,7 +417,21 @@ class TestHeapAndStack:
             assert rig.invoke(session, USE_STACK, value(size, 0, ParamType.VALUE_INPUT)).ret == 0
             assert rig.world.stack_peaks(1)[str(ExerciseTa.uuid)] == (peak, 4096)
         assert rig.invoke(session, USE_STACK, value(3585, 0, ParamType.VALUE_INPUT)).ret == Result.TARGET_DEAD
-        assert rig.world.panics[0].code == 0xDEADBEEF
+        assert rig.world.panic_reports[0].code == 0xDEADBEEF
+
+
+def test_result_of_a_ta_is_its_own_even_if_it_reads_like_a_panic(rig: Rig) -> None:
+    class Messenger(TrustedApplication):
+        uuid = UUID(int=0x44)
+
+        @command(0, ParamKind.VALUE_INOUT)
+        def answer(self, tee: Tee, number: Value) -> int:
+            number.a = 5
+            return Result.TARGET_DEAD
+
+    rig = Rig(Config(extra_tas=(Messenger,)))
+    answer = rig.invoke(rig.open(Messenger.uuid), 0, value(1))
+    assert (answer.ret, answer.ret_origin, answer.params[0].a) == (Result.TARGET_DEAD, Origin.TRUSTED_APP, 5)
 
 
 class TestNotifications:
@@ -432,6 +454,23 @@ class TestNotifications:
         for number in (Command.DO_BOTTOM_HALF, Command.STOP_ASYNC_NOTIF):
             done = rig.run(Message(number))
             assert (done.ret, done.ret_origin) == (0, 0)
+
+
+def test_destroy_ends_a_ta_that_suspends_on_its_way_out() -> None:
+    class Clinging(TrustedApplication):
+        uuid = UUID(int=0x66)
+
+        @command(0)
+        def cling(self, tee: Tee) -> Steps[None]:
+            try:
+                yield from tee.wait(5)
+            finally:
+                yield from tee.wait(5)
+
+    rig = Rig(Config(extra_tas=(Clinging,)))
+    Flight(rig, invoke_message(rig.open(Clinging.uuid), 0))
+    assert rig.call(Function.VM_DESTROYED, 1, vm=0)[0] == 0
+    assert rig.world.partitions() == ()
 
 
 def test_foreign_interrupts_in_long_work(rig: Rig) -> None:

@@ -25,8 +25,8 @@ class SecureStorage(TrustedApplication):
     uuid = UUID("f4e750bb-1437-4fbf-8785-8d3580c34994")
 
 
-def make_rig(**options: int) -> Rig:
-    rig = Rig(Config(early_tas=frozenset(), extra_tas=(SecureStorage,), **options))
+def make_rig() -> Rig:
+    rig = Rig(Config(early_tas=frozenset(), extra_tas=(SecureStorage,)))
     rig.supplicant.images[SecureStorage.uuid] = build_image(SecureStorage)
     return rig
 

@@ -1,6 +1,7 @@
 """The TAs that are built in, by their commands."""
 
 import struct
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -41,8 +42,8 @@ COOKIE = 7
 class Client(Rig):
     """A rig with a buffer of 8 KiB that is registered: inputs at its beginning, outputs behind 4 KiB."""
 
-    def __init__(self, **options: int) -> None:
-        super().__init__(Config(**options))
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(Config(seed=seed))
         self.data, listed = self.buffer(8192)
         assert self.register(listed, 8192, COOKIE).ret == 0
 
@@ -205,7 +206,7 @@ def test_own_ta_in_twenty_lines() -> None:
     lines = [line[4:] for line in module.__doc__.splitlines() if line.startswith("    ")]
     source = "from uuid import UUID\nfrom optee.trusted_application import *\nfrom optee.tee import Tee\n"
     assert len(lines) <= 20
-    names: dict[str, type] = {}
+    names: dict[str, Any] = {}
     exec(source + "\n".join(lines), names)
     rig = Rig(Config(extra_tas=(names["Adder"],)))
     session = rig.open(names["Adder"].uuid)

@@ -1,0 +1,72 @@
+"""`mediator bench`: what the core costs, beside what its bytes cost at the least."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mediator.cli.options import Json
+from mediator.cli.output import GOOD, BadInput, emit_json, note, policy_of, progress, show, table
+
+if TYPE_CHECKING:
+    from mediator.bench import Bench, Measured
+    from mediator.bench.measure import Timing
+
+_POLICY = "default"
+
+
+def bench(
+    name: Annotated[
+        str, typer.Option("--filter", metavar="NAME", help="Only the measurements whose name contains this.")
+    ] = "",
+    batches: Annotated[int, typer.Option(min=1, help="Samples of each measurement.")] = 100,
+    calls: Annotated[int, typer.Option(min=100, help="Calls over which memory must stay flat.")] = 200_000,
+    json: Json = False,
+) -> int:
+    """Measure the core alone, with a scripted secure world; targets are for a quiet machine with two cores."""
+    from mediator.bench import NAMES, run
+
+    if not any(name in known for known in NAMES):
+        raise BadInput(f"bench: no measurement's name contains {name!r}; there are {', '.join(NAMES)}")
+    with progress("bench") as advance:
+        done = run(
+            policy_of(_POLICY), name, lambda what, count, total: advance(count, total), batches=batches, calls=calls
+        )
+    if json:
+        emit_json(done.as_data())
+    else:
+        _show(done)
+    return GOOD
+
+
+def _show(done: "Bench") -> None:
+    if done.cases:
+        columns = ("", "median (us)", "min (us)", "p95 (us)", "target (us)", "")
+        times = table("the core, from a guest's SMC to its return", *columns, right=columns[1:5])
+        for measured in done.cases:
+            timing = measured.timing
+            times.add_row(
+                measured.case.what, *map(_us, (timing.median, timing.minimum, timing.p95)), *_target(measured)
+            )
+            for name, baseline in measured.baselines.items():
+                values = map(_us, (baseline.median, baseline.minimum, baseline.p95))
+                times.add_row(f"  {name} alone", *values, "", f"x {measured.ratio(name):.1f}")
+        show(times)
+    if done.memory is not None:
+        memory = done.memory
+        met = "met" if memory.met else "not met"
+        show(f"{memory.calls} calls: memory grew by {memory.bytes} bytes and {memory.pages} mediator pages ({met})")
+    note("medians over batches, Python's garbage collector at work; a machine with other work to do is slower")
+
+
+def _values(timing: "Timing") -> tuple[str, ...]:
+    return tuple(map(_us, (timing.median, timing.minimum, timing.p95)))
+
+
+def _target(measured: "Measured") -> tuple[str, str]:
+    if measured.met is None:
+        return "", ""
+    return _us(measured.case.target or 0), "met" if measured.met else "not met"
+
+
+def _us(value: float) -> str:
+    return f"{value:.2f}" if value < 100 else f"{value:.0f}"

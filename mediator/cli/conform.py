@@ -1,0 +1,118 @@
+"""`mediator conform`: step by step against what another mediator was observed to do."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mediator.cli.options import Json, PolicyName
+from mediator.cli.output import BadInput, emit_json, note, policy_of, progress, show, table, verdict
+
+if TYPE_CHECKING:
+    from mediator.conformance.compare import Report
+    from mediator.conformance.vectors import Document
+
+_SHOWN_DIFFERENCES = 10
+_KEPT_KEYS = ("format", "ipa_base")
+"""Top-level keys of the input that hold for our own run too: the machine's addresses are ours."""
+
+
+def conform(
+    vectors: Annotated[Path, typer.Option("--vectors", metavar="FILE", help="A vector file, gzip'd or not.")],
+    policy: PolicyName = "xen",
+    observed: Annotated[
+        Path | None,
+        typer.Option(
+            "--observed", metavar="FILE", help="Write what this mediator did, as a vector file (.gz: packed)."
+        ),
+    ] = None,
+    json: Json = False,
+) -> int:
+    """Compare with recorded vectors: each step agrees, or differs as a declared rule demands."""
+    from mediator.conformance.compare import compare
+    from mediator.conformance.vectors import load_vectors
+
+    chosen = policy_of(policy)
+    document = load_vectors(vectors)
+    with progress("conform") as advance:
+        done = 0
+
+        def count(name: str) -> None:
+            nonlocal done
+            done += 1
+            advance(done, len(document.vectors))
+
+        report = compare(document, chosen, observe=observed is not None, progress=count)
+    if observed is not None:
+        _write(observed, vectors, report.observed)
+    if json:
+        emit_json(report.as_data())
+    else:
+        _show(report, document, policy)
+    return verdict(report.good)
+
+
+def _write(path: Path, source: Path, vectors: list[dict[str, Any]]) -> None:
+    """Write a vector document with our own `out`."""
+    import gzip
+    import json
+
+    from mediator.conformance.vectors import read_json
+
+    given = read_json(source)
+    document = {key: given[key] for key in _KEPT_KEYS if key in given}
+    text = json.dumps({**document, "count": len(vectors), "vectors": vectors}, separators=(",", ":"))
+    data = text.encode()
+    try:
+        # No time stamp inside: the same run makes the same file.
+        path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror or error}") from None
+    note(f"{path}: {len(vectors)} vectors written")
+
+
+def _show(report: "Report", document: "Document", policy: str) -> None:
+    from mediator.conformance.intended import declarations
+
+    summary = table(f"conform, policy {policy}", "steps", "", "share", right=("", "share"))
+    counts = {
+        "agree": report.agree,
+        "differ as a rule demands": report.intended.total(),
+        "not compared": report.not_compared,
+        "differ": report.steps - report.agree - report.intended.total() - report.not_compared,
+        "all": report.steps,
+    }
+    for name, count in counts.items():
+        summary.add_row(name, str(count), f"{100 * count / max(report.steps, 1):.1f} %")
+    show(f"{report.vectors} vectors, {report.steps} steps", summary)
+    if report.intended:
+        reasons: dict[str, list[str]] = {}
+        for kind in declarations():
+            reasons.setdefault(kind.rule, []).append(kind.why)
+        rules = table("differences that a rule demands", "rule", "steps", "why", right=("steps",))
+        for rule, count in sorted(report.intended.items()):
+            rules.add_row(rule, str(count), "; ".join(reasons.get(rule, ())))
+        show(rules)
+    for difference in report.differ[:_SHOWN_DIFFERENCES]:
+        show(_difference(document, difference))
+    if len(report.differ) > _SHOWN_DIFFERENCES:
+        show(f"... and {len(report.differ) - _SHOWN_DIFFERENCES} more differences (--json has all)")
+    for name, violation in report.violations[:_SHOWN_DIFFERENCES]:
+        show(f"{name}: {violation}")
+
+
+def _difference(document: "Document", difference: dict[str, Any]) -> str:
+    """One difference: where, what was done there, and the two values."""
+    index = difference["step"]
+    vector = next(vector for vector in document.vectors if vector.name == difference["vector"])
+    step = vector.steps[index]
+    words = step.op
+    if step.op == "smc":
+        from optee.abi.registers import name_of
+        from optee.abi.smc import Function
+
+        words = f"{step.op} {name_of(Function, step.regs[0] & 0xFFFFFFFF)}"
+    return (
+        f"{vector.name}, step {index} ({words}), {difference['field']}:\n"
+        f"  recorded: {difference['expected']}\n  here:     {difference['got']}"
+    )
