@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hv_models.memory import PAGE_SIZE
+from hv_models.memory import PAGE_SIZE, Ipa
 from hv_models.stage2 import Pinned
 from hv_models.vm import VirtualMachine
 from mediator.core.ledger import Ledger
@@ -85,11 +85,11 @@ _SECURE_WORLD_EVENTS: Final = frozenset({SECURE_WORLD_FAULT, GUEST_ISOLATED, GUE
 class Host(Protocol):
     """What the checker asks of the hypervisor model."""
 
-    def pins(self, vm: int) -> Mapping[int, int]:
+    def pins(self, vm: VmId) -> Mapping[int, int]:
         """References per physical page, of the pages of this VM that have any."""
         ...
 
-    def pin_count(self, vm: int) -> int:
+    def pin_count(self, vm: VmId) -> int:
         """Sum of the same."""
         ...
 
@@ -134,7 +134,7 @@ class Violation:
 class _Watched:
     """A guest's memory that notes what the mediator reads and writes of it."""
 
-    def __init__(self, checker: "Checker", vm: int, memory: GuestMemory) -> None:
+    def __init__(self, checker: "Checker", vm: VmId, memory: GuestMemory) -> None:
         self.checker = checker
         self.vm = vm
         self.memory = memory
@@ -153,7 +153,7 @@ class _Watched:
         self.accesses = 0
         self.pages = 0
 
-    def read(self, ipa: int, size: int, *, writable: bool = False) -> bytes:
+    def read(self, ipa: Ipa, size: int, *, writable: bool = False) -> bytes:
         self.accesses += 1
         data = self.memory.read(ipa, size, writable=writable)
         if not writable:
@@ -164,7 +164,7 @@ class _Watched:
                 self.outputs.setdefault(ipa, []).extend(_output_fields(data))
         return data
 
-    def write_fields(self, ipa: int, fields: Sequence[tuple[int, bytes]]) -> None:
+    def write_fields(self, ipa: Ipa, fields: Sequence[tuple[int, bytes]]) -> None:
         self.accesses += 1
         self.memory.write_fields(ipa, fields)
         self.writes.extend((ipa + offset, data) for offset, data in fields)
@@ -206,10 +206,10 @@ class Checker:
         self.translated = 0
         self.untranslated = 0
         self._threads_held = threads_held
-        self._watched: dict[int, _Watched] = {}
-        self._ledgers: dict[int, Ledger] = {}
-        self._open: Counter[int] = Counter()
-        self._with_optee: dict[int, int] = {}
+        self._watched: dict[VmId, _Watched] = {}
+        self._ledgers: dict[VmId, Ledger] = {}
+        self._open: Counter[VmId] = Counter()
+        self._with_optee: dict[int, VmId] = {}
 
     @property
     def policy(self) -> Policy:
@@ -298,19 +298,19 @@ class Checker:
         for vm in self.mediator.guests:
             self._check_pins(vm, self.mediator.guests[vm])
 
-    def _begin(self, vm: int) -> None:
+    def _begin(self, vm: VmId) -> None:
         self.steps += 1
         watched = self._watched.get(vm)
         if watched is not None:
             watched.begin()
 
-    def _report(self, invariant: int, vm: int | None, expected: str, got: str) -> None:
+    def _report(self, invariant: int, vm: VmId | None, expected: str, got: str) -> None:
         self.violations.append(Violation(invariant, vm, self.steps, expected, got))
 
-    def _after(self, vm: int | None, step: Step, *, guest_call: bool = False) -> Step:
+    def _after(self, vm: VmId | None, step: Step, *, guest_call: bool = False) -> Step:
         for event in step.events:
             if event.level == "error" and event.name not in _SECURE_WORLD_EVENTS:
-                self._report(11, event.vm, "no error event", event.name)
+                self._report(11, VmId(event.vm), "no error event", event.name)
         if isinstance(step, Forward):
             self._check_forward(vm, step)
         elif isinstance(step, Reply) and guest_call and vm is not None:
@@ -322,7 +322,7 @@ class Checker:
             self.scan()
         return step
 
-    def _check_guest(self, vm: int) -> None:
+    def _check_guest(self, vm: VmId) -> None:
         guest = self.mediator.guests.get(vm)
         watched = self._watched.get(vm)
         if guest is None:
@@ -373,7 +373,7 @@ class Checker:
         if watched is not None:
             self._check_accesses(vm, guest, watched)
 
-    def _check_accesses(self, vm: int, guest: Guest, watched: _Watched) -> None:
+    def _check_accesses(self, vm: VmId, guest: Guest, watched: _Watched) -> None:
         end = -1
         for start, size in sorted(watched.reads):
             if start < end:
@@ -399,7 +399,7 @@ class Checker:
                 if any(first <= word < end for first, end in ranges):
                     self._report(4, vm, "no host address in guest memory", f"{word:#x} at {at:#x}")
 
-    def _check_pins(self, vm: int, guest: Guest) -> None:
+    def _check_pins(self, vm: VmId, guest: Guest) -> None:
         expected: Counter[int] = Counter()
         for pins in _groups(guest):
             expected.update(pins.pinned.pas.tolist())
@@ -413,7 +413,7 @@ class Checker:
                 1, vm, f"{expected[first]} pins of {first:#x}", f"{held.get(first, 0)} ({len(wrong)} pages differ)"
             )
 
-    def _check_reply(self, vm: int, step: Reply) -> None:
+    def _check_reply(self, vm: VmId, step: Reply) -> None:
         if self._open[vm] < 0:
             self._report(6, vm, "one answer for each request", "one more")
             self._open[vm] = 0
@@ -423,12 +423,12 @@ class Checker:
             if any(first <= word < end for first, end in ranges):
                 self._report(4, vm, "no host address in registers", f"{word:#x}")
 
-    def _check_forward(self, vm: int | None, step: Forward) -> None:
+    def _check_forward(self, vm: VmId | None, step: Forward) -> None:
         self.forwards += 1
         regs = step.regs
         function = regs[0]
         if isinstance(step.ticket, Lifecycle):
-            self._with_optee[id(step.ticket)] = vm or 0
+            self._with_optee[id(step.ticket)] = vm or VmId(0)
             if function not in _OF_THE_HOST or regs[7] != 0:
                 self._report(9, vm, "a call of the host with a7 = 0", f"{function:#x}, a7 = {regs[7]:#x}")
             return
@@ -446,7 +446,7 @@ class Checker:
         elif isinstance(step.ticket, Call) and step.ticket.rpc == RpcReturn.ALLOC and (regs[1] or regs[2]):
             self._own(vm, (regs[1] << 32) | regs[2])
 
-    def _own(self, vm: int, pa: int) -> memoryview | None:
+    def _own(self, vm: VmId, pa: int) -> memoryview | None:
         try:
             return self.host.frame(pa)
         except KeyError:
@@ -454,14 +454,14 @@ class Checker:
             self.untranslated += 1
             return None
 
-    def _check_argument(self, vm: int, call: Call) -> None:
+    def _check_argument(self, vm: VmId, call: Call) -> None:
         """The RPC argument that OP-TEE finds when a CMD is answered; SHM_ALLOC's answer has a page list."""
         if call.rpc_offset and call.shadow is not None:
             self._check_message(vm, call.shadow.pa, call.rpc_offset)
         elif call.argument is not None and call.argument.state is ArgumentState.LIVE:
             self._check_message(vm, call.argument.page.pa, 0)
 
-    def _check_message(self, vm: int, pa: int, base: int) -> None:
+    def _check_message(self, vm: VmId, pa: int, base: int) -> None:
         frame = self._own(vm, pa)
         if frame is None:
             return
@@ -478,7 +478,7 @@ class Checker:
             pins = self.host.pins(vm) if pins is None else pins
             self._check_list(vm, pointer, size, pins)
 
-    def _check_list(self, vm: int, pointer: int, size: int, pins: Mapping[int, int]) -> None:
+    def _check_list(self, vm: VmId, pointer: int, size: int, pins: Mapping[int, int]) -> None:
         left = page_count(size, pointer % PAGE_SIZE)
         page = pointer - pointer % PAGE_SIZE
         while left:

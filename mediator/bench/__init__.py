@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from mediator.bench.cases import CASES, Case
-from mediator.bench.measure import Timing, measure
+from mediator.bench.measure import Timing, batch, measure, undone
 from mediator.bench.memory import Growth, growth
 from mediator.bench.stand import Stand
 from mediator.core.policy import Policy
@@ -17,8 +17,8 @@ __all__ = ["BATCHES", "CALLS", "FORMAT", "MEMORY", "NAMES", "Bench", "Measured",
 FORMAT: Final = "mediator-bench/1"
 MEMORY: Final = "memory"
 NAMES: Final = (*(case.name for case in CASES), MEMORY)
-BATCHES: Final = 100
-"""Samples of each measurement."""
+BATCHES: Final = 400
+"""Samples of each measurement. Many short ones: what else the machine does then spoils a few, not the median."""
 CALLS: Final = 200_000
 """Calls over which memory must stay flat."""
 _WARM_UP: Final = 5
@@ -102,14 +102,14 @@ def _measured(policy: Policy, case: Case, batches: int) -> Measured:
     stand = Stand(policy)
     try:
         ready = case.prepare(stand)
-        for count in (max(1, batches // _WARM_UP), batches):
-            timing = measure(ready.operation, batches=count, size=case.size, after=ready.after)
-            compared = {
-                name: measure(baseline, batches=count, size=case.size) for name, baseline in ready.baselines.items()
-            }
+        operation, after = ready.operation, ready.after
+        samples = [batch(operation, case.size) if after is None else undone(operation, after)]
+        samples += [batch(baseline, case.size) for baseline in ready.baselines.values()]
+        measure(samples, max(1, batches // _WARM_UP))
+        timing, *compared = measure(samples, batches)
     finally:
         stand.close()
-    return Measured(case, timing, compared)
+    return Measured(case, timing, dict(zip(ready.baselines, compared, strict=True)))
 
 
 def _timing_data(timing: Timing) -> dict[str, float]:

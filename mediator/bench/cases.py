@@ -87,9 +87,9 @@ def _unregister(stand: Stand) -> Operations:
 
 
 CASES: Final = (
-    Case("fast-call", "forwarded fast call (GET_ASYNC_NOTIF_VALUE)", 5, 500, _fast),
-    Case("values", f"INVOKE_COMMAND with {SMALL_BUFFERS} values", 15, 200, _values),
-    Case("buffers", f"INVOKE_COMMAND with {SMALL_BUFFERS} buffers of {SMALL_PAGES} pages", 60, 50, _buffers),
+    Case("fast-call", "forwarded fast call (GET_ASYNC_NOTIF_VALUE)", 5, 50, _fast),
+    Case("values", f"INVOKE_COMMAND with {SMALL_BUFFERS} values", 15, 20, _values),
+    Case("buffers", f"INVOKE_COMMAND with {SMALL_BUFFERS} buffers of {SMALL_PAGES} pages", 60, 5, _buffers),
     Case("register", f"REGISTER_SHM of {LARGE_PAGES} pages, none twice", 500, 1, _register),
     Case("unregister", f"UNREGISTER_SHM of {LARGE_PAGES} pages", None, 1, _unregister),
 )

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from time import perf_counter_ns
 
 Operation = Callable[[], object]
+Sample = Callable[[], float]
+"""Takes one sample: microseconds of one operation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,24 +28,33 @@ class Timing:
         return cls(statistics.median(ordered), ordered[0], ordered[rank])
 
 
-def measure(operation: Operation, *, batches: int, size: int, after: Operation | None = None) -> Timing:
-    """Time `operation` in batches of `size`; with `after`, which undoes it, one by one and without counting that."""
-    gc.collect()
-    if after is not None:
-        return Timing.of([_one(operation, after) for _ in range(batches)])
-    return Timing.of([_batch(operation, size) for _ in range(batches)])
+def batch(operation: Operation, size: int) -> Sample:
+    """Take the mean of `size` operations."""
+
+    def sample() -> float:
+        start = perf_counter_ns()
+        for _ in range(size):
+            operation()
+        return (perf_counter_ns() - start) / 1000 / size
+
+    return sample
 
 
-def _one(operation: Operation, after: Operation) -> float:
-    start = perf_counter_ns()
-    operation()
-    taken = perf_counter_ns() - start
-    after()
-    return taken / 1000
+def undone(operation: Operation, after: Operation) -> Sample:
+    """Take one operation, and undo it without counting that."""
 
-
-def _batch(operation: Operation, size: int) -> float:
-    start = perf_counter_ns()
-    for _ in range(size):
+    def sample() -> float:
+        start = perf_counter_ns()
         operation()
-    return (perf_counter_ns() - start) / 1000 / size
+        taken = perf_counter_ns() - start
+        after()
+        return taken / 1000
+
+    return sample
+
+
+def measure(samples: Sequence[Sample], rounds: int) -> list[Timing]:
+    """Take one sample of each in turn, `rounds` times: what disturbs one disturbs the others as well."""
+    gc.collect()
+    taken = [[sample() for sample in samples] for _ in range(rounds)]
+    return [Timing.of(column) for column in zip(*taken, strict=True)]

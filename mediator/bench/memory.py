@@ -1,10 +1,12 @@
 """Does memory grow with the number of calls? It must not: a mediator lives as long as its host."""
 
 import gc
-import tracemalloc
+import resource
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle, islice
+from pathlib import Path
 from typing import Any, Final
 
 from mediator.bench.stand import (
@@ -20,17 +22,19 @@ from mediator.bench.stand import (
 
 GROWTH_TARGET: Final = 1 << 20
 """Bytes by which 200 000 calls may let the process grow."""
-WARM_UP: Final = 20
+WARM_UP: Final = 10
 """One warm-up call for so many that are counted."""
 _PROGRESS_EVERY: Final = 5000
+_STATM: Final = Path("/proc/self/statm")
 
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """Bytes that Python objects and arrays hold more after `calls` calls; mediator pages that are out more."""
+    """What `calls` calls left behind: bytes of resident memory, Python's memory blocks, mediator pages."""
 
     calls: int
     bytes: int
+    blocks: int
     pages: int
 
     @property
@@ -43,6 +47,7 @@ class Growth:
         return {
             "calls": self.calls,
             "bytes": self.bytes,
+            "blocks": self.blocks,
             "pages": self.pages,
             "target": GROWTH_TARGET,
             "met": self.met,
@@ -61,23 +66,25 @@ def growth(stand: Stand, calls: int, progress: Callable[[int, int], None]) -> Gr
     for regs in mix:
         stand.succeeds(regs)
     rounds = cycle(mix)
-    tracing = tracemalloc.is_tracing()
-    if not tracing:
-        tracemalloc.start()
-    try:
-        for regs in islice(rounds, calls // WARM_UP // len(mix) * len(mix)):
-            stand.call(regs)
-        before, pages = _held(), stand.machine.pages.allocated
-        for done, regs in enumerate(islice(rounds, calls)):
-            if done % _PROGRESS_EVERY == 0:
-                progress(done, calls)
-            stand.call(regs)
-        return Growth(calls, _held() - before, stand.machine.pages.allocated - pages)
-    finally:
-        if not tracing:
-            tracemalloc.stop()
+    for regs in islice(rounds, calls // WARM_UP // len(mix) * len(mix)):
+        stand.call(regs)
+    before = _held(stand)
+    for done, regs in enumerate(islice(rounds, calls // len(mix) * len(mix))):
+        if done % _PROGRESS_EVERY == 0:
+            progress(done, calls)
+        stand.call(regs)
+    resident, blocks, pages = (now - then for now, then in zip(_held(stand), before, strict=True))
+    return Growth(calls, resident, blocks, pages)
 
 
-def _held() -> int:
+def _held(stand: Stand) -> tuple[int, int, int]:
     gc.collect()
-    return tracemalloc.get_traced_memory()[0]
+    return _resident(), sys.getallocatedblocks(), stand.machine.pages.allocated
+
+
+def _resident() -> int:
+    """Bytes of this process in memory now; where the system does not say, the most there ever were."""
+    if _STATM.exists():
+        return int(_STATM.read_text(encoding="ascii").split()[1]) * resource.getpagesize()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

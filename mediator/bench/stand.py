@@ -6,11 +6,10 @@ import numpy as np
 
 from hv_models.machine import Machine
 from hv_models.memory import PAGE_SHIFT, PAGE_SIZE, PageArray
-from hv_models.pages import Page
 from mediator.core.mediator import Mediator
 from mediator.core.policy import Policy
-from mediator.core.ports import SharedPage
 from mediator.core.steps import Forward, Preempt, Regs, Reply, Step
+from mediator.host import Host
 from optee.abi.message import (
     ENTRIES_PER_PAGE,
     NONCONTIG,
@@ -42,11 +41,11 @@ _SPREAD: Final = 40503
 """Odd, so n * _SPREAD modulo a power of two names each page once, with neighbours far apart."""
 
 
-class ScriptedWorld:
+class ScriptedWorld(Host):
     """A secure world without OP-TEE: every message succeeds at once."""
 
     def __init__(self, machine: Machine) -> None:
-        self._machine = machine
+        super().__init__(machine)
         self._frame = machine.memory.frame
 
     def call(self, regs: tuple[int, ...]) -> tuple[int, ...]:
@@ -59,15 +58,6 @@ class ScriptedWorld:
         elif function == Function.GET_THREAD_COUNT:
             return (int(ReturnCode.OK), THREADS, 0, 0)
         return _OK
-
-    def lend(self) -> SharedPage | None:
-        """See `mediator.core.ports.SecureWorld`."""
-        return self._machine.pages.allocate()
-
-    def take_back(self, page: SharedPage) -> None:
-        """See `mediator.core.ports.SecureWorld`."""
-        assert isinstance(page, Page)
-        self._machine.pages.release(page)
 
 
 class Stand:

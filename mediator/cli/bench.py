@@ -18,18 +18,26 @@ def bench(
     name: Annotated[
         str, typer.Option("--filter", metavar="NAME", help="Only the measurements whose name contains this.")
     ] = "",
-    batches: Annotated[int, typer.Option(min=1, help="Samples of each measurement.")] = 100,
-    calls: Annotated[int, typer.Option(min=100, help="Calls over which memory must stay flat.")] = 200_000,
+    batches: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Samples of each measurement (400 if not given).")
+    ] = None,
+    calls: Annotated[
+        int | None, typer.Option(min=100, metavar="N", help="Calls over which memory must stay flat (200000).")
+    ] = None,
     json: Json = False,
 ) -> int:
     """Measure the core alone, with a scripted secure world; targets are for a quiet machine with two cores."""
-    from mediator.bench import NAMES, run
+    from mediator.bench import BATCHES, CALLS, NAMES, run
 
     if not any(name in known for known in NAMES):
         raise BadInput(f"bench: no measurement's name contains {name!r}; there are {', '.join(NAMES)}")
     with progress("bench") as advance:
         done = run(
-            policy_of(_POLICY), name, lambda what, count, total: advance(count, total), batches=batches, calls=calls
+            policy_of(_POLICY),
+            name,
+            lambda what, count, total: advance(count, total),
+            batches=batches or BATCHES,
+            calls=calls or CALLS,
         )
     if json:
         emit_json(done.as_data())

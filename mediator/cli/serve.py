@@ -50,19 +50,7 @@ def serve(
 
 
 def _show(summary: "Summary") -> None:
-    columns = (
-        "guest",
-        "id",
-        "calls",
-        "invokes",
-        "RPCs",
-        "denied",
-        "refused",
-        "rejected",
-        "errors",
-        "pages (peak)",
-        "end",
-    )
+    counts = ("id", "calls", "invokes", "RPCs", "denied", "refused", "rejected", "errors", "pages (peak)")
     guests = table("", "guest", *counts, "end", right=counts)
     for guest in summary.guests:
         numbers = (guest.vmid, guest.calls, guest.invokes, guest.rpcs, guest.denied, guest.refused, guest.rejected)

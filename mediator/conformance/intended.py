@@ -42,13 +42,24 @@ def malformed_registration(facts: Facts) -> bool:
 
 
 def reply_does_not_fit(facts: Facts) -> bool:
-    """An RPC reply has another number of parameters than the request that OP-TEE made."""
-    return facts.reply_params is not None and facts.reply_params[0] != facts.reply_params[1]
+    """An RPC reply changes more of the request that OP-TEE made than normal world may."""
+    return facts.reply_strays
+
+
+def buffer_of_another_call(facts: Facts) -> bool:
+    """An UNREGISTER_SHM or SHM_FREE names a buffer that a live call made for itself."""
+    return facts.names_another_calls_buffer
 
 
 CONDITIONS: Final[dict[str, Callable[[Facts], bool]]] = {
     condition.__name__: condition
-    for condition in (register_refused_in_a0, shm_alloc_refused, malformed_registration, reply_does_not_fit)
+    for condition in (
+        register_refused_in_a0,
+        shm_alloc_refused,
+        malformed_registration,
+        reply_does_not_fit,
+        buffer_of_another_call,
+    )
 }
 
 

@@ -16,7 +16,7 @@ from mediator.conformance.machine import VectorMachine
 from mediator.core.mediator import Mediator
 from mediator.core.policy import Policy
 from mediator.core.records import Call
-from mediator.core.states import GuestState
+from mediator.core.states import BufferState, GuestState
 from mediator.core.steps import Forward, Preempt, Queue, Regs, Reply, Step, Ticket
 from mediator.invariants import Checker
 from optee.abi.message import (
@@ -27,11 +27,13 @@ from optee.abi.message import (
     PARAM,
     PARAM_SIZE,
     TYPE_MASK,
+    Command,
     ParamType,
     list_pages,
     page_count,
 )
-from optee.abi.smc import Function, RpcReturn, VmId
+from optee.abi.rpc import RpcCommand
+from optee.abi.smc import Cookie, Function, RpcReturn, ThreadId, VmId
 
 NOT_HANDLED: Final = 0xFFFFFFFFFFFFFFFF
 ENOMEM: Final = -12
@@ -44,6 +46,8 @@ _RESUMES: Final = {
     RpcReturn.FOREIGN_INTR: "INTR",
     RpcReturn.FREE: "FREE",
 }
+_VALUE_OUTPUTS: Final = (ParamType.VALUE_OUTPUT, ParamType.VALUE_INOUT)
+_SIZE_OUTPUTS: Final = (ParamType.RMEM_OUTPUT, ParamType.RMEM_INOUT, ParamType.TMEM_OUTPUT, ParamType.TMEM_INOUT)
 _NO_ANSWER: Final = (0, 0, 0, 0)
 _MERGE: Final = 8
 """Changed runs that are closer than this are written as one, as in the recorded files."""
@@ -60,7 +64,10 @@ class Facts:
     cookies: tuple[int, ...] = ()
     final_answer: int | None = None
     asked_free: bool = False
-    reply_params: tuple[int, int] | None = None
+    reply_strays: bool = False
+    """An RPC reply differs from the saved request in more than what normal world may write."""
+    names_another_calls_buffer: bool = False
+    """An UNREGISTER_SHM that succeeded, or a SHM_FREE, names a buffer that a live call made for itself."""
 
 
 @dataclass(slots=True)
@@ -85,7 +92,7 @@ class Run:
         self._names: dict[int, str] = {}
         self._shadows: dict[str, int] = {}
         self._facts = Facts()
-        self._serving = 0
+        self._serving = VmId(0)
 
     def close(self) -> None:
         """Give back the machine."""
@@ -209,7 +216,7 @@ class Run:
         arg = rpc_arg = None
         cookie: int | None = None
         resumes: str | None = None
-        guest = None if domain is None else self.mediator.guests.get(domain + 1)
+        guest = None if domain is None else self.mediator.guests.get(VmId(domain + 1))
         if guest is not None and regs[0] == Function.CALL_WITH_ARG:
             name = symbol if symbol is not None and symbol.startswith("arg:") else f"arg:{len(self._shadows)}"
             self._names[pa] = name
@@ -222,7 +229,7 @@ class Run:
             resumes = _RESUMES.get(RpcReturn(call.rpc)) if call.rpc in _RESUMES else f"UNKNOWN{call.rpc & 0xFFFF:x}"
             if resumes == "ALLOC" and pa:
                 given = regs[4] << 32 | regs[5] & 0xFFFFFFFF
-                argument = guest.arguments.get(given)
+                argument = guest.arguments.get(Cookie(given))
                 if argument is not None and argument.page.pa == pa:
                     sym["a1:a2"] = f"rpc:{given:x}"
             elif resumes == "CMD" and call.argument is not None:
@@ -288,27 +295,25 @@ class Run:
     def _argument(self, cookie: int) -> int | None:
         """Our page for an RPC argument of the guest that is being served."""
         guest = self.mediator.guests.get(self._serving)
-        argument = None if guest is None else guest.arguments.get(cookie)
+        argument = None if guest is None else guest.arguments.get(Cookie(cookie))
         return None if argument is None else int(argument.page.pa)
 
     # Facts for declarations
 
     def _look_at_message(self, step: v.Smc) -> None:
         facts = self._facts
-        self._serving = step.domain + 1
+        self._serving = VmId(step.domain + 1)
         facts.function = step.regs[0] & 0xFFFFFFFF
-        guest = self.mediator.guests.get(step.domain + 1)
+        guest = self.mediator.guests.get(VmId(step.domain + 1))
         if guest is None:
             return
         if facts.function == Function.RETURN_FROM_RPC:
-            call = guest.suspended.get(step.regs[3] & 0xFFFFFFFF)
+            call = guest.suspended.get(ThreadId(step.regs[3] & 0xFFFFFFFF))
             if call is not None:
                 facts.command = call.command
                 if call.argument is not None and call.rpc == RpcReturn.CMD:
-                    request = HEADER.unpack_from(call.argument.page.view)
-                    reply = self._guest_bytes(step.domain, call.argument.ipa, HEADER_SIZE)
-                    if reply is not None:
-                        facts.reply_params = (request[7], HEADER.unpack(reply)[7])
+                    reply = self._guest_bytes(step.domain, call.argument.ipa, PAGE_SIZE)
+                    facts.reply_strays = reply is not None and _strays(bytes(call.argument.page.view), reply)
         elif facts.function == Function.CALL_WITH_ARG:
             ipa = (step.regs[1] & 0xFFFFFFFF) << 32 | step.regs[2] & 0xFFFFFFFF
             data = self._guest_bytes(step.domain, ipa, PAGE_SIZE)
@@ -332,6 +337,17 @@ class Run:
         if isinstance(ticket, Call) and (a0 >> 16 != 0xFFFF or a0 == 0xFFFFFFFF):
             self._facts.final_answer = a0
             self._facts.command = ticket.command
+            if ticket.command is Command.UNREGISTER_SHM and a0 == 0:
+                self._look_at_name(ticket, ticket.cookie)
+        elif isinstance(ticket, Call) and a0 == RpcReturn.CMD:
+            argument = ticket.guest.arguments.get(Cookie((answer[1] & 0xFFFFFFFF) << 32 | answer[2] & 0xFFFFFFFF))
+            if argument is not None and HEADER.unpack_from(argument.page.view)[0] == RpcCommand.SHM_FREE:
+                self._look_at_name(ticket, Cookie(PARAM.unpack_from(argument.page.view, HEADER_SIZE)[2]))
+
+    def _look_at_name(self, call: Call, cookie: Cookie) -> None:
+        buffer = call.guest.buffers.get(cookie)
+        if buffer is not None and buffer.state in (BufferState.PINNED, BufferState.REGISTERING):
+            self._facts.names_another_calls_buffer = True
 
     # What we hold
 
@@ -340,7 +356,7 @@ class Run:
         return {str(domain): pins}
 
     def _state(self, domain: int) -> v.State:
-        guest = self.mediator.guests.get(domain + 1)
+        guest = self.mediator.guests.get(VmId(domain + 1))
         if guest is None:
             return v.State()
         return v.State(
@@ -353,6 +369,25 @@ class Run:
                 for buffer in guest.buffers.values()
             ],
         )
+
+
+def _strays(request: bytes, reply: bytes) -> bool:
+    """Whether a reply changes more than ret, ret_origin, output values and sizes (for SHM_ALLOC: its parameter)."""
+    asked, answered = HEADER.unpack_from(request), HEADER.unpack_from(reply)
+    if asked[:5] != answered[:5] or asked[7] != answered[7]:
+        return True
+    if asked[0] == RpcCommand.SHM_ALLOC and answered[5] == 0:
+        return bool(asked[7] != 1 or PARAM.unpack_from(reply, HEADER_SIZE)[0] != ParamType.TMEM_OUTPUT | NONCONTIG)
+    for at in range(HEADER_SIZE, HEADER_SIZE + PARAM_SIZE * asked[7], PARAM_SIZE):
+        before, after = PARAM.unpack_from(request, at), PARAM.unpack_from(reply, at)
+        kind = before[0] & TYPE_MASK
+        if kind in _VALUE_OUTPUTS:
+            before, after = before[:1], after[:1]
+        elif kind in _SIZE_OUTPUTS:
+            before, after = (*before[:2], before[3]), (*after[:2], after[3])
+        if before != after:
+            return True
+    return False
 
 
 def _changes(domain: int, base: int, old: bytes, new: bytes) -> Iterator[v.Change]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Final
 from mediator.core.records import Guest
 from mediator.core.sharing import release_argument
 from mediator.core.steps import Forward, Regs, Step, Ticket
-from optee.abi.smc import Function, ReturnCode, SecCapability
+from optee.abi.smc import Cookie, Function, ReturnCode, SecCapability
 
 if TYPE_CHECKING:
     from mediator.core.mediator import Mediator
@@ -73,7 +73,7 @@ def returned(core: "Mediator", call: FastCall, answer: Regs) -> Step:
     if function is _CAPABILITIES:
         return _capabilities(core, regs, answer)
     if function is _DISABLE:
-        argument = guest.arguments.get((answer[1] & LOW) << 32 | answer[2] & LOW)
+        argument = guest.arguments.get(Cookie((answer[1] & LOW) << 32 | answer[2] & LOW))
         if argument is not None:
             release_argument(core.world, guest, argument)
     elif function is _NOTIFICATIONS:

@@ -41,7 +41,7 @@ from mediator.core.steps import (
     Ticket,
 )
 from optee.abi.message import HEADER_SIZE, PARAM_SIZE
-from optee.abi.smc import API_UID, HYPERVISOR_CLIENT_ID, Function, ReturnCode, RpcReturn, VmId
+from optee.abi.smc import API_UID, HYPERVISOR_CLIENT_ID, Function, ReturnCode, RpcReturn, ThreadId, VmId
 
 LOW: Final = 0xFFFFFFFF
 NOT_HANDLED: Final = 0xFFFFFFFFFFFFFFFF
@@ -98,7 +98,7 @@ class Mediator:
         self._ledger = ledger
         self.learn_rpc_params(DEFAULT_RPC_PARAMS)
         self.commands = {int(command): command for command in policy.commands}
-        self._guests: dict[int, Guest] = {}
+        self._guests: dict[VmId, Guest] = {}
         self._handlers = {int(function): function for function in policy.functions}
         self._words: dict[str, tuple[Words, bool]] = {
             name: (words, words == (Word.PASS, Word.PASS, Word.PASS)) for name, words in policy.answers.items()
@@ -106,7 +106,7 @@ class Mediator:
         self._identities = {function: self._words[function.name] for function in fast.FORWARDED}
 
     @property
-    def guests(self) -> Mapping[int, Guest]:
+    def guests(self) -> Mapping[VmId, Guest]:
         """The guests that are not gone, by client id; to look at, not to change."""
         return MappingProxyType(self._guests)
 
@@ -213,7 +213,7 @@ class Mediator:
         OP-TEE has one interrupt for all guests and does not say whose it is; a guest without a pending
         value reads VALID = 0 from GET_ASYNC_NOTIF_VALUE.
         """
-        return [VmId(vm) for vm, guest in self._guests.items() if guest.notifications]
+        return [vm for vm, guest in self._guests.items() if guest.notifications]
 
     # Requests of guests
 
@@ -282,7 +282,7 @@ class Mediator:
         guest = ticket.guest
         if guest.state is not _LIVE or ticket.work is None:
             return Reply((NOT_HANDLED, *ticket.regs[1:]))
-        thread = rpc.OWN_THREADS + ticket.id % rpc.OWN_THREADS
+        thread = ThreadId(rpc.OWN_THREADS + ticket.id % rpc.OWN_THREADS)
         ticket.thread = thread
         guest.suspended[thread] = ticket
         return self.suspended(ticket.regs, (int(RpcReturn.FOREIGN_INTR), 0, 0, thread))
@@ -407,7 +407,7 @@ class Mediator:
         del self._guests[guest.vm]
         guest.events.append(Event(GUEST_DESTROYED, "info", guest.vm, guest.ledger.sums()))
         if ticket.again:
-            return self.create(VmId(guest.vm), guest.memory)
+            return self.create(guest.vm, guest.memory)
         return self._host_reply(ReturnCode.OK)
 
     def _probe_returned(self, ticket: Lifecycle, answer: Regs) -> Step:

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hv_models.memory import Pa
+from hv_models.memory import Ipa, Pa
 from hv_models.stage2 import Pinned
 
 
@@ -21,11 +21,11 @@ class GuestMemory(Protocol):
     matter (rule R5). Every method raises `hv_models.stage2.Stage2Fault` where the guest has no such memory.
     """
 
-    def read(self, ipa: int, size: int, *, writable: bool = False) -> bytes:
+    def read(self, ipa: Ipa, size: int, *, writable: bool = False) -> bytes:
         """Copy `size` bytes of one page of normal RAM; with `writable` only of read-write RAM."""
         ...
 
-    def write_fields(self, ipa: int, fields: Sequence[tuple[int, bytes]]) -> None:
+    def write_fields(self, ipa: Ipa, fields: Sequence[tuple[int, bytes]]) -> None:
         """Write `(offset, bytes)` fields of one page of read-write RAM, looked up once; `ipa` is its start."""
         ...
 

@@ -8,14 +8,14 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from typing import Final, Protocol
 
-from hv_models.memory import PAGE_SIZE
+from hv_models.memory import PAGE_SIZE, Ipa
 from hv_models.stage2 import Pinned, Reason, Stage2Fault
 from mediator.core.ledger import Charge, Ledger
 from mediator.core.ports import GuestMemory, SharedPage
 from mediator.core.states import ArgumentState, BufferState, CallState, GuestState
 from mediator.core.steps import Event, Regs, Step, Ticket
 from optee.abi.message import Command
-from optee.abi.smc import Function
+from optee.abi.smc import Cookie, Function, ThreadId, VmId
 
 _PINNED: Final = BufferState.PINNED
 
@@ -39,15 +39,15 @@ class Guest:
         "vm",
     )
 
-    def __init__(self, vm: int, memory: GuestMemory, ledger: Ledger) -> None:
+    def __init__(self, vm: VmId, memory: GuestMemory, ledger: Ledger) -> None:
         self.vm = vm
         self.memory = memory
         self.ledger = ledger
         self.state = GuestState.CREATING
         self.calls: dict[int, Call] = {}
-        self.suspended: dict[int, Call] = {}
-        self.buffers: dict[int, Buffer] = {}
-        self.arguments: dict[int, RpcArgument] = {}
+        self.suspended: dict[ThreadId, Call] = {}
+        self.buffers: dict[Cookie, Buffer] = {}
+        self.arguments: dict[Cookie, RpcArgument] = {}
         self.counters = Counters()
         self.events: deque[Event] = deque()
         self.in_flight = 0
@@ -92,7 +92,7 @@ class Buffer:
 
     __slots__ = ("charge", "cookie", "lists", "offset", "pages", "pins", "size", "state", "written")
 
-    def __init__(self, cookie: int, offset: int, size: int, pages: int, written: bool, charge: Charge) -> None:
+    def __init__(self, cookie: Cookie, offset: int, size: int, pages: int, written: bool, charge: Charge) -> None:
         self.cookie = cookie
         self.offset = offset
         self.size = size
@@ -133,7 +133,7 @@ class RpcArgument:
 
     __slots__ = ("charge", "cookie", "ipa", "page", "pinned", "state")
 
-    def __init__(self, cookie: int, ipa: int, pinned: Pinned, page: SharedPage, charge: Charge) -> None:
+    def __init__(self, cookie: Cookie, ipa: Ipa, pinned: Pinned, page: SharedPage, charge: Charge) -> None:
         self.cookie = cookie
         self.ipa = ipa
         self.pinned = pinned
@@ -172,8 +172,8 @@ class Call(Ticket):
     registering: Buffer | None = None
     unregistering: Buffer | None = None
     allocated: Buffer | None = None
-    cookie = 0
-    thread: int | None = None
+    cookie = Cookie(0)
+    thread: ThreadId | None = None
     rpc = 0
     rpc_words = (0, 0)
     rpc_offset = 0
@@ -191,7 +191,7 @@ class Call(Ticket):
         self.function = function
         self.charge = charge
         self.outputs: list[tuple[int, int]] = []
-        self.written: list[int] = []
+        self.written: list[Cookie] = []
         self.buffers: list[Buffer] = []
         guest.calls[self.id] = self
 
@@ -201,7 +201,7 @@ class PagePlace:
 
     __slots__ = ("ipa",)
 
-    def __init__(self, ipa: int) -> None:
+    def __init__(self, ipa: Ipa) -> None:
         self.ipa = ipa
 
     def write(self, memory: GuestMemory, fields: Sequence[tuple[int, bytes]]) -> None:
@@ -210,7 +210,7 @@ class PagePlace:
 
     def read(self, memory: GuestMemory, offset: int, size: int) -> bytes:
         """See `Place`."""
-        return memory.read(self.ipa + offset, size)
+        return memory.read(Ipa(self.ipa + offset), size)
 
 
 class BufferPlace:

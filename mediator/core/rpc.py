@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from hv_models.memory import PAGE_SIZE
+from hv_models.memory import PAGE_SIZE, Ipa
 from hv_models.stage2 import Stage2Fault
 from mediator.core.faults import CallRefused, MessageRejected, SecureWorldFault
 from mediator.core.ledger import OverLimit
@@ -51,7 +51,7 @@ from optee.abi.message import (
 )
 from optee.abi.results import Result
 from optee.abi.rpc import RpcCommand
-from optee.abi.smc import Function, ReturnCode, RpcReturn
+from optee.abi.smc import Cookie, Function, ReturnCode, RpcReturn, ThreadId
 
 if TYPE_CHECKING:
     from mediator.core.mediator import Mediator
@@ -83,11 +83,16 @@ _GENERIC: Final = Result.GENERIC.to_bytes(4, "little")
 _NO_PARAMS: Final = b"\0\0\0\0"
 
 
+def _cookie(regs: Regs) -> Cookie:
+    """The cookie in a1:a2."""
+    return Cookie((regs[1] & LOW) << 32 | regs[2] & LOW)
+
+
 def suspended(core: "Mediator", call: Call, answer: Regs) -> Step:
     """OP-TEE suspended the call for an RPC: deliver it to the guest, or resume OP-TEE with an error."""
     guest = call.guest
     rpc = answer[0] & LOW
-    thread = answer[3] & LOW
+    thread = ThreadId(answer[3] & LOW)
     if thread >= OWN_THREADS or thread in guest.suspended:
         raise SecureWorldFault(f"thread {thread:#x} is already suspended")
     guest.counters.rpcs += 1
@@ -97,13 +102,13 @@ def suspended(core: "Mediator", call: Call, answer: Regs) -> Step:
     call.argument = None
     if rpc == CMD:
         try:
-            why = _deliver(core, call, (answer[1] & LOW) << 32 | answer[2] & LOW)
+            why = _deliver(core, call, _cookie(answer))
         except Stage2Fault as fault:
             return _undelivered(core, call, str(fault), contract=False)
         if why is not None:
             return _undelivered(core, call, why, contract=True)
     elif rpc == FREE:
-        argument = guest.arguments.get((answer[1] & LOW) << 32 | answer[2] & LOW)
+        argument = guest.arguments.get(_cookie(answer))
         if argument is not None:
             release_argument(core.world, guest, argument)
     advance(call, CallEvent.RPC, CALL_TABLE)
@@ -121,7 +126,7 @@ def _request(core: "Mediator", call: Call) -> tuple[SharedPage, int, int] | None
     return call.argument.page, 0, PAGE_SIZE
 
 
-def _deliver(core: "Mediator", call: Call, cookie: int) -> str | None:
+def _deliver(core: "Mediator", call: Call, cookie: Cookie) -> str | None:
     """Copy a request to the guest; or say what is wrong with it. Raises Stage2Fault."""
     guest = call.guest
     if not call.rpc_offset:
@@ -145,9 +150,9 @@ def _deliver(core: "Mediator", call: Call, cookie: int) -> str | None:
         if TMEM_INPUT <= kind <= TMEM_INOUT and a:
             return "a physical address in an RPC request"
         if RMEM_INPUT <= kind <= RMEM_INOUT:
-            mark_written(guest, c)
+            mark_written(guest, Cookie(c))
         elif header[0] == _SHM_FREE:
-            freed = guest.buffers.get(b)
+            freed = guest.buffers.get(Cookie(b))
             if freed is not None and freed.state in _KEPT:
                 _drop(core, call, freed)
         elif header[0] == _SHM_ALLOC:
@@ -211,7 +216,7 @@ def _undelivered(core: "Mediator", call: Call, why: str, *, contract: bool) -> S
 
 def resume(core: "Mediator", guest: Guest, vcpu: int, regs: Regs) -> Step:
     """A guest's RETURN_FROM_RPC."""
-    thread = regs[3] & LOW
+    thread = ThreadId(regs[3] & LOW)
     call = guest.suspended.get(thread)
     if call is None:
         return refuse(core, guest, regs, CallRefused(ReturnCode.ERESUME, f"no call of thread {thread:#x} waits"))
@@ -220,7 +225,7 @@ def resume(core: "Mediator", guest: Guest, vcpu: int, regs: Regs) -> Step:
         and thread < OWN_THREADS
         and call.state is CallState.SUSPENDED
         and core.policy.compare_resume_cookie
-        and ((regs[1] & LOW) << 32 | regs[2] & LOW) != ((call.rpc_words[0] & LOW) << 32 | call.rpc_words[1] & LOW)
+        and _cookie(regs) != _cookie((CMD, *call.rpc_words))
     ):
         return refuse(core, guest, regs, CallRefused(ReturnCode.ERESUME, "another RPC argument than the saved one"))
     del guest.suspended[thread]
@@ -242,17 +247,19 @@ def resume(core: "Mediator", guest: Guest, vcpu: int, regs: Regs) -> Step:
     return _forward(core, call, thread, a1, a2)
 
 
-def _forward(core: "Mediator", call: Call, thread: int, a1: int = 0, a2: int = 0, a4: int = 0, a5: int = 0) -> Step:
+def _forward(
+    core: "Mediator", call: Call, thread: ThreadId, a1: int = 0, a2: int = 0, a4: int = 0, a5: int = 0
+) -> Step:
     advance(call, CallEvent.RESUME, CALL_TABLE)
     return core.forward(call, (_RETURN_FROM_RPC, a1, a2, thread, a4, a5, 0, call.guest.vm))
 
 
-def _resume_alloc(core: "Mediator", call: Call, thread: int) -> Step:
+def _resume_alloc(core: "Mediator", call: Call, thread: ThreadId) -> Step:
     """The guest gave a page for RPC requests: pin it, and hand OP-TEE one of ours instead."""
     guest = call.guest
     regs = call.regs
-    ipa = (regs[1] & LOW) << 32 | regs[2] & LOW
-    cookie = (regs[4] & LOW) << 32 | regs[5] & LOW
+    ipa = Ipa((regs[1] & LOW) << 32 | regs[2] & LOW)
+    cookie = Cookie((regs[4] & LOW) << 32 | regs[5] & LOW)
     pa = 0
     try:
         pa = _allocate_argument(core, guest, ipa, cookie)
@@ -261,7 +268,7 @@ def _resume_alloc(core: "Mediator", call: Call, thread: int) -> Step:
     return _forward(core, call, thread, pa >> 32, pa & LOW, regs[4] & LOW, regs[5] & LOW)
 
 
-def _allocate_argument(core: "Mediator", guest: Guest, ipa: int, cookie: int) -> int:
+def _allocate_argument(core: "Mediator", guest: Guest, ipa: Ipa, cookie: Cookie) -> int:
     if ipa & OFFSET_MASK:
         raise CallRefused(ReturnCode.EBADADDR, "the RPC argument is not page aligned")
     if cookie in guest.arguments:
@@ -284,7 +291,7 @@ def _allocate_argument(core: "Mediator", guest: Guest, ipa: int, cookie: int) ->
     return page.pa
 
 
-def _resume_command(core: "Mediator", call: Call, thread: int) -> Generator[None, None, Step]:
+def _resume_command(core: "Mediator", call: Call, thread: ThreadId) -> Generator[None, None, Step]:
     """The guest answered a request: take over what the saved request lets it answer (R16)."""
     request = _request(core, call)
     if request is None:
@@ -320,7 +327,7 @@ def _resume_command(core: "Mediator", call: Call, thread: int) -> Generator[None
 
 
 def _take_allocated(
-    core: "Mediator", call: Call, thread: int, page: SharedPage, base: int, reply: bytes
+    core: "Mediator", call: Call, thread: ThreadId, page: SharedPage, base: int, reply: bytes
 ) -> Generator[None, None, Step | None]:
     """A reply to SHM_ALLOC with a buffer: translate it, or have the guest free it again (R19)."""
     guest = call.guest
@@ -350,7 +357,7 @@ def _take_allocated(
 
 
 def _ask_free(
-    core: "Mediator", call: Call, thread: int, page: SharedPage, base: int, reply: bytes, cookie: int
+    core: "Mediator", call: Call, thread: ThreadId, page: SharedPage, base: int, reply: bytes, cookie: int
 ) -> Step | None:
     """Turn the RPC argument into a SHM_FREE request of the mediator's own."""
     header = list(HEADER.unpack_from(reply))

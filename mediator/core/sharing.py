@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from hv_models.memory import PAGE_SIZE
+from hv_models.memory import PAGE_SIZE, Ipa
 from hv_models.stage2 import Reason, Stage2Fault
 from mediator.core.faults import MessageRejected
 from mediator.core.ledger import OverLimit
@@ -30,6 +30,7 @@ from optee.abi.message import (
     page_count,
 )
 from optee.abi.results import Result
+from optee.abi.smc import Cookie
 
 if TYPE_CHECKING:
     from mediator.core.mediator import Mediator
@@ -122,8 +123,8 @@ def translate(
             if not attribute & NONCONTIG:
                 raise MessageRejected(Result.BAD_PARAMETERS, "a contiguous buffer outside reserved memory")
             offset = pointer & OFFSET_MASK
-            buffer = _open(core.world, call.guest, cookie, offset, size, kind != TMEM_INPUT, buffers)
-            source = pointer - offset
+            buffer = _open(core.world, call.guest, Cookie(cookie), offset, size, kind != TMEM_INPUT, buffers)
+            source = Ipa(pointer - offset)
             filled = 0
             while filled < buffer.pages:
                 count = min(buffer.pages - filled, PAGES_PER_STEP)
@@ -153,7 +154,7 @@ def translate(
 
 
 def _open(
-    world: SecureWorld, guest: Guest, cookie: int, offset: int, size: int, written: bool, buffers: list[Buffer]
+    world: SecureWorld, guest: Guest, cookie: Cookie, offset: int, size: int, written: bool, buffers: list[Buffer]
 ) -> Buffer:
     """Charge a buffer, give it its name and list pages; limits are looked at before the name, as the reference does."""
     limits = guest.ledger.limits
@@ -186,7 +187,7 @@ def _open(
     return buffer
 
 
-def _read_list(batch: _Batch, buffer: Buffer, source: int, first: int, count: int) -> int:
+def _read_list(batch: _Batch, buffer: Buffer, source: Ipa, first: int, count: int) -> Ipa:
     """Copy `count` entries from entry `first` on, listed in guest pages from `source`; returns the next list page.
 
     The list ends by count, never by trust (R7). Each list page is read once.
@@ -213,7 +214,7 @@ def _read_list(batch: _Batch, buffer: Buffer, source: int, first: int, count: in
             batch.targets.append((page, PAGE_SIZE - 8))
             batch.pages += ENTRIES_PER_PAGE
             page.words[ENTRIES_PER_PAGE] = lists[number].pa
-            source = int.from_bytes(data[-8:], "little")
+            source = Ipa(int.from_bytes(data[-8:], "little"))
             count -= ENTRIES_PER_PAGE
             if not count:
                 break
@@ -260,7 +261,7 @@ def release_argument(world: SecureWorld, guest: Guest, argument: RpcArgument) ->
     del guest.arguments[argument.cookie]
 
 
-def mark_written(guest: Guest, cookie: int) -> None:
+def mark_written(guest: Guest, cookie: Cookie) -> None:
     """Report the pages of the buffer with this cookie dirty: OP-TEE may have written them (R27)."""
     buffer = guest.buffers.get(cookie)
     if buffer is not None:

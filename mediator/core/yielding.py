@@ -3,7 +3,7 @@
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Final
 
-from hv_models.memory import PAGE_SIZE
+from hv_models.memory import PAGE_SIZE, Ipa
 from hv_models.stage2 import Stage2Fault
 from mediator.core.faults import CallRefused, MessageRejected
 from mediator.core.ledger import OverLimit
@@ -45,7 +45,7 @@ from optee.abi.message import (
     ParamType,
 )
 from optee.abi.results import Origin, Result
-from optee.abi.smc import SHM_CACHED, Function, ReturnCode
+from optee.abi.smc import SHM_CACHED, Cookie, Function, ReturnCode
 
 if TYPE_CHECKING:
     from mediator.core.mediator import Mediator
@@ -133,7 +133,7 @@ def _take_message(core: "Mediator", call: Call) -> Params:
     if call.function is _REGD_ARG:
         data = _read_registered(call)
     else:
-        ipa = (regs[1] & LOW) << 32 | regs[2] & LOW
+        ipa = Ipa((regs[1] & LOW) << 32 | regs[2] & LOW)
         if ipa & OFFSET_MASK:
             raise CallRefused(ReturnCode.EBADADDR, "the message is not page aligned")
         data = None
@@ -185,7 +185,7 @@ def _look_at(call: Call, params: Params, cookie_zero: bool) -> None:
                 raise MessageRejected(Result.BAD_PARAMETERS, "a registered memory reference with cookie 0")
             if kind != RMEM_INPUT:
                 call.outputs.append((at + 16, at + 24))
-                call.written.append(cookie)
+                call.written.append(Cookie(cookie))
         elif TMEM_INPUT <= kind <= TMEM_INOUT:
             call.translates = True
             if kind != TMEM_INPUT:
@@ -199,7 +199,7 @@ def _read_registered(call: Call) -> bytes:
     """The message of CALL_WITH_REGD_ARG: as much as one page of the registered, pinned buffer it lies in."""
     guest = call.guest
     regs = call.regs
-    buffer = guest.buffers.get((regs[1] & LOW) << 32 | regs[2] & LOW)
+    buffer = guest.buffers.get(Cookie((regs[1] & LOW) << 32 | regs[2] & LOW))
     if buffer is None or buffer.state is not BufferState.REGISTERED:
         raise CallRefused(ReturnCode.EBADADDR, "no registered buffer has this cookie")
     start = buffer.offset + (regs[3] & LOW)
@@ -227,8 +227,8 @@ def _begin_unregister(call: Call, policy: Policy, params: Params) -> None:
     attribute, _, _, cookie = params[0]
     if policy.unregister_attributes is not None and attribute not in policy.unregister_attributes:
         raise MessageRejected(Result.BAD_PARAMETERS, f"UNREGISTER_SHM with attribute {attribute:#x}")
-    call.cookie = cookie
-    buffer = call.guest.buffers.get(cookie)
+    call.cookie = Cookie(cookie)
+    buffer = call.guest.buffers.get(call.cookie)
     if buffer is not None and buffer.state is BufferState.REGISTERED:
         advance(buffer, BufferEvent.UNREGISTER, BUFFER_TABLE)
         call.unregistering = buffer

@@ -256,13 +256,13 @@ class _Follower:
             else:
                 runs.append((ipa, [pa]))
             follows = None if ipa is None else ipa + PAGE_SIZE
-        for ipa, frames in runs[:SHOWN_RANGES]:
-            if ipa is None:
+        for first, frames in runs[:SHOWN_RANGES]:
+            if first is None:
                 yield f"  no page of this guest -> PA {frames[0]:#x}"
                 continue
-            last = f" to {ipa + (len(frames) - 1) * PAGE_SIZE:#x}" if len(frames) > 1 else ""
+            last = f" to {first + (len(frames) - 1) * PAGE_SIZE:#x}" if len(frames) > 1 else ""
             more = f", ... ({_count(len(frames), 'frame')})" if len(frames) > SHOWN_FRAMES else ""
-            yield f"  IPA {ipa:#x}{last} -> PA {', '.join(map(hex, frames[:SHOWN_FRAMES]))}{more}"
+            yield f"  IPA {first:#x}{last} -> PA {', '.join(map(hex, frames[:SHOWN_FRAMES]))}{more}"
         if len(runs) > SHOWN_RANGES:
             yield f"  ... and {_count(len(runs) - SHOWN_RANGES, 'more range')}"
 

@@ -2,7 +2,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.core.pair import GuestSide, Pair
+pytest.register_assert_rewrite("tests.core.pair")
+
+from tests.core.pair import GuestSide, Pair  # noqa: E402
 
 
 @pytest.fixture

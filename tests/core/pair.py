@@ -37,7 +37,7 @@ from optee.abi.message import (
 )
 from optee.abi.results import Origin, Result
 from optee.abi.rpc import RpcCommand, ShmType
-from optee.abi.smc import API_REVISION, API_UID, OS_UUID, Function, ReturnCode, RpcReturn, from_pair, to_pair
+from optee.abi.smc import API_REVISION, API_UID, OS_UUID, Function, ReturnCode, RpcReturn, from_pair, is_rpc, to_pair
 
 THREADS = 8
 RAM = 8 << 20
@@ -136,7 +136,7 @@ class World:
         self.now = now
         answer = self.script.popleft() if self.script else succeed()
         result = answer(self, now, regs)
-        if result[0] >> 16 == 0xFFFF:
+        if is_rpc(result[0]):
             self.suspended[vm, result[3]] = now
         return result
 

@@ -1,7 +1,5 @@
 """Yielding calls: rules R10 to R15, R29 (B3, B4, B5, B7, B12)."""
 
-import itertools
-
 import pytest
 
 from hv_models.memory import PAGE_SIZE
@@ -93,8 +91,9 @@ def test_a_command_that_the_policy_does_not_forward_is_ebadcmd_and_leaves_the_me
     before, bytes_before = len(guest.pair.world.inbox), guest.ram.read(ipa, PAGE_SIZE)
     regs = guest.smc(Function.CALL_WITH_ARG, *to_pair(ipa))
     known = {int(known) for known in guest.pair.policy.commands}
-    assert (len(guest.pair.world.inbox) > before) == (command in known - {4, 5})
+    assert command in (4, 5) or (len(guest.pair.world.inbox) > before) == (command in known)
     if command not in known:
+        assert len(guest.pair.world.inbox) == before
         assert regs[0] == ReturnCode.EBADCMD
         assert guest.ram.read(ipa, PAGE_SIZE) == bytes_before
     else:
@@ -362,8 +361,6 @@ def test_if_op_tee_refuses_nothing_is_written_back_and_everything_is_released(ma
         ipa = guest.write(message)
         before = guest.ram.read(ipa, PAGE_SIZE)
         pair.world.script.append(refuse(code))
-        if code is ReturnCode.UNKNOWN_FUNCTION:
-            pair.errors_expected = True
         assert guest.call(ipa, function)[0][0] == code
         assert guest.ram.read(ipa, PAGE_SIZE) == before
         pair.settle(guest)
@@ -385,9 +382,6 @@ def test_a_registration_that_op_tee_says_nothing_about_has_failed(make):
     pair.world.script.append(refuse(ReturnCode.OK))
     assert guest.register(guest.tmem(2, cookie=5)).ret == GENERIC
     pair.settle(guest)
-
-
-ORDERS = sorted(set(itertools.permutations(["use", "unregister", "register"])))
 
 
 @pytest.mark.parametrize("first", ["register", "use", "unregister"])

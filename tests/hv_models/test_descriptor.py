@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hv_models.descriptor import (
@@ -56,6 +56,7 @@ def test_reserved_and_invalid_codes() -> None:
     assert Descriptor(0).kind is PageKind.NONE
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, (1 << 64) - 1), min_size=1))
 def test_nothing_but_read_write_ram_passes_for_it(words: list[int]) -> None:
     for word, shareable in zip(words, is_ram_rw(np.array(words, dtype=np.uint64)).tolist(), strict=True):

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hv_models.kvm import KvmVm, VmidAllocator
@@ -38,6 +38,7 @@ class TestFaults:
         vm.unpin(vm.pin(pages(600, 20, 20, 601)))
         assert mapped(vm) == {2, 3, 7, 8, 20, 600, 601}
 
+    @settings(deadline=None)
     @given(st.lists(st.integers(0, 1023), max_size=60))
     def test_each_page_gets_the_frame_of_its_place(self, numbers: list[int]) -> None:
         machine = Machine()
@@ -130,20 +131,27 @@ class TestSlots:
 class TestDirtyLogging:
     def test_collects_what_anybody_wrote(self, vm: KvmVm) -> None:
         vm.touch(RAM, 10 * PAGE_SIZE)
-        pinned = vm.pin(pages(1, 2, 3, 200))
+        first = vm.pin(pages(1, 2, 3, 200))  # faults a page in
         vm.start_dirty_logging()
         vm.read(RAM, 1)
         vm.touch(RAM + 6 * PAGE_SIZE, 2)
         assert vm.dirty_pages() == []
         vm.touch(RAM + 4 * PAGE_SIZE - 1, 2, write=True)  # the guest
         vm.write(RAM + 9 * PAGE_SIZE, b"mediator")
-        vm.store(pinned, PAGE_SIZE - 1, b"two pages")
+        vm.store(first, PAGE_SIZE - 1, b"two pages")
         vm.write(RAM + 300 * PAGE_SIZE, b"a page that was not mapped")
         assert vm.dirty_pages() == [GFN + page for page in (1, 2, 3, 4, 9, 300)]
         assert vm.dirty_pages() == []
-        vm.mark_dirty(pinned)  # the secure world
+        again = vm.pin(pages(3, 200))
+        vm.store(again, PAGE_SIZE + 4, b"second page")
+        vm.write_fields(RAM + 4 * PAGE_SIZE, [(0, b"ret"), (8, b"session")])
+        assert vm.dirty_pages() == [GFN + 4, GFN + 200]
+        vm.mark_dirty(first)  # the secure world
         assert vm.dirty_pages() == [GFN + page for page in (1, 2, 3, 200)]
-        vm.unpin(pinned)
+        vm.mark_dirty(again)
+        assert vm.dirty_pages() == [GFN + 3, GFN + 200]
+        vm.unpin(again)
+        vm.unpin(first)
 
     def test_takes_only_the_guests_write_access(self, vm: KvmVm) -> None:
         vm.touch(RAM, 2 * PAGE_SIZE)

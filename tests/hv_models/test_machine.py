@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hv_models.frames import FRAMES_BASE, Contiguous, Interleaved, domain_frames
@@ -51,6 +51,7 @@ class TestFrames:
             seen = [vm.ram[0].read(RAM_BASE + page * PAGE_SIZE, 2) for page in range(256)]
             assert seen == [bytes([number, page]) for page in range(256)]
 
+    @settings(deadline=None)
     @given(st.lists(st.tuples(st.integers(1, 40), st.booleans()), max_size=40), st.sampled_from([1, 2, 8]))
     def test_layouts_never_give_a_frame_twice(self, requests: list[tuple[int, bool]], lanes: int) -> None:
         for layout in (Interleaved(lanes), Contiguous()):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hv_models.memory import PAGE_SIZE, Bank, Frames, GuestRam, PageStore, PhysicalFault, PhysicalMemory
@@ -111,6 +111,7 @@ frames = st.builds(
 
 
 class TestFrames:
+    @settings(deadline=None)
     @given(frames)
     def test_follow_the_formula_and_turn_round(self, frames: Frames) -> None:
         pas = frames.addresses()
@@ -122,6 +123,7 @@ class TestFrames:
         assert [frames.page(pa + 4095) for pa in expected] == list(range(frames.pages))
         assert max(expected) < frames.end
 
+    @settings(deadline=None)
     @given(frames, st.integers(-5, 5000))
     def test_what_is_not_a_frame_is_found_by_neither_look_up(self, frames: Frames, distance: int) -> None:
         pa = max(0, frames.base + distance * PAGE_SIZE)

@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hv_models.smccc import KVM, NOT_SUPPORTED, XEN, Hypervisor
@@ -28,6 +28,7 @@ def test_every_call_to_op_tee_is_the_mediators(hypervisor: Hypervisor, function:
     assert hypervisor.route((function | 0xFFFF_FFFF << 32, *REST)) is None
 
 
+@settings(deadline=None)
 @given(st.sampled_from([KVM, XEN]), st.lists(st.integers(0, (1 << 64) - 1), min_size=8, max_size=8).map(tuple))
 def test_only_the_low_half_of_x0_selects(hypervisor: Hypervisor, regs: tuple[int, ...]) -> None:
     answer = hypervisor.route(regs)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hv_models.descriptor import LEAF_ATTRIBUTES, Descriptor
@@ -77,6 +77,7 @@ class Entry:
     logged: bool = False
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.lists(operations, min_size=1, max_size=8))
 def test_tables_walker_and_tlb_agree_with_a_plain_dictionary(steps: list[tuple[object, ...]]) -> None:
     tables = Tables()
