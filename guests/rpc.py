@@ -4,6 +4,7 @@ Source: Linux 6.1 optee/rpc.c, supp.c and smc_abi.c, as the recordings show them
 stands in `optee.abi.operands`.
 """
 
+import struct
 from collections.abc import Sequence
 from typing import Final
 
@@ -34,7 +35,17 @@ from optee.abi.smc import Function, Registers, RpcReturn, from_pair, to_pair
 _ARGUMENT_SIZE: Final = message_size(RPC_PARAMS)
 _RETURN_FROM_RPC: Final = int(Function.RETURN_FROM_RPC)
 _LOW_WORD: Final = 0xFFFFFFFF
-_MEMORY_DIRECTION: Final = 3  # low bits of RMEM_* and TMEM_*: 1 in, 2 out, 3 both
+_RESULT: Final = struct.Struct("<2I")
+_REPLIES: Final = tuple(
+    struct.Struct("<3I" + PARAM.format.removeprefix("<") * count) for count in range(RPC_PARAMS + 1)
+)
+"""From `ret` to the end of an RPC argument: ret, ret_origin, num_params, parameters."""
+
+_VALUE_INPUT: Final = int(ParamType.VALUE_INPUT)
+_VALUES: Final = frozenset(range(ParamType.NONE, ParamType.VALUE_INOUT + 1))
+_REGISTERED: Final = int(ParamType.RMEM_INPUT) - 1
+_TEMPORARY: Final = int(ParamType.TMEM_INPUT) - 1
+_DIRECTIONS: Final = {base + direction: direction for base in (_REGISTERED, _TEMPORARY) for direction in (1, 2, 3)}
 
 
 class RpcHandler:
@@ -55,6 +66,13 @@ class RpcHandler:
         self._notifications = notifications
         self._clock = clock
         self._supplicant = supplicant
+        self._answers = {
+            int(RpcCommand.SHM_ALLOC): self._shm_alloc,
+            int(RpcCommand.SHM_FREE): self._shm_free,
+            int(RpcCommand.GET_TIME): self._get_time,
+            int(RpcCommand.SUSPEND): self._suspend,
+            int(RpcCommand.NOTIFICATION): self._notify,
+        }
         self.foreign_interrupts = 0
         self.commands = 0
 
@@ -118,41 +136,43 @@ class RpcHandler:
         if count > RPC_PARAMS:
             self._reply(at, Result.BAD_PARAMETERS)
             return
-        params = [Param._make(PARAM.unpack_from(data, message_size(index))) for index in range(count)]
-        if command == RpcCommand.SHM_ALLOC:
-            self._allocator.release(call.page_list)
-            call.page_list = ()
-            await self._shm_alloc(call, at, params)
-        elif command == RpcCommand.SHM_FREE:
-            await self._shm_free(at, params)
-        elif command == RpcCommand.GET_TIME:
-            if _kinds(params) != [ParamType.VALUE_OUTPUT]:
-                self._reply(at, Result.BAD_PARAMETERS)
-            else:
-                seconds, nanoseconds = self._clock.now()
-                self._reply(at, Result.SUCCESS, (Param(params[0].attr, seconds, nanoseconds, params[0].c),))
-        elif command == RpcCommand.SUSPEND:
-            if _kinds(params) != [ParamType.VALUE_INPUT]:
-                self._reply(at, Result.BAD_PARAMETERS)
-            else:
-                try:
-                    await trio.sleep(params[0].a / 1000)
-                finally:
-                    self._reply(at, Result.SUCCESS)
-        elif command == RpcCommand.NOTIFICATION:
-            good = _kinds(params) == [ParamType.VALUE_INPUT] and await self._notification(params[0])
-            self._reply(at, Result.SUCCESS if good else Result.BAD_PARAMETERS)
-        else:
+        params = [Param._make(words) for words in PARAM.iter_unpack(data[HEADER_SIZE : message_size(count)])]
+        answer = self._answers.get(command)
+        if answer is None:
             await self._ask_supplicant(at, command, params)
+        else:
+            await answer(call, at, params)
 
     def _reply(self, at: int, ret: int, params: Sequence[Param] = (), origin: int | None = None) -> None:
         """Write `ret`, and what else an answer consists of, into the RPC argument."""
-        words = ret.to_bytes(4, "little")
-        if origin is not None:
-            words += origin.to_bytes(4, "little")
-        self._ram.write(at + OFFSET_RET, words)
-        if params:
-            self._ram.write(at + HEADER_SIZE, b"".join([PARAM.pack(*param) for param in params]))
+        if origin is None:
+            self._ram.write(at + OFFSET_RET, ret.to_bytes(4, "little"))
+        elif not params:
+            self._ram.write(at + OFFSET_RET, _RESULT.pack(ret, origin))
+        else:
+            words = [word for param in params for word in param]
+            self._ram.write(at + OFFSET_RET, _REPLIES[len(params)].pack(ret, origin, len(params), *words))
+
+    async def _get_time(self, call: Call, at: int, params: list[Param]) -> None:
+        if _kinds(params) != [ParamType.VALUE_OUTPUT]:
+            self._reply(at, Result.BAD_PARAMETERS)
+            return
+        seconds, nanoseconds = self._clock.now()
+        self._ram.write(at + HEADER_SIZE, PARAM.pack(params[0].attr, seconds, nanoseconds, params[0].c))
+        self._reply(at, Result.SUCCESS)
+
+    async def _suspend(self, call: Call, at: int, params: list[Param]) -> None:
+        if _kinds(params) != [ParamType.VALUE_INPUT]:
+            self._reply(at, Result.BAD_PARAMETERS)
+            return
+        try:
+            await trio.sleep(params[0].a / 1000)
+        finally:
+            self._reply(at, Result.SUCCESS)
+
+    async def _notify(self, call: Call, at: int, params: list[Param]) -> None:
+        good = _kinds(params) == [ParamType.VALUE_INPUT] and await self._notification(params[0])
+        self._reply(at, Result.SUCCESS if good else Result.BAD_PARAMETERS)
 
     async def _notification(self, param: Param) -> bool:
         if param.a == NotificationOperation.WAIT:
@@ -160,6 +180,8 @@ class RpcHandler:
         return param.a == NotificationOperation.SEND and self._notifications.send(param.b)
 
     async def _shm_alloc(self, call: Call, at: int, params: list[Param]) -> None:
+        self._allocator.release(call.page_list)
+        call.page_list = ()
         result: int = Result.BAD_PARAMETERS
         reply: tuple[Param, ...] = ()
         if len(params) == 1 and params[0].attr == ParamType.VALUE_INPUT:
@@ -198,7 +220,7 @@ class RpcHandler:
         value = ValueParam(ParamType.VALUE_INOUT, int(ShmType.APPL), self._supplicant.put(shm), 0)
         await self._supplicant.request(RpcCommand.SHM_FREE, [value])
 
-    async def _shm_free(self, at: int, params: list[Param]) -> None:
+    async def _shm_free(self, call: Call, at: int, params: list[Param]) -> None:
         kind = params[0].a if len(params) == 1 and params[0].attr == ParamType.VALUE_INPUT else None
         known = kind in (ShmType.KERNEL, ShmType.APPL)
         # The answer does not depend on the supplicant's, so it may stand there before that one is asked.
@@ -226,15 +248,15 @@ class RpcHandler:
         request: list[RpcParam] = []
         for attr, a, b, c in params:
             kind = attr & TYPE_MASK
-            if kind == ParamType.NONE or ParamType.VALUE_INPUT <= kind <= ParamType.VALUE_INOUT:
+            if kind in _VALUES:
                 request.append(ValueParam(kind, a, b, c))
-            elif ParamType.RMEM_INPUT <= kind <= ParamType.RMEM_INOUT:
+            elif kind in _DIRECTIONS:
                 shm = self._follow(c) if c else None
-                request.append(MemoryParam(kind & _MEMORY_DIRECTION, shm, a if shm else 0, b))
-            elif ParamType.TMEM_INPUT <= kind <= ParamType.TMEM_INOUT:
-                shm = self._follow(c) if c else None
-                offset = a - shm.buffer.pages[0] if shm else 0
-                request.append(MemoryParam(kind & _MEMORY_DIRECTION, shm, offset, b))
+                if shm is None:
+                    a = 0
+                elif kind >= _TEMPORARY:
+                    a -= shm.buffer.pages[0]
+                request.append(MemoryParam(_DIRECTIONS[kind], shm, a, b))
             else:
                 return None
         return request
@@ -247,11 +269,10 @@ def _kinds(params: list[Param]) -> list[int]:
 def _from_request(param: RpcParam, before: Param) -> Param:
     """Turn a parameter back; memory takes the type of its buffer, so a NULL one becomes TMEM."""
     if isinstance(param, ValueParam):
-        return before if param.kind == ParamType.VALUE_INPUT else Param(param.kind, param.a, param.b, param.c)
+        return before if param.kind == _VALUE_INPUT else Param(param.kind, param.a, param.b, param.c)
     shm = param.shm
     if shm is None:
-        return Param(ParamType.TMEM_INPUT - 1 + param.direction, 0, param.size, 0)
+        return Param(_TEMPORARY + param.direction, 0, param.size, 0)
     if shm.private:
-        address = shm.buffer.pages[0] + param.offset
-        return Param(ParamType.TMEM_INPUT - 1 + param.direction, address, param.size, shm.cookie)
-    return Param(ParamType.RMEM_INPUT - 1 + param.direction, param.offset, param.size, shm.cookie)
+        return Param(_TEMPORARY + param.direction, shm.buffer.pages[0] + param.offset, param.size, shm.cookie)
+    return Param(_REGISTERED + param.direction, param.offset, param.size, shm.cookie)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import Enum, auto
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final
+from typing import Final, TypeAlias
 from uuid import UUID
 
 import trio
@@ -29,6 +29,8 @@ _EIGHT: Final = 8
 _OUTPUT: Final = 2
 _FORGED_ID: Final = 1 << 30
 _NO_IMAGES: Final[Mapping[UUID, bytes]] = MappingProxyType({})
+
+_Answer: TypeAlias = tuple[tuple[type[RpcParam], ...], Callable[..., int]]
 
 
 class Supplicant:
@@ -76,24 +78,13 @@ class Supplicant:
 
     def process(self, command: int, params: Sequence[RpcParam]) -> int:
         """Answer one request."""
-        match (command, *params):
-            case RpcCommand.SHM_ALLOC, ValueParam() as value:
-                return self._allocate(value)
-            case RpcCommand.SHM_FREE, ValueParam() as value:
-                return self._free(value)
-            case RpcCommand.LOAD_TA, ValueParam() as uuid, MemoryParam() as image:
-                return self._load_ta(uuid, image)
-            case RpcCommand.FS, ValueParam() as operation, *_:
-                try:
-                    return self._file_operation(operation, params[1:])
-                except FileNotFoundError:
-                    return Result.ITEM_NOT_FOUND
-                except FileExistsError:
-                    return Result.ACCESS_CONFLICT
-                except OSError:
-                    return Result.GENERIC
-            case _:
-                return Result.NOT_SUPPORTED
+        kinds, answer = _COMMANDS.get(command, _UNKNOWN)
+        if tuple(map(type, params[: len(kinds)])) != kinds:
+            return Result.BAD_PARAMETERS
+        return answer(self, *params)
+
+    def _not_supported(self, *_: RpcParam) -> int:
+        return Result.NOT_SUPPORTED
 
     def _allocate(self, value: ValueParam) -> int:
         if self._memory is None or value.a != ShmType.APPL:
@@ -133,38 +124,70 @@ class Supplicant:
         memory.write(image)
         return Result.SUCCESS
 
-    def _file_operation(self, operation: ValueParam, rest: Sequence[RpcParam]) -> int:
-        match (operation.a, *rest):
-            case (FsOperation.OPEN | FsOperation.CREATE) as kind, MemoryParam() as name, ValueParam() as handle:
-                parts = path_parts(name.read())
-                create = kind == FsOperation.CREATE
-                return self._add(handle, lambda: self.files.open(parts, create=create))
-            case FsOperation.OPENDIR, MemoryParam() as name, ValueParam() as handle:
-                parts = path_parts(name.read())
-                return self._add(handle, lambda: list(self.files.list(parts)))
-            case FsOperation.READDIR, MemoryParam() as name:
-                return self._read_directory(operation.b, name)
-            case FsOperation.REMOVE, MemoryParam() as name:
-                self.files.remove(path_parts(name.read()))
-            case FsOperation.RENAME, MemoryParam() as old, MemoryParam() as new:
-                names = path_parts(old.read()), path_parts(new.read())
-                self.files.rename(*names, overwrite=bool(operation.b))
-            case FsOperation.CLOSE | FsOperation.CLOSEDIR, *_:
-                file = self._open.pop(operation.b, None)
-                if file is None:
-                    return Result.BAD_PARAMETERS
-                if not isinstance(file, list):
-                    file.close()
-            case FsOperation.READ, MemoryParam() as data:
-                content = self._file(operation.b).read(operation.c, data.size)
-                data.write(content)
-                data.size = len(content)
-            case FsOperation.WRITE, MemoryParam() as data:
-                self._file(operation.b).write(operation.c, data.read())
-            case FsOperation.TRUNCATE, *_:
-                self._file(operation.b).truncate(operation.c)
-            case _:
-                return Result.BAD_PARAMETERS
+    def _file_operation(self, operation: ValueParam, *rest: RpcParam) -> int:
+        kinds, answer = _OPERATIONS.get(operation.a, _UNKNOWN)
+        if tuple(map(type, rest)) != kinds:
+            return Result.BAD_PARAMETERS
+        try:
+            return answer(self, operation, *rest)
+        except FileNotFoundError:
+            return Result.ITEM_NOT_FOUND
+        except FileExistsError:
+            return Result.ACCESS_CONFLICT
+        except OSError:
+            return Result.GENERIC
+
+    def _open_file(self, operation: ValueParam, name: MemoryParam, handle: ValueParam) -> int:
+        parts = path_parts(name.read())
+        return self._add(handle, lambda: self.files.open(parts, create=operation.a == FsOperation.CREATE))
+
+    def _open_directory(self, _: ValueParam, name: MemoryParam, handle: ValueParam) -> int:
+        parts = path_parts(name.read())
+        return self._add(handle, lambda: list(self.files.list(parts)))
+
+    def _close(self, operation: ValueParam) -> int:
+        file = self._open.pop(operation.b, None)
+        if file is None:
+            return Result.BAD_PARAMETERS
+        if not isinstance(file, list):
+            file.close()
+        return Result.SUCCESS
+
+    def _read(self, operation: ValueParam, data: MemoryParam) -> int:
+        content = self._file(operation.b).read(operation.c, data.size)
+        data.write(content)
+        data.size = len(content)
+        return Result.SUCCESS
+
+    def _write(self, operation: ValueParam, data: MemoryParam) -> int:
+        self._file(operation.b).write(operation.c, data.read())
+        return Result.SUCCESS
+
+    def _truncate(self, operation: ValueParam) -> int:
+        self._file(operation.b).truncate(operation.c)
+        return Result.SUCCESS
+
+    def _remove(self, _: ValueParam, name: MemoryParam) -> int:
+        self.files.remove(path_parts(name.read()))
+        return Result.SUCCESS
+
+    def _rename(self, operation: ValueParam, old: MemoryParam, new: MemoryParam) -> int:
+        names = path_parts(old.read()), path_parts(new.read())
+        self.files.rename(*names, overwrite=bool(operation.b))
+        return Result.SUCCESS
+
+    def _read_directory(self, operation: ValueParam, name: MemoryParam) -> int:
+        names = self._open.get(operation.b)
+        if not isinstance(names, list):
+            return Result.BAD_PARAMETERS
+        if not names:
+            return Result.ITEM_NOT_FOUND
+        entry = names[0].encode() + b"\0"
+        space, name.size = name.size, len(entry)
+        if space < len(entry):
+            return Result.SHORT_BUFFER
+        names.pop(0)
+        name.write(entry)
         return Result.SUCCESS
 
     def _add(self, handle: ValueParam, make: Callable[[], OpenFile | list[str]]) -> int:
@@ -184,19 +207,28 @@ class Supplicant:
             raise OSError(errno.EBADF, f"no open file {handle}")
         return file
 
-    def _read_directory(self, handle: int, name: MemoryParam) -> int:
-        names = self._open.get(handle)
-        if not isinstance(names, list):
-            return Result.BAD_PARAMETERS
-        if not names:
-            return Result.ITEM_NOT_FOUND
-        entry = names[0].encode() + b"\0"
-        space, name.size = name.size, len(entry)
-        if space < len(entry):
-            return Result.SHORT_BUFFER
-        names.pop(0)
-        name.write(entry)
-        return Result.SUCCESS
+
+_UNKNOWN: Final[_Answer] = ((), Supplicant._not_supported)
+_COMMANDS: Final[Mapping[int, _Answer]] = {
+    RpcCommand.SHM_ALLOC: ((ValueParam,), Supplicant._allocate),
+    RpcCommand.SHM_FREE: ((ValueParam,), Supplicant._free),
+    RpcCommand.LOAD_TA: ((ValueParam, MemoryParam), Supplicant._load_ta),
+    RpcCommand.FS: ((ValueParam,), Supplicant._file_operation),
+}
+_OPERATIONS: Final[Mapping[int, _Answer]] = {
+    FsOperation.OPEN: ((MemoryParam, ValueParam), Supplicant._open_file),
+    FsOperation.CREATE: ((MemoryParam, ValueParam), Supplicant._open_file),
+    FsOperation.CLOSE: ((), Supplicant._close),
+    FsOperation.READ: ((MemoryParam,), Supplicant._read),
+    FsOperation.WRITE: ((MemoryParam,), Supplicant._write),
+    FsOperation.TRUNCATE: ((), Supplicant._truncate),
+    FsOperation.REMOVE: ((MemoryParam,), Supplicant._remove),
+    FsOperation.RENAME: ((MemoryParam, MemoryParam), Supplicant._rename),
+    FsOperation.OPENDIR: ((MemoryParam, ValueParam), Supplicant._open_directory),
+    FsOperation.CLOSEDIR: ((), Supplicant._close),
+    FsOperation.READDIR: ((MemoryParam,), Supplicant._read_directory),
+}
+"""What each operation has behind its first value, as `optee.abi.rpc_operands` has it, and what does it."""
 
 
 class SlowSupplicant(Supplicant):

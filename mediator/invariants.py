@@ -49,6 +49,8 @@ from optee.abi.message import (
     ParamType,
     page_count,
 )
+from optee.abi.results import Result
+from optee.abi.rpc import RpcCommand
 from optee.abi.smc import Function, RpcReturn, VmId
 
 SCAN_EVERY: Final = 1000
@@ -71,6 +73,7 @@ TITLES: Final = {
     11: "no error event was caused by a guest",
 }
 
+_SERVED: Final = (GuestState.LIVE, GuestState.PAUSED)
 _LOW: Final = 0xFFFFFFFF
 _TMEM: Final = range(int(ParamType.TMEM_INPUT), int(ParamType.TMEM_INOUT) + 1)
 _VALUE_OUTPUTS: Final = (ParamType.VALUE_OUTPUT, ParamType.VALUE_INOUT)
@@ -356,7 +359,8 @@ class Checker:
         count = self.host.pin_count(vm)
         if count != expected and not self.mediator.policy.shared_pages:
             self._report(1, vm, f"{expected} pins", str(count))
-        if not any(call.work is not None for call in guest.calls.values()) and expected != pages + len(guest.arguments):
+        translating = any(call.work is not None for call in guest.calls.values())
+        if guest.state in _SERVED and not translating and expected != pages + len(guest.arguments):
             self._report(1, vm, f"{pages + len(guest.arguments)} pages in live objects", str(expected))
         for cookie, buffer in guest.buffers.items():
             if buffer.cookie != cookie:
@@ -364,7 +368,7 @@ class Checker:
         for cookie, argument in guest.arguments.items():
             if argument.cookie != cookie:
                 self._report(5, vm, f"the RPC argument {cookie:#x}", f"{argument.cookie:#x}")
-        if self._threads_held is not None and guest.state in (GuestState.LIVE, GuestState.PAUSED):
+        if self._threads_held is not None and guest.state in _SERVED:
             live = sum(call.state is not CallState.TRANSLATING for call in guest.calls.values())
             threads = self._threads_held(vm)
             with_optee = sum(owner == vm for owner in self._with_optee.values())
@@ -455,11 +459,16 @@ class Checker:
             return None
 
     def _check_argument(self, vm: VmId, call: Call) -> None:
-        """The RPC argument that OP-TEE finds when a CMD is answered; SHM_ALLOC's answer has a page list."""
-        if call.rpc_offset and call.shadow is not None:
-            self._check_message(vm, call.shadow.pa, call.rpc_offset)
+        """The answer to SHM_ALLOC that OP-TEE finds: it has a page list."""
+        page, base = None, 0
+        if call.rpc_offset:
+            page, base = call.shadow, call.rpc_offset
         elif call.argument is not None and call.argument.state is ArgumentState.LIVE:
-            self._check_message(vm, call.argument.page.pa, 0)
+            page = call.argument.page
+        if page is not None:
+            header = HEADER.unpack_from(page.view, base)
+            if header[0] == RpcCommand.SHM_ALLOC and header[5] == Result.SUCCESS:
+                self._check_message(vm, page.pa, base)
 
     def _check_message(self, vm: VmId, pa: int, base: int) -> None:
         frame = self._own(vm, pa)

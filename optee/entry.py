@@ -114,8 +114,7 @@ def _initialise_runtime(thread: Thread) -> Steps[None]:
 
 def _map_message(partition: Partition, pa: int) -> Window | None:
     normal_world = partition.world.normal_world
-    reserved = normal_world.reserved_window(pa, HEADER_SIZE)
-    if reserved is not None:
+    if normal_world.has_reserved and normal_world.reserved_window(pa, HEADER_SIZE) is not None:
         return normal_world.reserved_rest(pa) if not pa & 7 else None
     if not normal_world.is_page(pa):
         return None

@@ -28,11 +28,16 @@ class NormalWorld:
         self.memory = memory
         self._secure = tuple((base, base + size) for base, size in secure_ram)
         self._reserved_base, self._reserved_size = reserved
+        self.has_reserved = self._reserved_size > 0
+        """There is static shared memory."""
 
     def is_page(self, pa: int) -> bool:
         """Tell whether `pa` is the page-aligned address of non-secure RAM; PA 0 never is."""
-        if not pa or pa & PAGE_MASK or any(base <= pa < end for base, end in self._secure):
+        if not pa or pa & PAGE_MASK:
             return False
+        for base, end in self._secure:
+            if base <= pa < end:
+                return False
         try:
             self.memory.find(pa)
         except PhysicalFault:

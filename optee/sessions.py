@@ -70,7 +70,7 @@ class Sessions:
         try:
             yield from self._attach(thread, session, uuid)
         except TeeError as error:
-            del sessions[session.id]
+            yield from self._unlink(thread, session, sessions)
             return error.result, _TEE, None
         instance = session.instance
         if instance.panicked:
@@ -85,8 +85,9 @@ class Sessions:
             return int(Result.BUSY), _TEE, None
         session.cancelled = False
         if result != _SUCCESS:
-            yield from self.close(thread, session.id, sessions)
+            yield from self._close_held(thread, session, sessions)
             return result, origin, None
+        yield from self._let_go(thread, session)
         return result, origin, session
 
     def _open_entry(self, session: Session, params: Params) -> Steps[int]:
@@ -149,10 +150,11 @@ class Sessions:
                 yield from self._clear_busy(thread, instance)
             else:
                 instance.busy = False
-        session.holder = None
-        session.references -= 1
         if self._mutex.queue:
             yield from self._let_go(thread, session)
+        else:
+            session.holder = None
+            session.references -= 1
         return answer
 
     def cancel(self, number: int) -> int:
@@ -168,6 +170,10 @@ class Sessions:
         session = yield from self._get(thread, number, sessions)
         if session is None:
             return int(Result.ITEM_NOT_FOUND)
+        yield from self._close_held(thread, session, sessions)
+        return _SUCCESS
+
+    def _close_held(self, thread: Thread, session: Session, sessions: dict[int, Session]) -> Steps[None]:
         instance = session.instance
         if instance.panicked:
             yield from self._unlink(thread, session, sessions)
@@ -182,7 +188,6 @@ class Sessions:
             if instance in self.instances:
                 self.instances.remove(instance)
             yield from self._release(thread, instance)
-        return _SUCCESS
 
     def open_from_ta(self, thread: Thread, caller: Instance, uuid: UUID, params: Params) -> Steps[Session | TeeError]:
         """Open a session for a TA; a failure is returned, not raised."""
@@ -218,14 +223,17 @@ class Sessions:
         return session
 
     def _let_go(self, thread: Thread, session: Session) -> Steps[None]:
+        """End this thread's hold on a session."""
+        session.holder = None
+        session.references -= 1
         session.lock.signal()
-        yield from self._mutex.wake_next(thread)
+        if self._mutex.queue:
+            yield from self._mutex.wake_next(thread)
 
     def _unlink(self, thread: Thread, session: Session, sessions: dict[int, Session]) -> Steps[None]:
         session.unlinked = True
         session.lock.broadcast()
-        own = 1 if session.holder is thread else 0
-        while session.references != 1 + own:  # the list has the other one
+        while session.references != 2:  # the list's own and this thread's
             yield from session.let_go.wait(thread)
         del sessions[session.id]
         if self._mutex.queue:

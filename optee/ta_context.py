@@ -118,9 +118,10 @@ class Session:
         self.tee = Tee(self, thread)
         self.cancelled = False
         self.cancel_masked = True
-        self.holder: Thread | None = None
-        """The thread whose call runs in this session."""
-        self.references = 1
+        self.holder: Thread | None = thread
+        """The thread whose call runs in this session; at first the one that opens it."""
+        self.references = 2
+        """One of the list that the session is in, one of the holder, and one of each that waits to be it."""
         self.unlinked = False
         self.lock = Condition(mutex)
         self.let_go = Condition(mutex)

@@ -5,7 +5,7 @@ from typing import Final
 
 import trio
 
-from guests.client import Context, Session
+from guests.client import Context, Session, TeeError
 from guests.guest import Guest
 from guests.parameters import Direction, MemoryResult, Partial, Temporary, Value, Values
 from guests.workloads.applications import AES, EXERCISE, HELLO_WORLD, RANDOM, Aes, Exercise, HelloWorld
@@ -18,7 +18,7 @@ CALLERS: Final = 12
 """Clients at once: more than OP-TEE has threads, so that some wait for one."""
 
 _OPERATIONS: Final = 16  # of each client in a round
-_PAUSE: Final = 20  # milliseconds that every client sleeps inside a TA, all at the same time
+_PAUSE: Final = 20  # milliseconds that a client sleeps inside a TA: it occupies a thread, and no vCPU
 _LONG_WAIT: Final = 200  # milliseconds of the wait that is cancelled
 _CANCELLABLE: Final = 1
 _PANIC_CODE: Final = 0x0BAD
@@ -30,46 +30,46 @@ _IV: Final = bytes(16)
 async def mixed(
     guest: Guest, report: Report, *, rounds: int | None = None, seed: int = 0, callers: int = CALLERS
 ) -> None:
-    """Try the refusals once; then `rounds` times (None: for ever) all of it.
+    """Try the refusals once; then let all clients work for `rounds` (None: for ever).
 
-    A round: all clients sleep in a TA at once; then each mixes hello_world, random and aes (through registered and
-    through temporary memory); then one wait is cancelled and one TA panics. A TA that is not there is left out, and
-    the report names it.
+    In a round a client sleeps in a TA, then mixes hello_world, random and aes (through registered and through
+    temporary memory). Beside them one more client has a wait cancelled and a TA panic in each round. A TA that is
+    not there is left out, and the report names it.
     """
     await try_refusals(guest, report)
     choose = Random(seed)
-    done = 0
-    while rounds is None or done < rounds:
-        async with trio.open_nursery() as nursery:
-            for _ in range(callers):
-                nursery.start_soon(_client, guest, report, Random(choose.random()))
-        async with guest.context() as context:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_troublemaker, guest, report, rounds)
+        for _ in range(callers):
+            nursery.start_soon(_client, guest, report, rounds, Random(choose.random()))
+
+
+async def _troublemaker(guest: Guest, report: Report, rounds: int | None) -> None:
+    async with guest.context() as context:
+        done = 0
+        while done != rounds and "exercise" not in report.absent:
             await _cancelled_wait(context, report)
             await _panic(context, report)
-        done += 1
+            done += 1
 
 
-async def _client(guest: Guest, report: Report, choose: Random) -> None:
+async def _client(guest: Guest, report: Report, rounds: int | None, choose: Random) -> None:
     async with guest.context() as context:
-        await _sleep(context, report)
+        sleeper = await report.open_if_present(context, EXERCISE, "exercise")
         hello = await report.open_if_present(context, HELLO_WORLD, "hello_world")
         random = await report.open_if_present(context, RANDOM, "random")
         aes = await report.open_if_present(context, AES, "aes")
         work = [(use, session) for use, session in ((_increment, hello), (_random, random), (_aes, aes)) if session]
-        if not work:
-            return
-        for _ in range(_OPERATIONS):
-            use, session = choose.choice(work)
-            await use(context, session, report, choose)
-
-
-async def _sleep(context: Context, report: Report) -> None:
-    """Occupy a thread without occupying a vCPU."""
-    session = await report.open_if_present(context, EXERCISE, "exercise")
-    if session is not None:
-        with report.operation("wait"):
-            await session.invoke(Exercise.WAIT, Value(_PAUSE, direction=Direction.INPUT))
-        await session.close()
+        done = 0
+        while done != rounds:
+            if sleeper is not None:
+                with report.operation("wait"):
+                    await sleeper.invoke(Exercise.WAIT, Value(_PAUSE, direction=Direction.INPUT))
+            for _ in range(_OPERATIONS if work else 0):
+                use, session = choose.choice(work)
+                await use(context, session, report, choose)
+            await trio.lowlevel.checkpoint()
+            done += 1
 
 
 async def _increment(context: Context, session: Session, report: Report, choose: Random) -> None:
@@ -119,17 +119,24 @@ async def _cancelled_wait(context: Context, report: Report) -> None:
     session = await report.open_if_present(context, EXERCISE, "exercise")
     if session is None:
         return
+    ends: list[TeeError] = []
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_wait_until_cancelled, session, report)
+        nursery.start_soon(_wait_until_cancelled, session, ends)
         await trio.sleep(_LONG_WAIT / 4000)
         with report.operation("request cancellation"):
             await session.request_cancellation()
+    await trio.lowlevel.checkpoint_if_cancelled()  # a stop may have shortened the sleep before the request came
+    with report.operation("cancelled wait", result=Result.CANCEL):
+        if ends:
+            raise ends[0]
     await session.close()
 
 
-async def _wait_until_cancelled(session: Session, report: Report) -> None:
-    with report.operation("cancelled wait", result=Result.CANCEL):
+async def _wait_until_cancelled(session: Session, ends: list[TeeError]) -> None:
+    try:
         await session.invoke(Exercise.WAIT, Value(_LONG_WAIT, _CANCELLABLE, Direction.INPUT))
+    except TeeError as error:
+        ends.append(error)
 
 
 async def _panic(context: Context, report: Report) -> None:

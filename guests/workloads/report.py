@@ -16,6 +16,10 @@ MAX_NOTES: Final = 32
 """Distinct unexpected results that are described; further ones are only counted."""
 
 
+OUT_OF_MEMORY: Final = "out of memory"
+"""Name of refusals that no workload provokes but any may meet: a quota or OP-TEE's memory is used up."""
+
+
 @dataclass(frozen=True, slots=True)
 class LoadStep:
     """One step of a ramp: seconds it took, and the latency that 99 of 100 operations stayed below."""
@@ -83,6 +87,8 @@ class Report:
         except TeeError as error:
             if error.result == result and origin in (None, error.origin):
                 self.invokes += 1
+            elif error.result == Result.OUT_OF_MEMORY:
+                self.refusals[OUT_OF_MEMORY] += 1
             else:
                 self.unexpected(f"{name}: {error}")
         except GuestError as error:
@@ -94,13 +100,15 @@ class Report:
                 self.unexpected(f"{name}: no {name_of(Result, result)}, from {_origin(origin)}")
 
     async def open_if_present(self, context: Context, ta: UUID, name: str) -> Session | None:
-        """Open a session, or note that the TA is absent; any other refusal is an error."""
+        """Open a session, or note that the TA is absent; any other answer is an error."""
         self.tried[f"{name} open"] += 1
         try:
             session = await context.open_session(ta)
         except TeeError as error:
             if error.result == Result.ITEM_NOT_FOUND:
                 self.absent.add(name)
+            elif error.result == Result.OUT_OF_MEMORY:
+                self.refusals[OUT_OF_MEMORY] += 1
             else:
                 self.unexpected(f"{name} open: {error}")
             return None

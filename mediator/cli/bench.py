@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mediator.cli.options import Json
-from mediator.cli.output import GOOD, BadInput, emit_json, note, policy_of, progress, show, table
+from mediator.cli.output import GOOD, BadInput, emit_json, heading, note, policy_of, progress, show, table
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from mediator.bench import Bench, Measured
     from mediator.bench.measure import Timing
 
@@ -47,23 +49,24 @@ def bench(
 
 
 def _show(done: "Bench") -> None:
+    parts: list[RenderableType] = []
     if done.cases:
         columns = ("", "median (us)", "min (us)", "p95 (us)", "target (us)", "")
-        times = table("the core, from a guest's SMC to its return", *columns, right=columns[1:5])
+        times = table(*columns, right=columns[1:5])
         for measured in done.cases:
-            timing = measured.timing
-            times.add_row(
-                measured.case.what, *map(_us, (timing.median, timing.minimum, timing.p95)), *_target(measured)
-            )
+            times.add_row(measured.case.what, *_values(measured.timing), *_target(measured))
             for name, baseline in measured.baselines.items():
-                values = map(_us, (baseline.median, baseline.minimum, baseline.p95))
-                times.add_row(f"  {name} alone", *values, "", f"x {measured.ratio(name):.1f}")
-        show(times)
+                times.add_row(f"  {name} alone", *_values(baseline), "", f"x {measured.ratio(name):.1f}")
+        parts += [heading("the core, from a guest's SMC to its return"), times]
     if done.memory is not None:
         memory = done.memory
         met = "met" if memory.met else "not met"
-        show(f"{memory.calls} calls: memory grew by {memory.bytes} bytes and {memory.pages} mediator pages ({met})")
-    note("medians over batches, Python's garbage collector at work; a machine with other work to do is slower")
+        parts.append(
+            f"{memory.calls} calls: memory grew by {memory.bytes} bytes, {memory.pages} mediator pages "
+            f"(target below {memory.target} bytes, no page: {met})"
+        )
+    show(*parts)
+    note("medians of short batches, Python's garbage collector at work; a machine with other work to do is slower")
 
 
 def _values(timing: "Timing") -> tuple[str, ...]:

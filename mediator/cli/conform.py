@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mediator.cli.options import Json, PolicyName
-from mediator.cli.output import BadInput, emit_json, note, policy_of, progress, show, table, verdict
+from mediator.cli.output import BadInput, emit_json, heading, note, policy_of, progress, show, table, verdict
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from mediator.conformance.compare import Report
     from mediator.conformance.vectors import Document
 
-_SHOWN_DIFFERENCES = 10
+_SHOWN = 10
 _KEPT_KEYS = ("format", "ipa_base")
 """Top-level keys of the input that hold for our own run too: the machine's addresses are ours."""
 
@@ -74,7 +76,6 @@ def _write(path: Path, source: Path, vectors: list[dict[str, Any]]) -> None:
 def _show(report: "Report", document: "Document", policy: str) -> None:
     from mediator.conformance.intended import declarations
 
-    summary = table(f"conform, policy {policy}", "steps", "", "share", right=("", "share"))
     counts = {
         "agree": report.agree,
         "differ as a rule demands": report.intended.total(),
@@ -82,23 +83,23 @@ def _show(report: "Report", document: "Document", policy: str) -> None:
         "differ": report.steps - report.agree - report.intended.total() - report.not_compared,
         "all": report.steps,
     }
+    summary = table("steps", "", "share", right=("", "share"))
     for name, count in counts.items():
         summary.add_row(name, str(count), f"{100 * count / max(report.steps, 1):.1f} %")
-    show(f"{report.vectors} vectors, {report.steps} steps", summary)
+    parts: list[RenderableType] = [heading(f"{report.vectors} vectors, policy {policy}"), summary]
     if report.intended:
         reasons: dict[str, list[str]] = {}
         for kind in declarations():
             reasons.setdefault(kind.rule, []).append(kind.why)
-        rules = table("differences that a rule demands", "rule", "steps", "why", right=("steps",))
+        rules = table("rule", "steps", "why", right=("steps",))
         for rule, count in sorted(report.intended.items()):
             rules.add_row(rule, str(count), "; ".join(reasons.get(rule, ())))
-        show(rules)
-    for difference in report.differ[:_SHOWN_DIFFERENCES]:
-        show(_difference(document, difference))
-    if len(report.differ) > _SHOWN_DIFFERENCES:
-        show(f"... and {len(report.differ) - _SHOWN_DIFFERENCES} more differences (--json has all)")
-    for name, violation in report.violations[:_SHOWN_DIFFERENCES]:
-        show(f"{name}: {violation}")
+        parts += [heading("differences that a rule demands"), rules]
+    parts += [_difference(document, difference) for difference in report.differ[:_SHOWN]]
+    if len(report.differ) > _SHOWN:
+        parts.append(f"... and {len(report.differ) - _SHOWN} more differences (--json has all)")
+    parts += [f"{name}: {violation}" for name, violation in report.violations[:_SHOWN]]
+    show(*parts)
 
 
 def _difference(document: "Document", difference: dict[str, Any]) -> str:

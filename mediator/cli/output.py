@@ -7,7 +7,7 @@ error. Colour and progress are for terminals; NO_COLOR is respected (by rich).
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +18,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
+    from rich.text import Text
 
     from mediator.core.policy import Policy
 
@@ -91,23 +92,24 @@ def show(*parts: "RenderableType") -> None:
     with console.capture() as captured:
         for part in parts:
             console.print(part, soft_wrap=isinstance(part, str))
-    emit("\n".join(line.rstrip() for line in captured.get().rstrip("\n").split("\n")))
+    emit("\n".join(line.rstrip() for line in captured.get().split("\n")).strip("\n"))
 
 
-def table(title: str, *columns: str, right: Sequence[str] = ()) -> "Table":
+def heading(text: str) -> "Text":
+    """Make the line that stands above a table."""
+    from rich.text import Text
+
+    return Text(text, style="bold")
+
+
+def table(*columns: str, right: Sequence[str] = (), rows: Iterable[Sequence[str]] = ()) -> "Table":
     """Make a table; columns named in `right` hold numbers."""
     from rich import box
     from rich.table import Table
 
-    made = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         made.add_column(column, justify="right" if column in right else "left", overflow="fold")
-    return made
-
-
-def table_of(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> "Table":
-    """Make a table of rows that are there already."""
-    made = table(title, *columns)
     for row in rows:
         made.add_row(*row)
     return made
@@ -205,6 +207,6 @@ def _explain(error: BaseException) -> int:
 
 def _complaint(error: Any) -> str:
     """What typer says about a command line, in one line, and where to look."""
-    text = " ".join(error.format_message().split())
+    text = " ".join(error.format_message().replace("Value error, ", "").split())
     command = error.ctx.command_path if getattr(error, "ctx", None) is not None else "mediator"
     return f"{text.rstrip('.')} (see {command} --help)"

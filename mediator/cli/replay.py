@@ -4,9 +4,11 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from mediator.cli.options import Json, PolicyName, Traces
-from mediator.cli.output import emit_json, note, policy_of, progress, show, table, verdict
+from mediator.cli.output import emit_json, heading, note, policy_of, progress, show, table, verdict
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from mediator.trace.replay import ReplayReport
 
 _SUMS = ("events", "calls", "forwarded", "returned", "unexpected")
@@ -57,28 +59,26 @@ def _together(documents: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _show(reports: "dict[str, ReplayReport]", policy: str) -> None:
-    columns = ("trace", "events", "SMCs", "forwarded", "returned", "pages pinned (peak)", "unexpected", "violations")
-    summary = table(f"replay, policy {policy}", *columns, right=columns[1:])
+    counts = ("events", "SMCs", "forwarded", "returned", "pages pinned (peak)", "unexpected", "violations")
+    summary = table("trace", *counts, right=counts)
     expected: Counter[str] = Counter()
     for name, report in reports.items():
         numbers = (report.events, report.calls, report.forwarded, report.returned, report.peak_pages_pinned)
         summary.add_row(name, *map(str, numbers), str(report.unexpected), str(len(report.violations)))
         expected.update(report.expected)
-    show(summary)
+    parts: list[RenderableType] = [heading(f"replay, policy {policy}"), summary]
     if expected:
-        kinds = table("differences that the policy intends", "kind", "times", right=("times",))
-        for kind, count in sorted(expected.items()):
-            kinds.add_row(kind, str(count))
-        show(kinds)
+        kinds = [(kind, str(count)) for kind, count in sorted(expected.items())]
+        parts += [heading("differences that the policy intends"), table("kind", "times", right=("times",), rows=kinds)]
     for name, report in reports.items():
-        held = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in report.left.items() if count)
+        held = ", ".join(f"{what.replace('_', ' ')}: {count}" for what, count in report.left.items() if count)
         if held:
-            note(f"{name}: the recording ends while the guest holds {held}; released when the VM was destroyed")
+            note(f"{name}: the recording ends while the guest holds {held} (released with the VM)")
         if report.first_unexpected is not None:
             first = report.first_unexpected
-            show(
+            parts.append(
                 f"{name}:{first['line']}: call {first['call']}, {first['what']}\n"
                 f"  recorded: {first['expected']}\n  here:     {first['got']}"
             )
-        for violation in report.violations[:_SHOWN_VIOLATIONS]:
-            show(f"{name}: {violation}")
+        parts += [f"{name}: {violation}" for violation in report.violations[:_SHOWN_VIOLATIONS]]
+    show(*parts)

@@ -1,12 +1,13 @@
 """`mediator serve`: the mediator with simulated guests."""
 
+import sys
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mediator.cli.options import Json, PolicyName
-from mediator.cli.output import emit_json, note, show, table, verdict
+from mediator.cli.output import BadInput, emit_json, note, show, table, verdict
 
 if TYPE_CHECKING:
     from mediator.service.summary import Summary
@@ -37,9 +38,17 @@ def serve(
 ) -> int:
     """Run the mediator with simulated guests in front of it and OP-TEE's model behind."""
     del in_process
+    if sys.platform != "linux":
+        raise BadInput("serve: needs Linux (sealed memfds, SOCK_SEQPACKET, SCM_RIGHTS)")
+    import structlog
+
+    from guests.workloads import WORKLOADS
     from mediator.service.options import ServeOptions
     from mediator.service.serve import run_bench
 
+    if workload not in WORKLOADS:
+        raise BadInput(f"serve: the workload {workload!r} is none of {', '.join(WORKLOADS)}")
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     options = ServeOptions(guests, hypervisor.value, policy, workload, duration, check, json, seed)
     summary = run_bench(options)
     if json:
@@ -51,7 +60,7 @@ def serve(
 
 def _show(summary: "Summary") -> None:
     counts = ("id", "calls", "invokes", "RPCs", "denied", "refused", "rejected", "errors", "pages (peak)")
-    guests = table("", "guest", *counts, "end", right=counts)
+    guests = table("guest", *counts, "end", right=counts)
     for guest in summary.guests:
         numbers = (guest.vmid, guest.calls, guest.invokes, guest.rpcs, guest.denied, guest.refused, guest.rejected)
         guests.add_row(guest.name, *map(str, numbers), str(guest.errors), str(guest.pages_pinned_peak), guest.ended)

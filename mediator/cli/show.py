@@ -1,12 +1,15 @@
 """`mediator show`: what is built in."""
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from mediator.cli.options import Json
-from mediator.cli.output import GOOD, BadInput, emit, emit_json, show, table, table_of
+from mediator.cli.output import GOOD, BadInput, emit, emit_json, heading, show, table
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 FORMAT: Final = "mediator-abi/1"
 
@@ -26,10 +29,7 @@ def policy(
     from mediator.policies import BUILT_IN, load_policy, policy_text
 
     if name is None:
-        names = table("", "policy", "purpose")
-        for known in BUILT_IN:
-            names.add_row(known, load_policy(known).purpose)
-        show(names)
+        show(table("policy", "purpose", rows=[(known, load_policy(known).purpose) for known in BUILT_IN]))
     elif name in BUILT_IN:
         emit(policy_text(name).rstrip("\n"))
     else:
@@ -70,9 +70,12 @@ def abi(json: Json = False) -> int:
     if json:
         emit_json({"format": FORMAT, **{key: _numbers(rows) for key, _, rows in groups}})
         return GOOD
+    parts: list[RenderableType] = []
     for _, title, rows in groups:
         extra = ("",) * (max(map(len, rows)) - 2)
-        show(table_of(title, ("name", "value", *extra), [(row[0], _hex(row[1]), *row[2:]) for row in rows]))
+        words = [(row[0], _hex(row[1]), *row[2:]) for row in rows]
+        parts += [heading(title), table("name", "value", *extra, rows=words)]
+    show(*parts)
     return GOOD
 
 

@@ -32,10 +32,7 @@ def show_trace(
     recording = Recording(trace)
     if call is None:
         columns = ("call", "line", "vCPU", "function", "what", "rounds", "end")
-        listed = table("", *columns, right=("call", "line", "vCPU", "rounds"))
-        for row in recording.rows():
-            listed.add_row(*row)
-        show(listed)
+        show(table(*columns, right=("call", "line", "vCPU", "rounds"), rows=recording.rows()))
         return GOOD
     root = recording.root_of(call)
     with progress(f"replay up to call {root}") as advance:

@@ -14,7 +14,7 @@ from mediator.core.ledger import Ledger, Limits, OverLimit
 from mediator.core.policy import Policy, Word, Words
 from mediator.core.ports import GuestMemory, SecureWorld
 from mediator.core.records import Call, Guest
-from mediator.core.sharing import LISTS_PER_STEP, release_argument, release_buffer
+from mediator.core.sharing import PAGES_PER_STEP, release_argument, release_buffer
 from mediator.core.states import (
     GUEST_TABLE,
     CallEvent,
@@ -50,10 +50,9 @@ MAX_VM: Final = 65535
 """OP-TEE looks at 16 bits of a client id."""
 DEFAULT_RPC_PARAMS: Final = 4
 """Parameters of an RPC argument behind a message until OP-TEE has said it (EXCHANGE_CAPABILITIES a3)."""
-RELEASES_PER_STEP: Final = LISTS_PER_STEP
-"""Buffers released before others get a turn when a guest is destroyed (R23)."""
+SMALLEST_RELEASE: Final = 512
+"""Pages that the release of any buffer counts for: records cost time too."""
 
-_FUNCTIONS: Final = {int(function): function for function in Function}
 _YIELDING: Final = frozenset({Function.CALL_WITH_ARG, Function.CALL_WITH_RPC_ARG, Function.CALL_WITH_REGD_ARG})
 _HANDLED: Final = _YIELDING | fast.FORWARDED | fast.LOCAL | {Function.RETURN_FROM_RPC}
 _PASS: Final = Word.PASS
@@ -398,10 +397,13 @@ class Mediator:
             yielding.end(self, call, CallEvent.ABORT)
         for argument in list(guest.arguments.values()):
             release_argument(self.world, guest, argument)
-        for count, buffer in enumerate(list(guest.buffers.values()), 1):
-            release_buffer(self, guest, buffer)
-            if count % RELEASES_PER_STEP == 0:
+        done = 0
+        for buffer in list(guest.buffers.values()):
+            if done and done + buffer.pages > PAGES_PER_STEP:
                 yield
+                done = 0
+            release_buffer(self, guest, buffer)
+            done += max(buffer.pages, SMALLEST_RELEASE)
         guest.in_flight -= 1
         advance(guest, event, GUEST_TABLE)
         del self._guests[guest.vm]

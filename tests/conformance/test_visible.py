@@ -10,8 +10,9 @@ from mediator.conformance import compare as comparing
 from mediator.conformance.compare import Report, compare
 from mediator.conformance.intended import declarations
 from mediator.conformance.vectors import load_vectors
+from mediator.policies import load_policy
 from tests.conformance.documents import FORMAT, VISIBLE, compared, document, names, visible, write, xen
-from tests.shared import SHARED, needs_shared
+from tests.shared import needs_shared
 
 pytestmark = needs_shared
 
@@ -89,8 +90,6 @@ def test_what_is_observed_is_a_vector_file_that_agrees_with_us(tmp_path: Path) -
 
 
 def test_another_policy_is_not_taken_for_xen() -> None:
-    from mediator.policies import load_policy
-
     vectors = document(visible("fast_calls_all"), visible("register_unregister"))
     report = compare(vectors, load_policy("default"))
     assert {found["field"] for found in report.differ} >= {"regs"}
@@ -108,7 +107,3 @@ def test_comparing_leaves_the_document_alone() -> None:
     before = deepcopy(vectors)
     compare(vectors, xen(), observe=True)
     assert vectors == before
-
-
-def test_the_file_is_where_it_is_looked_for() -> None:
-    assert VISIBLE.is_relative_to(SHARED) and VISIBLE.is_file()

@@ -130,15 +130,22 @@ class World:
             if (regs[1] or regs[2]) and (regs[4] or regs[5]):
                 self.arguments[vm, from_pair(regs[4], regs[5])] = from_pair(regs[1], regs[2])
         else:
-            if vm == 0 and self.host_script:
-                return self.host_script.popleft()
-            return self.fast[function]
+            answer = self.host_script.popleft() if vm == 0 and self.host_script else self.fast[function]
+            if function == Function.VM_DESTROYED and answer[0] == 0:
+                self.forget(regs[1])
+            return answer
         self.now = now
-        answer = self.script.popleft() if self.script else succeed()
-        result = answer(self, now, regs)
+        act = self.script.popleft() if self.script else succeed()
+        result = act(self, now, regs)
         if is_rpc(result[0]):
             self.suspended[vm, result[3]] = now
         return result
+
+    def forget(self, vm: int) -> None:
+        """What OP-TEE does when a VM is gone."""
+        for table in (self.suspended, self.arguments):
+            for key in [key for key in table if key[0] == vm]:
+                del table[key]
 
     def message(self, now: Conversation) -> Message:
         return Message.unpack(self.memory.frame(now.pa))
@@ -206,9 +213,14 @@ def interrupt(thread: int = 0) -> Answer:
 
 
 def ask(request: Message, cookie: int = 0, thread: int = 0) -> Answer:
-    """Ask for an RPC command; `cookie` is 0 where the argument stands behind the message."""
+    """Ask for an RPC command; `cookie` is 0 where the argument stands behind the message.
+
+    Without a page to ask by, the call ends with OUT_OF_MEMORY.
+    """
 
     def answer(world: World, now: Conversation, regs: Regs) -> Regs:
+        if not now.behind and (now.vm, cookie) not in world.arguments:
+            return succeed(OUT_OF_MEMORY, Origin.TEE)(world, now, regs)
         message = replace(request, ret=GENERIC)
         world.memory.write(world.argument(now, cookie), message.pack())
         return (int(RpcReturn.CMD), *to_pair(cookie), thread)

@@ -626,14 +626,14 @@ def test_a_call_that_waits_gives_its_vcpu_back_under_a_thread_of_the_mediators(m
     guest = pair.guest(ram=16 << 20)
     step, ipa = long_call(guest)
     before = len(pair.world.inbox)
-    regs = pair.mediator.give_back(step.ticket).regs
+    regs = pair.checker.give_back(step.ticket).regs
     assert regs[:3] == (RpcReturn.FOREIGN_INTR, 0, 0)
     assert regs[3] >= OWN_THREADS and regs[4:] == (14, 15, 16, 17)
     assert len(pair.world.inbox) == before
     assert guest.invoke().ret == 0  # others of this guest go on meanwhile
     step = guest.submit(smc(Function.RETURN_FROM_RPC, *regs[1:4]))
     assert isinstance(step, Preempt)
-    again = pair.mediator.give_back(step.ticket).regs
+    again = pair.checker.give_back(step.ticket).regs
     assert again[3] == regs[3]
     assert guest.resume(regs[3])[0] == 0
     assert guest.read(ipa).ret == 0
@@ -646,7 +646,7 @@ def test_own_threads_are_no_other_guests_and_op_tee_may_not_use_them(make):
     pair.errors_expected = True
     guest, other = pair.guest(ram=16 << 20), pair.guest()
     step, _ = long_call(guest)
-    thread = pair.mediator.give_back(step.ticket).regs[3]
+    thread = pair.checker.give_back(step.ticket).regs[3]
     assert other.resume(thread)[0] == ReturnCode.ERESUME
     pair.world.script.append(interrupt(OWN_THREADS))
     other.call(invoke())
@@ -664,7 +664,7 @@ def test_a_resume_that_waits_in_shm_alloc_can_be_resumed_whatever_the_policy_com
         offer(guest, at, guest.tmem(40000, cookie=0xB0, kind=TMEM_OUT))
         step = guest.submit(smc(Function.RETURN_FROM_RPC, *to_pair(0xC0), 0))
         assert isinstance(step, Preempt)
-        thread = pair.mediator.give_back(step.ticket).regs[3]
+        thread = pair.checker.give_back(step.ticket).regs[3]
         assert guest.resume(0, *to_pair(0xC0))[0] == ReturnCode.ERESUME
         assert guest.resume(thread)[0] == 0
         assert guest.sums()["pages"] == 40000
@@ -675,7 +675,7 @@ def test_giving_back_a_call_whose_guest_is_gone_is_not_handled(make):
     guest = pair.guest(ram=16 << 20)
     step, _ = long_call(guest)
     pair.destroy(guest)
-    assert pair.mediator.give_back(step.ticket).regs[0] == 2**64 - 1
+    assert pair.checker.give_back(step.ticket).regs[0] == 2**64 - 1
     assert pair.drive(pair.checker.proceed(step.ticket))[0] == 2**64 - 1
 
 
@@ -684,7 +684,7 @@ def test_thread_ids_of_the_mediators_own_stay_32_bits_wide(make):
     guest = pair.guest(ram=16 << 20)
     guest.record.next_call = 2**32 - OWN_THREADS + 5
     step, _ = long_call(guest)
-    thread = pair.mediator.give_back(step.ticket).regs[3]
+    thread = pair.checker.give_back(step.ticket).regs[3]
     assert OWN_THREADS <= thread < 2**32 - 1
     assert guest.resume(thread)[0] == 0
 

@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 
 from hv_models.memory import PAGE_SIZE
 from optee.abi.message import Command, Message, Param
+from optee.abi.results import Result
 from optee.abi.rpc import RpcCommand
-from optee.abi.smc import Function, ReturnCode, is_rpc, to_pair
+from optee.abi.smc import Function, ReturnCode, RpcReturn, is_rpc, to_pair
 from optee.config import Config
 from optee.errors import SecureWorldFault
 from optee.tas.catalogue import BUILT_IN
 from optee.threads import ThreadState
+from optee.trusted_application import TrustedApplication
 from tests.optee.rig import DEVICE, META, RAM, REGISTER, SECURE, Rig, open_message, uuid_words
 
 DEADLY = (Function.DISABLE_SHM_CACHE, Function.ENABLE_SHM_CACHE, Function.ENABLE_ASYNC_NOTIF)
@@ -41,6 +43,7 @@ openings = st.builds(
 )
 messages = st.one_of(
     openings,
+    st.builds(Message, st.sampled_from([1, 1, 2, 3]), st.integers(0, 13), st.integers(1, 2)),
     st.builds(
         Message,
         st.integers(0, 9),
@@ -70,18 +73,19 @@ def put_list(rig: Rig) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(steps, max_size=30))
-def test_any_calls(script: list[tuple[str, object, int]]) -> None:
-    rig = Rig(Config(threads=2, guests=4), vms=2)
+@given(st.sampled_from(BUILT_IN), st.lists(steps, max_size=30))
+def test_any_calls(opening: type[TrustedApplication], script: list[tuple[str, object, int]]) -> None:
+    rig = Rig(Config(threads=2, guests=4, early_tas=frozenset()), vms=2)
     put_list(rig)
-    answer, pa = (0, 0, 0, 0), RAM
-    for kind, what, number in script:
+    flights: dict[int, int] = {}
+    """PA of the latest message of VM 1 by the thread that had it."""
+    for kind, what, number in [("message", open_message(opening.uuid), 1), *script]:
+        thread = number & 1
         if kind == "call":
             assert isinstance(what, tuple)
-            regs = (*what, number)
-            function = regs[0] & 0xFFFFFFFF
+            function = what[0] & 0xFFFFFFFF
             try:
-                answer = rig.world.call(regs)
+                answer = rig.world.call((*what, number))
             except SecureWorldFault:
                 assert function in DEADLY
                 assert number == 0
@@ -89,14 +93,22 @@ def test_any_calls(script: list[tuple[str, object, int]]) -> None:
             assert not (function in DEADLY and number == 0)
         elif kind == "message":
             assert isinstance(what, Message)
-            pa = rig.write(what, RAM + number * PAGE_SIZE)
+            pa = rig.page()
+            rig.memory.write(pa, what.pack())
             answer = rig.call(Function.CALL_WITH_RPC_ARG, *to_pair(pa), vm=number)
-        elif kind == "reply":
-            assert isinstance(what, list)
-            rig.memory.write(pa + 32 + 32 * 2, Message(0, ret=number, params=what).pack())
-            answer = rig.call(Function.RETURN_FROM_RPC, 0, 0, number & 1)
-        elif answer[0] == 0xFFFF0005 and pa == RAM + PAGE_SIZE and not answer[1] | answer[2]:
-            answer = rig.step(answer, pa)
+            if number == 1 and is_rpc(answer[0]):
+                flights[answer[3]] = pa
+        elif thread in flights:
+            pa = flights[thread]
+            argument = pa + 32 + 32 * len(rig.read(pa).params)
+            if kind == "reply":
+                assert isinstance(what, list)
+                rig.memory.write(argument, Message(0, ret=number, params=what).pack())
+            elif rig.read(argument).ret == Result.GENERIC:
+                rig.supplicant.serve(rig.rpc((RpcReturn.CMD, 0, 0, thread), pa))
+            answer = rig.resume(thread)
+        else:
+            answer = rig.resume(thread)
         assert len(answer) == 4
         assert is_rpc(answer[0]) or answer[0] in [*ReturnCode, 0xE, 0x384FB3E0, 0x486178E0, 2, 4]
         for partition in rig.world._partitions:

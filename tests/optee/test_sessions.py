@@ -10,6 +10,8 @@ from optee.abi.results import Origin, Result
 from optee.abi.rpc import NotificationOperation, RpcCommand
 from optee.abi.smc import Function, RpcReturn
 from optee.config import Config
+from optee.errors import SecureWorldFault
+from optee.ta_context import Session
 from optee.tas.exercise import (
     BigHeapTa,
     ExerciseTa,
@@ -264,6 +266,28 @@ class TestWaiting:
             flight.answer = rig.finish(flight.answer, flight.pa)
         assert (first.message.session, second.message.session) == (1, 2)
 
+    @pytest.mark.parametrize("loads", [True, False])
+    def test_a_guess_at_a_session_that_is_being_opened_waits(self, loads: bool) -> None:
+        rig = Rig(Config(threads=4, early_tas=frozenset()))
+        if not loads:
+            del rig.supplicant.images[HelloWorld.uuid]
+        opening = Flight(rig, open_message(HelloWorld.uuid))
+        invoke = Flight(rig, invoke_message(1, 0, value(1)))
+        closing = Flight(rig, Message(Command.CLOSE_SESSION, session=1))
+        assert rig.run(Message(Command.CANCEL, session=1)).ret == 0
+        flights = [opening, invoke, closing]
+        assert invoke.waits
+        assert closing.waits
+        while any(flight.answer[0] for flight in flights):
+            for flight in flights:
+                if flight.answer[0]:
+                    flight.answer = rig.step(flight.answer, flight.pa)
+        results = [flight.message.ret for flight in flights]
+        assert results == (
+            [0, 0, 0] if loads else [Result.ITEM_NOT_FOUND, Result.BAD_PARAMETERS, Result.ITEM_NOT_FOUND]
+        )
+        assert rig.world.session_count(1) == 0
+
     def test_unregister_waits_for_users(self, rig: Rig) -> None:
         class Holder(TrustedApplication):
             uuid = UUID(int=0x99)
@@ -401,6 +425,37 @@ class TestTaToTa:
         session = rig.open(ExerciseTa.uuid)
         assert rig.invoke(session, 12, Param(ParamType.RMEM_INOUT, 0, 64, 7)).ret == 0
         assert rig.memory.read(data, 64) == bytes(range(64))
+
+
+def test_single_instance_tas_that_call_in_a_circle_kill_optee() -> None:
+    """The one way that this model knows for a TA to panic the core; no built-in TA goes it."""
+
+    class First(TrustedApplication):
+        uuid = UUID(int=0x71)
+        flags = TaFlag.SINGLE_INSTANCE | TaFlag.MULTI_SESSION
+
+        @command(0)
+        def call(self, tee: Tee) -> Steps[None]:
+            session = yield from tee.open_ta_session(Second.uuid)
+            yield from tee.invoke_ta(session, 0)
+
+    class Second(First):
+        uuid = UUID(int=0x72)
+        kept: ClassVar[list[Session]] = []
+
+        @command(0)
+        def call(self, tee: Tee) -> Steps[None]:
+            if not self.kept:
+                self.kept.append((yield from tee.open_ta_session(First.uuid)))
+            else:
+                yield from tee.invoke_ta(self.kept[0], 0)
+
+    rig = Rig(Config(extra_tas=(First, Second)))
+    assert rig.invoke(rig.open(Second.uuid), 0).ret == 0
+    session = rig.open(First.uuid)
+    with pytest.raises(SecureWorldFault, match="deadlock"):
+        rig.invoke(session, 0)
+    assert rig.world.died
 
 
 class TestHeapAndStack:

@@ -1,0 +1,317 @@
+"""The checker sees what it is there to see: each invariant, with the core broken in one small place.
+
+`broken` replaces a few words in the source of one function of the core, for the time of a test.
+"""
+
+import ast
+import inspect
+import re
+import textwrap
+
+import pytest
+
+from mediator.core import fast, mediator, rpc, sharing, yielding
+from mediator.core.faults import MediatorBug
+from mediator.core.mediator import Mediator
+from mediator.core.steps import Forward
+from mediator.invariants import TITLES
+from optee.abi.message import Message, Param
+from optee.abi.rpc import RpcCommand
+from optee.abi.smc import Function, to_pair
+from tests.core.pair import (
+    RMEM_IN,
+    TMEM_OUT,
+    VALUE_INOUT,
+    Pair,
+    ask,
+    ask_alloc,
+    interrupt,
+    invoke,
+    policy_of,
+    shm_alloc,
+    smc,
+    suspended_in_command,
+)
+from tests.core.test_calls import registered_pages
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    def replace(function, old, new):
+        source = textwrap.dedent(inspect.getsource(function))
+        changed, count = re.subn(old, new, source)
+        assert count, f"{function.__qualname__} reads differently now: /{old}/ is not in it"
+        tree = ast.parse(changed)
+        namespace = {}
+        exec(compile(tree, f"<broken {function.__qualname__}>", "exec"), function.__globals__, namespace)
+        (made,) = namespace.values()
+        monkeypatch.setattr(function, "__code__", made.__code__)
+
+    return replace
+
+
+@pytest.fixture
+def loose():
+    """A pair that nobody looks after at the end: its core is broken."""
+    pairs = []
+
+    def build(policy="default"):
+        pair = Pair(policy)
+        pairs.append(pair)
+        return pair, pair.guest("kvm", 16 << 20)
+
+    yield build
+    for pair in pairs:
+        pair.close()
+
+
+def shared_buffer(pair, guest):
+    guest.invoke(guest.tmem(3, cookie=1))
+
+
+def registration(pair, guest):
+    guest.register(guest.tmem(3, cookie=1))
+    guest.unregister(1)
+
+
+def end_of_guest(pair, guest):
+    guest.register(guest.tmem(3, cookie=1))
+    pair.destroy(guest)
+
+
+def argument(pair, guest):
+    pair.world.script += [ask_alloc(), interrupt()]
+    guest.call(invoke())
+    guest.give_page(0xC0)
+    pair.world.fast[Function.DISABLE_SHM_CACHE] = (0, 0, 0xC0, 0)
+    guest.smc(Function.DISABLE_SHM_CACHE)
+
+
+def offered_buffer(pair, guest):
+    at, _ = suspended_in_command(guest, shm_alloc(), behind=False)
+    guest.write(Message(RpcCommand.SHM_ALLOC, params=[guest.tmem(3, cookie=0xB0, kind=TMEM_OUT)]), at)
+    pair.world.script.append(interrupt())
+    guest.resume()
+
+
+def values(pair, guest):
+    guest.call(invoke(Param(VALUE_INOUT, 1, 2, 3)))
+
+
+def in_registered_buffer(pair, guest):
+    first = registered_pages(guest)
+    guest.ram.write(first, invoke(Param(VALUE_INOUT, 1, 2, 3)).pack())
+    guest.smc(Function.CALL_WITH_REGD_ARG, 0, 9, 0)
+
+
+def refused(pair, guest):
+    guest.smc(Function.CALL_WITH_ARG, 0, 1)
+
+
+def rejected(pair, guest):
+    guest.invoke(Param(RMEM_IN, 0, 0, 0))
+
+
+def rpc_reply(pair, guest):
+    suspended_in_command(guest, Message(RpcCommand.GET_TIME, params=[Param(2)]), behind=False)
+    guest.resume()
+
+
+def long_list(pair, guest):
+    guest.invoke(guest.tmem(16384))
+
+
+def fast_call(pair, guest):
+    guest.smc(Function.GET_OS_UUID)
+
+
+def suspension(pair, guest):
+    pair.world.script.append(interrupt())
+    guest.call(invoke())
+
+
+BREAKAGES = {
+    "an unpin is removed": (1, sharing.release_buffer, r"guest\.memory\.unpin\(.*\)", "pass", shared_buffer),
+    "an unpin is removed, registered": (1, sharing.release_buffer, r"guest\.memory\.unpin\(.*\)", "pass", registration),
+    "an unpin is removed, at the end": (2, sharing.release_buffer, r"guest\.memory\.unpin\(.*\)", "pass", end_of_guest),
+    "an RPC page stays pinned": (1, sharing.release_argument, r"guest\.memory\.unpin\(.*\)", "pass", argument),
+    "a refund is skipped": (2, sharing.release_buffer, r"buffer\.charge\.refund\(\)", "pass", shared_buffer),
+    "a refund is skipped at the end": (2, sharing.release_buffer, r"buffer\.charge\.refund\(\)", "pass", end_of_guest),
+    "a call's refund is skipped": (2, yielding.end, r"call\.charge\.refund\(\)", "pass", values),
+    "an RPC page's refund is skipped": (2, sharing.release_argument, r"argument\.charge\.refund\(\)", "pass", argument),
+    "a call ends that OP-TEE holds": (3, Mediator._call_returned, r"if is_rpc:\n        return", "if 0:\n        return", suspension),
+    "an IPA is forwarded": (4, sharing.translate, r"shadow\.view\[.*\] = .*", "pass", shared_buffer),
+    "an IPA is forwarded in a reply": (4, sharing.translate, r"shadow\.view\[.*\] = .*", "pass", offered_buffer),
+    "a list of IPAs is forwarded": (
+        4,
+        sharing._Batch.pin,
+        r"= octets\[at : at \+ size\]",
+        "= b''.join(self.entries)[at : at + size]",
+        shared_buffer,
+    ),
+    "the guest's RPC page is forwarded": (4, rpc._allocate_argument, r"return page\.pa", "return ipa", argument),
+    "a host address stands in a register": (
+        4,
+        yielding.completed,
+        r"core\.completed\(regs, answer\)",
+        "core.suspended(regs, (0, shadow.pa >> 32, shadow.pa & 0xFFFFFFFF, 0))",
+        values,
+    ),
+    "a frame's address stands in a register": (
+        4,
+        yielding.completed,
+        r"core\.completed\(regs, answer\)",
+        "core.suspended(regs, (0, 0, guest.memory.memory.regions[0].bank.pa[5].item(), 0))",
+        values,
+    ),
+    "a host address is written back": (4, yielding._look_at, r"\(at \+ 16, at \+ 24\)", "(at + 8, at + 24)", shared_buffer),
+    "a cookie names another buffer": (5, sharing._open, r"guest\.buffers\[cookie\] = buffer", "guest.buffers[cookie + 1] = buffer", shared_buffer),
+    "a message is read twice": (
+        8,
+        yielding._take_message,
+        r"data = guest\.memory\.read\(ipa, PAGE_SIZE\)",
+        "data = guest.memory.read(ipa, PAGE_SIZE) and guest.memory.read(ipa, PAGE_SIZE)",
+        values,
+    ),
+    "a word of a message is read again": (
+        8,
+        yielding._take_message,
+        r"data = guest\.memory\.read\(ipa, PAGE_SIZE\)",
+        "data = guest.memory.read(ipa, PAGE_SIZE); guest.memory.read(ipa + 28, 4)",
+        values,
+    ),
+    "a registered message is read twice": (
+        8,
+        yielding._read_registered,
+        r"return place\.read",
+        "place.read(guest.memory, 28, 4); return place.read",
+        in_registered_buffer,
+    ),
+    "an RPC reply is read twice": (8, rpc._resume_command, r"reply = _read\(call, size\)", "reply = _read(call, size) and _read(call, size)", rpc_reply),
+    "a field that is no output is written": (
+        8,
+        yielding.completed,
+        r"\(OFFSET_SESSION, ",
+        "(0, data[0:4]), (OFFSET_SESSION, ",
+        values,
+    ),
+    "an input is written back": (8, yielding._look_at, r"at = HEADER_SIZE", "at = HEADER_SIZE + 32", values),
+    "a7 is another's": (9, yielding._send, r"call\.guest\.vm\)", "call.guest.vm + 1)", values),
+    "a7 is the guest's word": (9, fast.enter, r"guest\.vm\)", "regs[7])", fast_call),
+    "the guest's x0 is forwarded": (9, fast.enter, r"Forward\(\(int\(function\)", "Forward((regs[0] | 1 << 32", fast_call),
+    "a list page is read very often": (
+        10,
+        sharing._read_list,
+        r"page = lists\[number\]",
+        "page = lists[number]; [memory.read(source, 8, writable=True) for _ in range(2000)]",
+        long_list,
+    ),
+    "a refusal is an error event": (11, yielding.refuse, '"info"', '"error"', refused),
+    "a rejection is an error event": (11, yielding.note_rejection, '"info"', '"error"', rejected),
+}
+
+
+@pytest.mark.parametrize("name", BREAKAGES)
+def test_a_broken_core_is_reported_with_invariant_guest_and_step(broken, loose, name):
+    invariant, function, old, new, use = BREAKAGES[name]
+    pair, guest = loose()
+    use(pair, guest)
+    assert pair.checker.violations == []  # the same use of the whole core
+    pair, guest = loose()
+    first = pair.checker.steps
+    broken(function, old, new)
+    try:
+        use(pair, guest)
+    except (AssertionError, MediatorBug, KeyError):
+        pass  # what is broken may break the rest
+    pair.checker.scan()
+    found = [violation for violation in pair.checker.violations if violation.invariant == invariant]
+    assert found, pair.checker.violations
+    assert found[0].guest == guest.id
+    assert found[0].step > first
+    text = str(found[0])
+    assert f"invariant {invariant} ({TITLES[invariant]})" in text
+    assert f"guest {guest.id}" in text and f"step {found[0].step}" in text
+    assert found[0].as_data()["title"] == TITLES[invariant]
+
+
+def test_a_function_that_is_not_allowed_is_reported(broken, loose):
+    broken(Mediator.submit, r"self\._handlers\.get\(", "_FUNCTIONS.get(")
+    pair, guest = loose("minimal")
+    guest.smc(Function.ENABLE_ASYNC_NOTIF)
+    assert {(violation.invariant, violation.guest) for violation in pair.checker.violations} == {(9, guest.id)}
+
+
+def test_an_answer_that_is_given_twice_is_reported(loose):
+    pair, guest = loose()
+    step = guest.submit(smc(Function.GET_OS_UUID))
+    answer = pair.answer(step)
+    pair.checker.returned(step.ticket, answer)
+    assert pair.checker.violations == []
+    pair.checker.returned(step.ticket, answer)
+    assert {violation.invariant for violation in pair.checker.violations} == {6}
+
+
+def test_a_call_that_comes_back_twice_stops_loudly(loose):
+    """R25: a bug of ours, never a quiet one."""
+    pair, guest = loose()
+    step = guest.submit(smc(Function.CALL_WITH_ARG, *to_pair(guest.write(invoke()))))
+    pair.checker.returned(step.ticket, (0, 0, 0, 0))
+    with pytest.raises((MediatorBug, AssertionError)):
+        pair.checker.returned(step.ticket, (0, 0, 0, 0))
+
+
+def test_a_move_that_no_table_has_stops_loudly(broken, loose):
+    """Invariant 7."""
+    pair, guest = loose()
+    broken(yielding._send, r"advance\((.*)\)", r"advance(\1); advance(\1)")
+    with pytest.raises(MediatorBug, match="Call in RUNNING has no edge FORWARD"):
+        guest.call(invoke())
+
+
+def test_pins_of_the_right_number_on_the_wrong_pages_are_found_by_a_scan(loose):
+    pair, guest = loose()
+    guest.register(guest.tmem(3, cookie=1))
+    bank = guest.vm.regions[0].bank
+    page = next(iter(bank.pinned()))
+    bank.pins[page] -= 1
+    bank.pins[page + 50] += 1
+    guest.smc(Function.CALLS_UID)
+    pair.checker.scan()
+    assert {(violation.invariant, violation.guest) for violation in pair.checker.violations} == {(1, guest.id)}
+
+
+def test_a_call_of_a_preempted_guest_and_hostile_shapes_are_no_violations(loose):
+    """The checker's own false alarms."""
+    pair, guest = loose()
+    message = invoke(*[guest.tmem(16384, cookie=n + 1) for n in range(3)])
+    step = guest.submit(smc(Function.CALL_WITH_ARG, *to_pair(guest.write(message))))
+    guest.smc(Function.CALLS_UID)
+    pair.checker.scan()
+    pair.drive(step)
+    bad = guest.tmem(16384, cookie=1)
+    at = bad.a
+    for _ in range(32):
+        at = int.from_bytes(guest.ram.read(at + 4088, 8), "little")
+    guest.ram.write(at, (8).to_bytes(8, "little"))
+    guest.invoke(bad)
+    guest.invoke(*[guest.tmem(1, cookie=n + 1)._replace(a=8) for n in range(127)])
+    assert pair.checker.violations == []
+
+
+def test_the_checker_is_quiet_and_counts_forwards_of_a_healthy_run(make):
+    pair = make(policy_of())
+    guest = pair.guest(ram=16 << 20)
+    before = pair.checker.forwards
+    shared_buffer(pair, guest)
+    registration(pair, guest)
+    long_list(pair, guest)
+    assert pair.checker.forwards == before + 4
+    assert pair.checker.translated >= 16384 + 6
+    assert pair.checker.untranslated == 0
+
+
+def test_the_modules_that_are_broken_here_are_those_of_the_core():
+    assert {function.__module__.partition(".core")[0] for _, function, *_ in BREAKAGES.values()} == {"mediator"}
+    assert {invariant for invariant, *_ in BREAKAGES.values()} | {6, 7} == set(TITLES)
+    assert mediator.Mediator is Mediator and isinstance(Forward, type) and callable(ask)
