@@ -418,7 +418,7 @@ class Checker:
             )
 
     def _check_reply(self, vm: VmId, step: Reply) -> None:
-        if self._open[vm] < 0:
+        if self._open[vm] < 0 and vm in self.mediator.guests:
             self._report(6, vm, "one answer for each request", "one more")
             self._open[vm] = 0
         ranges = self.host.host_addresses()

@@ -173,6 +173,11 @@ class VectorMachine(Host):
     def p2m(self, step: P2m) -> None:
         """A change of a stage-2 entry."""
         vm = self.memory(step.domain).vm
+        described = self.described[step.domain]
+        if step.page_index is None and not 0 <= step.gfn - described.base_gfn < described.npages:
+            return  # there is no page to give another type to: look-ups fail before and after
+        if step.gfn >> IPA_BITS - PAGE_SHIFT or (step.page_index or 0) >= described.npages:
+            return  # no such address, or no such page
         vm.set_kind(step.gfn << PAGE_SHIFT, _KINDS[step.type], page=step.page_index)
 
     def flip(self, step: Flip) -> None:

@@ -165,6 +165,7 @@ class Run:
 
     def _relinquish(self, step: v.Relinquish) -> v.Relinquish:
         vm = VmId(step.domain + 1)
+        self.machine.memory(step.domain)
         reply, forwarded = self._drive(self.checker.destroy(vm), step.out.forwarded, None)
         guest = self.mediator.guests.get(vm)
         if guest is not None and guest.state is GuestState.QUARANTINED:

@@ -9,8 +9,18 @@ import zlib
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+)
 
+from hv_models.descriptor import IPA_BITS
+from hv_models.memory import PAGE_SIZE
 from mediator.documents import DocumentError
 
 FORMAT: Final = "xen-optee-mediator-vectors/1"
@@ -47,6 +57,9 @@ U64 = Annotated[int, BeforeValidator(_number), Field(ge=0, lt=1 << 64), _as_hex]
 Count = Annotated[int, Field(ge=0, le=1 << 32)]
 Hex = Annotated[bytes, BeforeValidator(_bytes), _as_digits]
 Gfn = Annotated[int, BeforeValidator(_number), Field(ge=0, lt=1 << 52), _as_hex]
+DomainId = Annotated[int, Field(ge=0, le=65534)]
+PinCounts = dict[str, dict[Annotated[str, Field(pattern=r"^(0x)?[0-9a-fA-F]{1,16}$")], int]]
+Target = Annotated[str, Field(pattern=r"^(arg:[0-9]{1,9}|rpc:[0-9a-f]{1,16})$")]
 Registers = Annotated[list[U64], Field(min_length=8, max_length=8)]
 
 
@@ -57,9 +70,11 @@ class _Model(BaseModel):
 class Domain(_Model):
     """A domain of the machine: page i is guest frame base_gfn + i."""
 
-    id: Annotated[int, Field(ge=0, le=65534)]
+    id: DomainId
     npages: Annotated[int, Field(ge=1, le=1 << 18)] = 64
-    base_gfn: Gfn = 0x40000
+    base_gfn: Annotated[int, BeforeValidator(_number), Field(ge=0, lt=(1 << IPA_BITS - 12) - (1 << 18)), _as_hex] = (
+        0x40000
+    )
     perm: Annotated[int, BeforeValidator(_number), Field(ge=0, lt=1 << 18), _as_hex] = 0x2B
 
 
@@ -69,12 +84,26 @@ class Setup(_Model):
     max_threads: Annotated[int, Field(ge=0, le=1 << 31)]
     domains: list[Domain]
 
+    @field_validator("domains")
+    @classmethod
+    def _different(cls, domains: list[Domain]) -> list[Domain]:
+        if len({domain.id for domain in domains}) < len(domains):
+            raise ValueError("a domain is listed twice")
+        return domains
+
 
 class Answer(_Model):
     """The scripted secure world: a0..a3, and what it writes before it returns."""
 
     ret: Annotated[list[U64], Field(min_length=4, max_length=4)]
-    writes: list[tuple[str, Annotated[int, Field(ge=0, le=4096)], Hex]] = []
+    writes: list[tuple[Target, Annotated[int, Field(ge=0, le=4096)], Hex]] = []
+
+    @field_validator("writes")
+    @classmethod
+    def _within_the_page(cls, writes: list[tuple[str, int, bytes]]) -> list[tuple[str, int, bytes]]:
+        if any(offset + len(data) > PAGE_SIZE for _, offset, data in writes):
+            raise ValueError("a write beyond the page")
+        return writes
 
 
 class Translated(_Model):
@@ -104,14 +133,14 @@ class Forwarded(_Model):
     arg: Shadow | None = None
     rpc_arg: Shadow | None = None
     rpc_cookie: U64 | None = None
-    pins_during: dict[str, dict[str, int]] | None = None
+    pins_during: PinCounts | None = None
     answer: Answer
 
 
 class Change(_Model):
     """Guest bytes that differ after a step."""
 
-    domain: int
+    domain: DomainId
     ipa: U64
     hex: Hex
 
@@ -155,7 +184,7 @@ class SmcOut(_Model):
     regs: Registers
     forwarded: list[Forwarded] = []
     mem_changes: list[Change] = []
-    pins: dict[str, dict[str, int]] = {}
+    pins: PinCounts = {}
     state: State | None = None
 
 
@@ -164,7 +193,7 @@ class RelinquishOut(_Model):
 
     rc: int
     forwarded: list[Forwarded] = []
-    pins: dict[str, dict[str, int]] = {}
+    pins: PinCounts = {}
     state: State | None = None
 
 
@@ -187,7 +216,7 @@ class Create(_Model):
     """VM creation."""
 
     op: Literal["create"]
-    domain: Annotated[int, Field(ge=0, le=65534)]
+    domain: DomainId
     out: CreateOut
 
 
@@ -195,7 +224,7 @@ class Smc(_Model):
     """Writes, then one SMC."""
 
     op: Literal["smc"]
-    domain: int
+    domain: DomainId
     regs: Registers
     mem_writes: list[MemoryWrite] = []
     out: SmcOut
@@ -205,7 +234,7 @@ class P2m(_Model):
     """A change of a stage-2 entry."""
 
     op: Literal["p2m"]
-    domain: int
+    domain: DomainId
     gfn: Gfn
     type: Literal["ram_rw", "ram_ro", "mmio", "grant_rw", "grant_ro", "foreign_rw", "none"]
     page_index: Count | None = None
@@ -215,7 +244,7 @@ class Flip(_Model):
     """Guest memory that changes just before a look-up of its page."""
 
     op: Literal["flip"]
-    domain: int
+    domain: DomainId
     gfn: Gfn
     nth_lookup: Count
     offset: Annotated[int, Field(ge=0, lt=4096)]
@@ -235,7 +264,7 @@ class Relinquish(_Model):
     """Teardown, or a piece of it."""
 
     op: Literal["relinquish"]
-    domain: int
+    domain: DomainId
     preempt_after: int = -1
     out: RelinquishOut
 
@@ -280,13 +309,15 @@ def read_json(path: Path) -> Any:
     if len(data) > MAX_SIZE:
         raise DocumentError([f"{path}: larger than {MAX_SIZE >> 20} MiB"])
     try:
-        return json.loads(data)
+        return json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise DocumentError([f"{path}: not UTF-8 text, byte {error.start}"]) from None
     except json.JSONDecodeError as error:
         raise DocumentError([f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}"]) from None
     except RecursionError:
         raise DocumentError([f"{path}: nested too deeply"]) from None
+    except ValueError as error:
+        raise DocumentError([f"{path}: not JSON: {error}"]) from None
 
 
 def load_vectors(path: Path) -> Document:

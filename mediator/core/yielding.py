@@ -208,7 +208,10 @@ def _read_registered(call: Call) -> bytes:
         raise CallRefused(ReturnCode.EBADADDR, "the message does not lie in its buffer, 8-byte aligned")
     place = BufferPlace(buffer, start)
     call.place = place
-    return place.read(guest.memory, 0, min(PAGE_SIZE, room))
+    try:
+        return place.read(guest.memory, 0, min(PAGE_SIZE, room))
+    except Stage2Fault as fault:
+        raise CallRefused(ReturnCode.EBADADDR, str(fault)) from None
 
 
 def _check_register(policy: Policy, params: Params) -> None:

@@ -10,10 +10,9 @@ import textwrap
 
 import pytest
 
-from mediator.core import fast, mediator, rpc, sharing, yielding
+from mediator.core import fast, rpc, sharing, yielding
 from mediator.core.faults import MediatorBug
 from mediator.core.mediator import Mediator
-from mediator.core.steps import Forward
 from mediator.invariants import TITLES
 from optee.abi.message import Message, Param
 from optee.abi.rpc import RpcCommand
@@ -21,9 +20,9 @@ from optee.abi.smc import Function, to_pair
 from tests.core.pair import (
     RMEM_IN,
     TMEM_OUT,
+    VALUE_IN,
     VALUE_INOUT,
     Pair,
-    ask,
     ask_alloc,
     interrupt,
     invoke,
@@ -95,7 +94,7 @@ def offered_buffer(pair, guest):
 
 
 def values(pair, guest):
-    guest.call(invoke(Param(VALUE_INOUT, 1, 2, 3)))
+    guest.call(invoke(Param(VALUE_INOUT, 1, 2, 3), Param(VALUE_IN, 4, 5, 6)))
 
 
 def in_registered_buffer(pair, guest):
@@ -236,7 +235,7 @@ def test_a_broken_core_is_reported_with_invariant_guest_and_step(broken, loose, 
 
 
 def test_a_function_that_is_not_allowed_is_reported(broken, loose):
-    broken(Mediator.submit, r"self\._handlers\.get\(", "_FUNCTIONS.get(")
+    broken(Mediator.submit, r"self\._handlers\.get\(", "{int(known): known for known in Function}.get(")
     pair, guest = loose("minimal")
     guest.smc(Function.ENABLE_ASYNC_NOTIF)
     assert {(violation.invariant, violation.guest) for violation in pair.checker.violations} == {(9, guest.id)}
@@ -311,7 +310,6 @@ def test_the_checker_is_quiet_and_counts_forwards_of_a_healthy_run(make):
     assert pair.checker.untranslated == 0
 
 
-def test_the_modules_that_are_broken_here_are_those_of_the_core():
-    assert {function.__module__.partition(".core")[0] for _, function, *_ in BREAKAGES.values()} == {"mediator"}
-    assert {invariant for invariant, *_ in BREAKAGES.values()} | {6, 7} == set(TITLES)
-    assert mediator.Mediator is Mediator and isinstance(Forward, type) and callable(ask)
+def test_each_invariant_has_something_that_breaks_it():
+    elsewhere = {6, 7}  # see the tests above
+    assert {invariant for invariant, *_ in BREAKAGES.values()} | elsewhere == set(TITLES)
