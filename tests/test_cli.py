@@ -4,10 +4,12 @@ import gzip
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +296,44 @@ def test_registers_are_hexadecimal_or_decimal(number: int) -> None:
     from mediator.cli.decode import _number
 
     assert _number(hex(number)) == _number(str(number)) == _number(f"{number:#018X}".replace("X", "x")) == number
+
+
+def on_terminal(*arguments: str, **environment: str) -> tuple[int, str]:
+    """Run a command with both outputs on a terminal; what the terminal saw."""
+    ours, theirs = os.openpty()
+    base = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "CI", "FORCE_COLOR")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mediator", *arguments],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**base, "TERM": "xterm-256color", "COLUMNS": "100", **environment},
+    )
+    os.close(theirs)
+    seen = b""
+    with os.fdopen(ours, "rb", buffering=0) as terminal, suppress(OSError):
+        # Linux answers EIO when the last writer is gone.
+        while data := terminal.read(4096):
+            seen += data
+    return process.wait(), seen.decode()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux' terminals")
+def test_colour_is_for_terminals_that_want_it(capsys: Capture) -> None:
+    colour = re.compile(r"\x1b\[[0-9;]*3[0-9]m")
+    code, coloured = on_terminal("--help")
+    assert code == GOOD and colour.search(coloured)
+    code, plain = on_terminal("--help", NO_COLOR="1")
+    assert code == GOOD and "Commands" in plain and not colour.search(plain)
+    assert "\x1b" not in result(capsys, "--help")[1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux' terminals")
+def test_progress_is_for_terminals(capsys: Capture, tmp_path: Path) -> None:
+    path = write_trace(tmp_path / "trace", small_trace())
+    code, seen = on_terminal("replay", path, "--json")
+    assert code == GOOD and "replay trace" in seen
+    assert result(capsys, "replay", path, "--json")[2] == ""
 
 
 def test_registers_in_words(capsys: Capture) -> None:

@@ -6,6 +6,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from hv_models.descriptor import IPA_BITS
 from hv_models.machine import MEDIATOR_BASE, Machine, RamBlock
 from hv_models.memory import PAGE_MASK, PAGE_SHIFT, Frames
 from hv_models.stage2 import PageKind, Pinned, Stage2Fault
