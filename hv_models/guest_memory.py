@@ -157,14 +157,26 @@ class GuestMemory:
         pieces = [page[start:stop] for page, start, stop in self._pieces(pinned, offset, size)]
         return pieces[0].tobytes() if len(pieces) == 1 else b"".join(pieces)
 
-    def store(self, pinned: Pinned, offset: int, data: bytes | bytearray | memoryview) -> None:
-        """Write bytes of pinned pages; `offset` counts from the start of the first page."""
-        done = 0
-        for page, start, stop in self._pieces(pinned, offset, len(data)):
-            page[start:stop] = data[done : done + stop - start]
-            done += stop - start
-        first, last = offset >> PAGE_SHIFT, (offset + len(data) + PAGE_MASK) >> PAGE_SHIFT
-        self._mark(pinned, first, last)
+    def store_fields(self, pinned: Pinned, base: int, fields: Sequence[tuple[int, bytes]]) -> None:
+        """Write `(offset, bytes)` fields of pinned pages; `base` counts from the start of the first page.
+
+        Raises ValueError, with nothing written, for a field outside of the pages.
+        """
+        end = base + max((offset + len(data) for offset, data in fields), default=0)
+        number = base >> PAGE_SHIFT
+        if end <= (number + 1) << PAGE_SHIFT and base >= 0 and pinned.owner is self and number < len(pinned):
+            page = pinned.page(number)
+            start = base & PAGE_MASK
+            for offset, data in fields:
+                page[start + offset : start + offset + len(data)] = data
+        else:
+            pieces = [list(self._pieces(pinned, base + offset, len(data))) for offset, data in fields]
+            for (_, data), places in zip(fields, pieces, strict=True):
+                done = 0
+                for page, start, stop in places:
+                    page[start:stop] = data[done : done + stop - start]
+                    done += stop - start
+        self._mark(pinned, number, (end + PAGE_MASK) >> PAGE_SHIFT)
 
     def mark_dirty(self, pinned: Pinned) -> None:
         """Tell the hypervisor that the secure world may have written to all pages of a pin (R27)."""
@@ -257,6 +269,9 @@ class GuestMemory:
                 return pinned
         parts, missing = self._gather(ipas)
         if len(missing) and self._fault_in(ipas[missing]):
+            pinned = self._pin_in(self._first, ipas)
+            if pinned is not None:
+                return pinned
             parts, missing = self._gather(ipas)
         for position in missing.tolist():
             ipa = int(ipas[position])

@@ -185,10 +185,10 @@ class _Watched:
         self.loads.append((id(pinned), offset, size))
         return self.memory.load(pinned, offset, size)
 
-    def store(self, pinned: Pinned, offset: int, data: bytes) -> None:
+    def store_fields(self, pinned: Pinned, base: int, fields: Sequence[tuple[int, bytes]]) -> None:
         self.accesses += 1
-        self.memory.store(pinned, offset, data)
-        self.writes.append((-1, data))
+        self.memory.store_fields(pinned, base, fields)
+        self.writes.extend((-1, data) for _, data in fields)
 
     def mark_dirty(self, pinned: Pinned) -> None:
         self.memory.mark_dirty(pinned)

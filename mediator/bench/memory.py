@@ -1,7 +1,7 @@
 """Does memory grow with the number of calls? It must not: a mediator lives as long as its host."""
 
 import gc
-import resource
+import mmap
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -90,6 +90,8 @@ def _held(stand: Stand) -> tuple[int, int, int]:
 def _resident() -> int:
     """Bytes of this process in memory now; where the system does not say, the most there ever were."""
     if _STATM.exists():
-        return int(_STATM.read_text(encoding="ascii").split()[1]) * resource.getpagesize()
+        return int(_STATM.read_text(encoding="ascii").split()[1]) * mmap.PAGESIZE
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

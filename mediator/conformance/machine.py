@@ -82,9 +82,9 @@ class VectorMemory:
         """See `GuestMemory`."""
         return self.vm.load(pinned, offset, size)
 
-    def store(self, pinned: Pinned, offset: int, data: bytes) -> None:
+    def store_fields(self, pinned: Pinned, base: int, fields: Sequence[tuple[int, bytes]]) -> None:
         """See `GuestMemory`."""
-        self.vm.store(pinned, offset, data)
+        self.vm.store_fields(pinned, base, fields)
 
     def mark_dirty(self, pinned: Pinned) -> None:
         """See `GuestMemory`."""

@@ -41,8 +41,8 @@ class GuestMemory(Protocol):
         """Copy bytes of pinned pages, counted from the start of the first one."""
         ...
 
-    def store(self, pinned: Pinned, offset: int, data: bytes) -> None:
-        """Write bytes into pinned pages, counted from the start of the first one."""
+    def store_fields(self, pinned: Pinned, base: int, fields: Sequence[tuple[int, bytes]]) -> None:
+        """Write `(offset, bytes)` fields into pinned pages, `base` counted from the start of the first one."""
         ...
 
     def mark_dirty(self, pinned: Pinned) -> None:

@@ -116,16 +116,20 @@ class Buffer:
             offset -= length
         return b"".join(parts)
 
-    def store(self, memory: GuestMemory, offset: int, data: bytes) -> None:
-        """Write bytes of a registered buffer, `offset` counted from its first page; both were checked."""
+    def store_fields(self, memory: GuestMemory, base: int, fields: Sequence[tuple[int, bytes]]) -> None:
+        """Write fields of a registered buffer, `base` counted from its first page; all was checked."""
+        first = 0
         for pinned in (pins.pinned for pins in self.pins):
             length = len(pinned.pas) * PAGE_SIZE
-            if offset < length and data:
-                room = length - offset
-                memory.store(pinned, offset, data[:room])
-                data = data[room:]
-                offset = length
-            offset -= length
+            if first <= base and base + PAGE_SIZE <= first + length:
+                memory.store_fields(pinned, base - first, fields)
+                return
+            for offset, data in fields:
+                start = base + offset - first
+                part = data[max(-start, 0) : max(length - start, 0)]
+                if part:
+                    memory.store_fields(pinned, max(start, 0), ((0, part),))
+            first += length
 
 
 class RpcArgument:
@@ -225,8 +229,7 @@ class BufferPlace:
     def write(self, memory: GuestMemory, fields: Sequence[tuple[int, bytes]]) -> None:
         """See `Place`. The guest may have unregistered the buffer meanwhile: its pages are its own again."""
         self._check()
-        for offset, data in fields:
-            self.buffer.store(memory, self.offset + offset, data)
+        self.buffer.store_fields(memory, self.offset, fields)
 
     def read(self, memory: GuestMemory, offset: int, size: int) -> bytes:
         """See `Place`."""

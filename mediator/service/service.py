@@ -34,7 +34,7 @@ class GuestMemoryCount:
         self.write_fields = vm.write_fields
         self.unpin = vm.unpin
         self.load = vm.load
-        self.store = vm.store
+        self.store_fields = vm.store_fields
         self.mark_dirty = vm.mark_dirty
 
     def pin(self, ipas: npt.NDArray[np.uint64]) -> Pinned:

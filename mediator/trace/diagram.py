@@ -84,4 +84,4 @@ def _over(at: int, text: str) -> str:
 
 def _escaped(text: str) -> str:
     """Text for Mermaid, to which semicolons end a statement and # begins an entity."""
-    return text.strip().replace(";", ",").replace("#", "#35;").replace("<", "#lt;").replace(">", "#gt;")
+    return text.strip().replace(";", ",").replace("#", "#35;").replace("<", "#lt;")

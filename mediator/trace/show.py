@@ -116,15 +116,8 @@ class Recording:
         for root, smcs in self._calls.items():
             first = smcs[0].call
             function = name_of(Function, first.regs[0] & _LOW)
-            yield (
-                str(root),
-                str(first.line),
-                str(first.vcpu),
-                function,
-                _asked(first),
-                str(len(smcs) - 1),
-                _end(smcs[-1]),
-            )
+            place = (str(root), str(first.line), str(first.vcpu))
+            yield *place, function, _asked(first), str(len(smcs) - 1), _end(smcs[-1])
 
     def root_of(self, number: int) -> int:
         """The call that an SMC belongs to.
@@ -146,10 +139,9 @@ class Recording:
         last = max(at for at, event in enumerate(self.events) if getattr(event, "id", None) in wanted)
         first = smcs[0].call
         function = name_of(Function, first.regs[0] & _LOW)
-        title = (
-            f"call {root} (line {first.line}, vCPU {first.vcpu}): {' '.join(filter(None, (function, _asked(first))))}"
-        )
-        journey = Journey(f"{title}; {_end(smcs[-1])}; policy {policy.name}")
+        place = f"line {first.line}, vCPU {first.vcpu}"
+        what = " ".join(filter(None, (function, _asked(first))))
+        journey = Journey(f"call {root} ({place}): {what}; {_end(smcs[-1])}; policy {policy.name}")
         try:
             replay = Replay(self.header, self.events[: last + 1], policy, lambda event, step: follower.see(event, step))
         except ValueError as error:
@@ -185,7 +177,10 @@ class _Follower:
             self._arrows.append(Arrow(OPTEE, MEDIATOR, _words(event.regs, _answers(smc))))
         notes = [_pinned(changed, pins)] if changed else []
         if isinstance(step, Forward):
-            notes = [*self._forwarded(step), *notes]
+            if isinstance(event, CallEvent):
+                notes = [*self._forwarded(step), *notes]
+            else:
+                notes.append("the RPC cannot be delivered: OP-TEE is told so, the guest nothing")
             self._arrows.append(Arrow(MEDIATOR, OPTEE, self._call_words(step.regs), tuple(notes)))
         elif isinstance(step, Reply):
             self._answered.add(event.id)
@@ -194,9 +189,9 @@ class _Follower:
             self._arrows.append(Arrow(MEDIATOR, GUEST, _words(step.regs[:4], _answers(smc)), tuple(notes)))
 
     def _enter(self, event: CallEvent) -> None:
-        notes = (
-            [f"{_count(event.interrupts, 'interrupt')} before, left out of the recording"] if event.interrupts else []
-        )
+        notes: list[str] = []
+        if event.interrupts:
+            notes.append(f"{_count(event.interrupts, 'interrupt')} before, left out of the recording")
         resumes = event.regs[0] & _LOW == Function.RETURN_FROM_RPC
         for entry in event.memory:
             if entry.kind == "message" and not resumes:

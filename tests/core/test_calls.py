@@ -426,8 +426,7 @@ def test_two_unregistrations_and_a_new_registration_release_each_buffer_once(mak
     guest = pair.guest()
     guest.register(guest.tmem(2, cookie=3))
     steps = [
-        guest.submit(smc(Function.CALL_WITH_ARG, *to_pair(guest.write(unregister(3)))), vcpu)
-        for vcpu in range(depth)
+        guest.submit(smc(Function.CALL_WITH_ARG, *to_pair(guest.write(unregister(3)))), vcpu) for vcpu in range(depth)
     ]
     pair.drive(steps.pop())
     assert guest.pins() == 0
@@ -498,7 +497,18 @@ def test_a_message_in_a_registered_buffer_may_cross_its_pages(make, at, offset):
 
 @pytest.mark.parametrize(
     ("cookie", "at"),
-    [(9, 8192), (9, 8192 - 24), (9, 8192 - 32), (9, 8192 - 255), (9, 4), (9, 0xFFFF_FFF8), (9, 0xFFFF_FFFF), (8, 0), (0, 0), (1 << 63, 0)],
+    [
+        (9, 8192),
+        (9, 8192 - 24),
+        (9, 8192 - 32),
+        (9, 8192 - 255),
+        (9, 4),
+        (9, 0xFFFF_FFF8),
+        (9, 0xFFFF_FFFF),
+        (8, 0),
+        (0, 0),
+        (1 << 63, 0),
+    ],
 )
 def test_a_message_that_is_not_in_its_buffer_is_ebadaddr(make, cookie, at):
     guest = make().guest()

@@ -177,7 +177,9 @@ def test_what_is_offered_works_and_what_works_is_offered():
             assert {function in policy.functions for function in functions} == {offered}, (name, capability)
 
 
-@pytest.mark.parametrize("capability", ["HAVE_RESERVED_SHM", "VIRTUALIZATION", "PROTMEM", "DYNAMIC_PROTMEM", "RPMB_PROBE"])
+@pytest.mark.parametrize(
+    "capability", ["HAVE_RESERVED_SHM", "VIRTUALIZATION", "PROTMEM", "DYNAMIC_PROTMEM", "RPMB_PROBE"]
+)
 def test_a_policy_cannot_offer_what_nobody_mediates(capability):
     text = policy_text("default").replace("sec: [DYNAMIC_SHM,", f"sec: [{capability}, DYNAMIC_SHM,")
     assert capability in text

@@ -53,7 +53,7 @@ class FailingMemory:
 
     def __getattr__(self, name):
         method = getattr(self.vm, name)
-        if name not in ("read", "write_fields", "pin", "load", "store"):
+        if name not in ("read", "write_fields", "pin", "load", "store_fields"):
             return method
 
         def access(*args, **options):

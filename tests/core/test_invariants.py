@@ -138,7 +138,13 @@ BREAKAGES = {
     "a refund is skipped at the end": (2, sharing.release_buffer, r"buffer\.charge\.refund\(\)", "pass", end_of_guest),
     "a call's refund is skipped": (2, yielding.end, r"call\.charge\.refund\(\)", "pass", values),
     "an RPC page's refund is skipped": (2, sharing.release_argument, r"argument\.charge\.refund\(\)", "pass", argument),
-    "a call ends that OP-TEE holds": (3, Mediator._call_returned, r"if is_rpc:\n        return", "if 0:\n        return", suspension),
+    "a call ends that OP-TEE holds": (
+        3,
+        Mediator._call_returned,
+        r"if is_rpc:\n        return",
+        "if 0:\n        return",
+        suspension,
+    ),
     "an IPA is forwarded": (4, sharing.translate, r"shadow\.view\[.*\] = .*", "pass", shared_buffer),
     "an IPA is forwarded in a reply": (4, sharing.translate, r"shadow\.view\[.*\] = .*", "pass", offered_buffer),
     "a list of IPAs is forwarded": (
@@ -163,8 +169,20 @@ BREAKAGES = {
         "core.suspended(regs, (0, 0, guest.memory.memory.regions[0].bank.pa[5].item(), 0))",
         values,
     ),
-    "a host address is written back": (4, yielding._look_at, r"\(at \+ 16, at \+ 24\)", "(at + 8, at + 24)", shared_buffer),
-    "a cookie names another buffer": (5, sharing._open, r"guest\.buffers\[cookie\] = buffer", "guest.buffers[cookie + 1] = buffer", shared_buffer),
+    "a host address is written back": (
+        4,
+        yielding._look_at,
+        r"\(at \+ 16, at \+ 24\)",
+        "(at + 8, at + 24)",
+        shared_buffer,
+    ),
+    "a cookie names another buffer": (
+        5,
+        sharing._open,
+        r"guest\.buffers\[cookie\] = buffer",
+        "guest.buffers[cookie + 1] = buffer",
+        shared_buffer,
+    ),
     "a message is read twice": (
         8,
         yielding._take_message,
@@ -186,7 +204,13 @@ BREAKAGES = {
         "place.read(guest.memory, 28, 4); return place.read",
         in_registered_buffer,
     ),
-    "an RPC reply is read twice": (8, rpc._resume_command, r"reply = _read\(call, size\)", "reply = _read(call, size) and _read(call, size)", rpc_reply),
+    "an RPC reply is read twice": (
+        8,
+        rpc._resume_command,
+        r"reply = _read\(call, size\)",
+        "reply = _read(call, size) and _read(call, size)",
+        rpc_reply,
+    ),
     "a field that is no output is written": (
         8,
         yielding.completed,
@@ -197,7 +221,13 @@ BREAKAGES = {
     "an input is written back": (8, yielding._look_at, r"at = HEADER_SIZE", "at = HEADER_SIZE + 32", values),
     "a7 is another's": (9, yielding._send, r"call\.guest\.vm\)", "call.guest.vm + 1)", values),
     "a7 is the guest's word": (9, fast.enter, r"guest\.vm\)", "regs[7])", fast_call),
-    "the guest's x0 is forwarded": (9, fast.enter, r"Forward\(\(int\(function\)", "Forward((regs[0] | 1 << 32", fast_call),
+    "the guest's x0 is forwarded": (
+        9,
+        fast.enter,
+        r"Forward\(\(int\(function\)",
+        "Forward((regs[0] | 1 << 32",
+        fast_call,
+    ),
     "a list page is read very often": (
         10,
         sharing._read_list,

@@ -39,8 +39,17 @@ TIME = Message(RpcCommand.GET_TIME, params=[Param(VALUE_OUT)])
 
 def with_alloc(guest):
     script = guest.pair.world.script
-    script += [ask_alloc(), ask(shm_alloc(), 0xC0), ask(TIME, 0xC0), ask(shm_free(0xB0), 0xC0), ask_free(0xC0), interrupt()]
-    yield smc(Function.CALL_WITH_ARG, *to_pair(guest.write(invoke(guest.tmem(2, cookie=1), Param(VALUE_INOUT, 1, 2, 3)))))
+    script += [
+        ask_alloc(),
+        ask(shm_alloc(), 0xC0),
+        ask(TIME, 0xC0),
+        ask(shm_free(0xB0), 0xC0),
+        ask_free(0xC0),
+        interrupt(),
+    ]
+    yield smc(
+        Function.CALL_WITH_ARG, *to_pair(guest.write(invoke(guest.tmem(2, cookie=1), Param(VALUE_INOUT, 1, 2, 3))))
+    )
     page = guest.page()
     yield smc(Function.RETURN_FROM_RPC, *to_pair(page), 0, *to_pair(0xC0))
     guest.write(Message(RpcCommand.SHM_ALLOC, params=[guest.tmem(3, cookie=0xB0, kind=TMEM_OUT)]), page)
@@ -204,7 +213,10 @@ def test_vm_created_comes_before_anything_else_and_calls_wait_for_it(pair):
     assert not pair.mediator.pause(vm.client_id)
     assert len(pair.world.inbox) == before
     assert pair.drive(step)[0] == 0
-    assert pair.drive(pair.checker.submit(vm.client_id, 0, smc(Function.CALLS_UID)))[0] == pair.world.fast[Function.CALLS_UID][0]
+    assert (
+        pair.drive(pair.checker.submit(vm.client_id, 0, smc(Function.CALLS_UID)))[0]
+        == pair.world.fast[Function.CALLS_UID][0]
+    )
 
 
 @pytest.mark.parametrize("code", [code for code in ReturnCode if code])
@@ -311,7 +323,10 @@ def test_pins_of_a_guest_whose_end_op_tee_refuses_are_kept_until_the_host_says_o
     pair.world.script.append(interrupt())
     guest.call(invoke(guest.tmem(2, cookie=2)))
     pair.world.host_script.append((int(code), 0, 0, 0))
-    assert pair.drive(pair.checker.destroy(guest.id) if how != "reset" else pair.checker.reset(guest.id))[0] == ReturnCode.EBUSY
+    assert (
+        pair.drive(pair.checker.destroy(guest.id) if how != "reset" else pair.checker.reset(guest.id))[0]
+        == ReturnCode.EBUSY
+    )
     assert guest.pins() == 42
     assert {"secure_world_fault": "error", "guest_quarantined": "error"}.items() <= {
         event.name: event.level for event in pair.events
@@ -366,7 +381,12 @@ def test_a_paused_guests_calls_wait_and_change_nothing(pair, guest):
     assert pair.checker.pause(guest.id)
     assert not pair.checker.pause(guest.id)
     before = len(pair.world.inbox), guest.record.counters.calls
-    for regs in (smc(Function.CALLS_UID), smc(Function.VM_CREATED), smc(Function.RETURN_FROM_RPC), smc(Function.CALL_WITH_ARG)):
+    for regs in (
+        smc(Function.CALLS_UID),
+        smc(Function.VM_CREATED),
+        smc(Function.RETURN_FROM_RPC),
+        smc(Function.CALL_WITH_ARG),
+    ):
         assert isinstance(guest.submit(regs), Queue)
     assert (len(pair.world.inbox), guest.record.counters.calls) == before
     assert pair.drive(outstanding)[0] == 0

@@ -78,7 +78,9 @@ def test_a_request_is_delivered_as_it_is_or_answered_for_the_guest(make, command
         pair.world.script.append(reading(replies))
         assert guest.resume()[0] == 0
     else:
-        pair.world.script.extend([ask(request), reading(replies)] if behind else [ask_alloc(), ask(request, 0xC0), reading(replies)])
+        pair.world.script.extend(
+            [ask(request), reading(replies)] if behind else [ask_alloc(), ask(request, 0xC0), reading(replies)]
+        )
         regs, ipa = guest.call(invoke(), Function.CALL_WITH_RPC_ARG if behind else Function.CALL_WITH_ARG)
         if not behind:
             regs, page = guest.give_page(0xC0)
@@ -100,7 +102,9 @@ def test_of_a_reply_only_what_the_request_lets_be_answered_is_taken(make, behind
     pair = make()
     guest = pair.guest()
     offset = 0
-    for kinds in itertools.islice(itertools.product(ALL_KINDS, repeat=num_params), 0, None, 1 if num_params == 1 else 67):
+    for kinds in itertools.islice(
+        itertools.product(ALL_KINDS, repeat=num_params), 0, None, 1 if num_params == 1 else 67
+    ):
         offset += 1
         params = [Param(kind, 0 if kind in (9, 10, 11) else 21, 22, 23) for kind in kinds]
         request = Message(RpcCommand.FS, 7, 8, 9, 10, params=params)
@@ -345,7 +349,9 @@ def test_op_tee_gets_a_page_of_the_mediators_for_the_guests(make):
     guest.resume(2)
 
 
-@pytest.mark.parametrize("what", ["unaligned", "null", "beyond", "huge", "read-only", "device", "duplicate", "limit", "no-page"])
+@pytest.mark.parametrize(
+    "what", ["unaligned", "null", "beyond", "huge", "read-only", "device", "duplicate", "limit", "no-page"]
+)
 def test_a_page_that_cannot_serve_is_a_failed_allocation_for_op_tee(make, what):
     pair = make()
     guest = pair.guest("xen")
@@ -472,7 +478,9 @@ def test_the_lists_of_an_offered_buffer_name_its_frames(make):
 
 
 @BEHIND
-@pytest.mark.parametrize("what", ["entry", "next", "too-many", "duplicate", "buffers", "no-list-page", "contiguous-device"])
+@pytest.mark.parametrize(
+    "what", ["entry", "next", "too-many", "duplicate", "buffers", "no-list-page", "contiguous-device"]
+)
 def test_a_buffer_that_cannot_be_translated_is_freed_by_the_guest_before_op_tee_hears(make, behind, what):
     """R19."""
     pair = make()
@@ -529,7 +537,9 @@ def test_if_the_guest_cannot_be_asked_to_free_op_tee_hears_at_once(make):
 
 
 @BEHIND
-@pytest.mark.parametrize("attr", [0, 1, 2, 5, 6, 9, 0xA, 0xB, 0x209, 0x20B, 0x20A | META, 0x20A | 1 << 16, 0x20A | 1 << 32, 0xFF])
+@pytest.mark.parametrize(
+    "attr", [0, 1, 2, 5, 6, 9, 0xA, 0xB, 0x209, 0x20B, 0x20A | META, 0x20A | 1 << 16, 0x20A | 1 << 32, 0xFF]
+)
 def test_an_offer_of_another_type_is_an_error_without_parameters(make, behind, attr):
     """B7: the attribute of a good reply is exactly TMEM_OUTPUT | NONCONTIG."""
     pair = make()

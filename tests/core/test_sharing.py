@@ -396,7 +396,9 @@ def test_a_guest_that_writes_while_it_is_read_gains_nothing(make, monkeypatch):
 
     def look(world, now, regs):
         message = world.message(now)
-        seen.append((message.cmd, [pair.machine.find(pa)[1] for pa in world.pages_of(message.params[0])], len(message.params)))
+        seen.append(
+            (message.cmd, [pair.machine.find(pa)[1] for pa in world.pages_of(message.params[0])], len(message.params))
+        )
         return succeed()(world, now, regs)
 
     reads = []
@@ -424,8 +426,13 @@ def test_what_op_tee_wrote_is_reported_dirty_at_completion_and_at_unpin(make):
     """R27; and a page that is write-protected for logging counts as read-write RAM."""
     pair = make()
     guest = pair.guest("kvm")
-    quiet, outgoing, both, kept = (guest.tmem(2, cookie=n, kind=k) for n, k in enumerate((TMEM_IN, TMEM_OUT, TMEM_INOUT, TMEM_OUT), 1))
-    data = {n: np.frombuffer(guest.ram.read(p.a, 16), np.uint64).tolist() for n, p in enumerate((quiet, outgoing, both, kept), 1)}
+    quiet, outgoing, both, kept = (
+        guest.tmem(2, cookie=n, kind=k) for n, k in enumerate((TMEM_IN, TMEM_OUT, TMEM_INOUT, TMEM_OUT), 1)
+    )
+    data = {
+        n: np.frombuffer(guest.ram.read(p.a, 16), np.uint64).tolist()
+        for n, p in enumerate((quiet, outgoing, both, kept), 1)
+    }
     assert guest.register(kept).ret == 0
     guest.vm.start_dirty_logging()
 
@@ -460,5 +467,7 @@ def host_words(pair, guest):
     """Words of a guest's RAM that are addresses of frames, tables or mediator pages, or the canary."""
     words = np.frombuffer(guest.dump(), np.uint64)
     suspicious = words[(words >= 1 << 40) & (words < 1 << 48)].tolist()
-    found = [word for word in suspicious if any(bank.frames.page(word) is not None for bank in pair.machine.memory.banks)]
+    found = [
+        word for word in suspicious if any(bank.frames.page(word) is not None for bank in pair.machine.memory.banks)
+    ]
     return found + words[words == 0xA5A5A5A5A5A5A5A5].tolist()

@@ -103,7 +103,7 @@ class TestSlots:
 
     def test_new_ram_in_its_place_has_other_frames_while_pins_are_held(self, vm: KvmVm, machine: Machine) -> None:
         old = vm.pin(pages(1))
-        vm.store(old, 0, b"old")
+        vm.store_fields(old, 0, [(0, b"old")])
         vm.remove_slot(vm.regions[0])
         machine.add_ram(vm, RamBlock(RAM, 2 << 20))
         new = vm.pin(pages(1))
@@ -138,12 +138,12 @@ class TestDirtyLogging:
         assert vm.dirty_pages() == []
         vm.touch(RAM + 4 * PAGE_SIZE - 1, 2, write=True)  # the guest
         vm.write(RAM + 9 * PAGE_SIZE, b"mediator")
-        vm.store(first, PAGE_SIZE - 1, b"two pages")
+        vm.store_fields(first, PAGE_SIZE - 1, [(0, b"two pages")])
         vm.write(RAM + 300 * PAGE_SIZE, b"a page that was not mapped")
         assert vm.dirty_pages() == [GFN + page for page in (1, 2, 3, 4, 9, 300)]
         assert vm.dirty_pages() == []
         again = vm.pin(pages(3, 200))
-        vm.store(again, PAGE_SIZE + 4, b"second page")
+        vm.store_fields(again, PAGE_SIZE + 4, [(0, b"second page")])
         vm.write_fields(RAM + 4 * PAGE_SIZE, [(0, b"ret"), (8, b"session")])
         assert vm.dirty_pages() == [GFN + 4, GFN + 200]
         vm.mark_dirty(first)  # the secure world
@@ -194,7 +194,7 @@ class TestDirtyLogging:
         vm.write_fields(RAM + PAGE_SIZE, [(0, b"x")])
         assert vm.dirty_pages() == [GFN, GFN + 1, 1 << 20]
         pinned = vm.pin(np.array([(1 << 32) + PAGE_SIZE, RAM, RAM + PAGE_SIZE], dtype=np.uint64))
-        vm.store(pinned, PAGE_SIZE - 1, b"xy")
+        vm.store_fields(pinned, PAGE_SIZE - 1, [(0, b"xy")])
         assert vm.dirty_pages() == [GFN, (1 << 20) + 1]
         vm.mark_dirty(pinned)
         assert vm.dirty_pages() == [GFN, GFN + 1, (1 << 20) + 1]

@@ -184,7 +184,7 @@ class TestPin:
         pinned = vm.pin(ipas)
         before = pinned.pas.tolist()
         ipas[:] = 0
-        vm.store(pinned, 0, b"still")
+        vm.store_fields(pinned, 0, [(0, b"still")])
         assert pinned.pas.tolist() == before
         assert vm.read(RAM, 5) == b"still"
         vm.unpin(pinned)
@@ -218,7 +218,7 @@ class TestPin:
         vm.set_kind(RAM + PAGE_SIZE, PageKind.NONE)
         assert vm.stage2.walk(RAM + PAGE_SIZE).pa is None
         assert vm.pinned() == {(RAM >> 12) + 1: 2}
-        vm.store(pinned, 0, b"OP-TEE writes")
+        vm.store_fields(pinned, 0, [(0, b"OP-TEE writes")])
         vm.unpin(pinned)
         assert vm.pins == 0
         vm.set_kind(RAM + PAGE_SIZE, PageKind.RAM_RW)
@@ -235,7 +235,7 @@ class TestPin:
         vm = two_region_vm
         vm.set_kind(HIGH, PageKind.RAM_RW, page=3)
         pinned = vm.pin(pages(HIGH, HIGH + PAGE_SIZE))
-        vm.store(pinned, 0, b"alias")
+        vm.store_fields(pinned, 0, [(0, b"alias")])
         assert vm.ram[0].read(RAM + 3 * PAGE_SIZE, 5) == b"alias"
         assert vm.read(HIGH, 5) == b"alias"
         assert vm.pinned() == {(RAM >> 12) + 3: 1, (HIGH >> 12) + 1: 1}
@@ -256,11 +256,11 @@ class TestPinnedBytes:
         pinned = vm.pin(np.array(ipas, dtype=np.uint64))
         if offset + len(data) > len(ipas) * PAGE_SIZE:
             with pytest.raises(ValueError, match="outside"):
-                vm.store(pinned, offset, data)
+                vm.store_fields(pinned, offset, [(0, data)])
             with pytest.raises(ValueError, match="outside"):
                 vm.load(pinned, offset, len(data))
         else:
-            vm.store(pinned, offset, data)
+            vm.store_fields(pinned, offset, [(0, data)])
             expected = bytearray(len(ipas) * PAGE_SIZE)
             expected[offset : offset + len(data)] = data
             assert b"".join(vm.read(ipa, PAGE_SIZE) for ipa in ipas) == expected
@@ -311,7 +311,7 @@ class TestSharedFrames:
         assert first.pas[0] == second.pas[0]
         assert owner.pinned() == {self.SHARED >> 12: 2}
         assert user.pinned() == {RAM >> 12: 1}
-        user.store(second, 4090, b"two pages")
+        user.store_fields(second, 4090, [(0, b"two pages")])
         assert owner.load(first, 4090, 6) == b"two pa"
         with pytest.raises(Stage2Fault):
             owner.pin(pages(self.SHARED + PAGE_SIZE))

@@ -26,9 +26,10 @@ BASE = 0x40000000
 MESSAGE_AT = BASE + 0x1000
 LISTS_AT = BASE + 0x2000
 DATA_AT = BASE + 0x100000
+MERMAID_TEXT = r"(?:[^;#<\n]|#\w+;|<br/>)+"
 MERMAID_LINE = re.compile(
-    r"sequenceDiagram|    %% .+|    participant [gmO] as [\w-]+|    ([gmO])(-->>|->>)([gmO]): [^;\n]+|"
-    r"    Note over [gmO]: [^;\n]+(?<!;)"
+    r"sequenceDiagram|    %% .+|    participant [gmO] as [\w-]+|"
+    rf"    (?:[gmO](?:-->>|->>)[gmO]|Note over [gmO]): {MERMAID_TEXT}"
 )
 
 
@@ -149,6 +150,15 @@ def test_rounds_belong_to_their_call(tmp_path: Path, policy: Policy) -> None:
         recording.root_of(7)
 
 
+def test_an_rpc_that_cannot_be_delivered(tmp_path: Path, policy: Policy) -> None:
+    """OP-TEE names an RPC argument that the guest never gave; the recording goes on as if the guest had seen it."""
+    message = entry(MESSAGE_AT, "message", Message(Command.INVOKE_COMMAND, session=1).pack())
+    begin = call(0, Function.CALL_WITH_ARG, 0, MESSAGE_AT, memory=[message])
+    journey = write(tmp_path / "trace", begin, answer(0, RpcReturn.CMD, 0, 0x99, 1)).follow(0, policy)
+    assert way(journey) == [(GUEST, MEDIATOR), (MEDIATOR, OPTEE), (OPTEE, MEDIATOR), (MEDIATOR, OPTEE)]
+    assert "cannot be delivered" in notes(journey)
+
+
 def test_mermaid_draws_no_more_than_it_can(tmp_path: Path, policy: Policy) -> None:
     lines = write(tmp_path / "trace", *rpc_rounds(80)).follow(0, policy).mermaid().splitlines()
     assert all(MERMAID_LINE.fullmatch(line) for line in lines)
@@ -158,7 +168,7 @@ def test_mermaid_draws_no_more_than_it_can(tmp_path: Path, policy: Policy) -> No
 def test_mermaid_text_has_none_of_its_signs() -> None:
     journey = Journey("title", [Arrow(GUEST, MEDIATOR, "a;b #1 <x>", ("c; d", "  e"))])
     lines = journey.mermaid().splitlines()
-    assert lines[-2:] == ["    g->>m: a,b #35;1 #lt;x#gt;", "    Note over m: c, d<br/>e"]
+    assert lines[-2:] == ["    g->>m: a,b #35;1 #lt;x>", "    Note over m: c, d<br/>e"]
 
 
 def test_a_call_that_never_ends(tmp_path: Path, policy: Policy) -> None:
