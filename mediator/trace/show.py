@@ -160,17 +160,19 @@ class _Follower:
         self._arrows = journey.arrows
         self._pins = 0
         self._rpc = 0
-        self._answered: set[int] = set()
+        self._seen: set[int] = set()
 
     def see(self, event: TraceEvent, step: Step) -> None:
         """Look at an event of the trace and at what the mediator does next."""
         pins = self._replay.vm.pins
         changed, self._pins = pins - self._pins, pins
-        if isinstance(event, Mark) or event.id is None or event.id in self._answered:
+        if isinstance(event, Mark) or event.id is None or event.line in self._seen:
+            # What the replay itself answers at the end of the trace is none of the recording's.
             return
         smc = self._wanted.get(event.id)
         if smc is None:
             return
+        self._seen.add(event.line)
         if isinstance(event, CallEvent):
             self._enter(event)
         else:
@@ -183,7 +185,6 @@ class _Follower:
                 notes.append("the RPC cannot be delivered: OP-TEE is told so, the guest nothing")
             self._arrows.append(Arrow(MEDIATOR, OPTEE, self._call_words(step.regs), tuple(notes)))
         elif isinstance(step, Reply):
-            self._answered.add(event.id)
             self._rpc = step.regs[0] & _LOW
             notes += _returned(smc, step)
             self._arrows.append(Arrow(MEDIATOR, GUEST, _words(step.regs[:4], _answers(smc)), tuple(notes)))

@@ -150,6 +150,7 @@ class Asked:
     rpc: int = 0
     last: int = 0
     shadow: int = 0
+    behind: bool = False
 
 
 @dataclass
@@ -185,7 +186,7 @@ class Recorder:
             count = HEADER.unpack(self.ram.read(at, HEADER_SIZE))[7]
             asked = Asked(at, count)
             if function != Function.CALL_WITH_ARG:
-                asked.rpc = at + message_size(count)
+                asked.rpc, asked.behind = at + message_size(count), True
             entries = self._views(asked, rpc=bool(asked.rpc))
             data = self.ram.read(at, message_size(count))
             if HEADER.unpack_from(data)[0] == Command.REGISTER_SHM:
@@ -202,13 +203,13 @@ class Recorder:
                 self.arguments[from_pair(regs[4], regs[5])] = from_pair(regs[1], regs[2])
         return self.tape.call(*regs, memory=entries, vcpu=vcpu), asked
 
-    def back(self, identity: int, asked: Asked | None, answer: Registers, *, behind: bool) -> None:
+    def back(self, identity: int, asked: Asked | None, answer: Registers) -> None:
         """Note the answer that the guest gets."""
         entries: Memory = []
         if asked is not None:
-            if asked.last == RpcReturn.CMD and not behind:
+            if asked.last == RpcReturn.CMD and not asked.behind:
                 asked.rpc = self.arguments[from_pair(answer[1], answer[2])]
-            entries = self._views(asked, rpc=bool(asked.rpc) and (behind or asked.last == RpcReturn.CMD))
+            entries = self._views(asked, rpc=asked.behind or asked.last == RpcReturn.CMD)
         self.tape.back(identity, *answer[:4], memory=entries)
 
     def note(self, asked: Asked | None, answer: Registers) -> None:
@@ -287,8 +288,7 @@ class NativeConduit(_Conduit):
                 answer = (answer[0], answer[1] & ~self.hidden, answer[2], answer[3] if not self.hidden & 0x40 else 0)
             recorder.note(asked, answer)
             await recorder.pause()
-            behind = asked is not None and bool(asked.rpc) and not recorder.arguments
-            recorder.back(identity, asked, answer, behind=behind)
+            recorder.back(identity, asked, answer)
         return (*answer, *regs[4:])
 
 
@@ -318,8 +318,7 @@ class MediatedConduit(_Conduit):
                 step = self.mediator.returned(step.ticket, answer)
             recorder.note(asked, step.regs)
             await recorder.pause()
-            behind = asked is not None and bool(asked.rpc) and not recorder.arguments
-            recorder.back(identity, asked, step.regs[:4], behind=behind)
+            recorder.back(identity, asked, step.regs[:4])
         return step.regs
 
     def _views(self, asked: Asked | None, answer: Registers = ()) -> dict[str, bytes]:

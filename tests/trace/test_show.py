@@ -175,7 +175,9 @@ def test_a_call_that_never_ends(tmp_path: Path, policy: Policy) -> None:
     events = list(rpc_rounds(1))
     for length, end in ((1, "not ended"), (2, "waits for RPC FOREIGN_INTR")):
         recording = write(tmp_path / "trace", *events[:length])
-        assert next(recording.rows())[-1] == end and end in recording.follow(0, policy).title
+        journey = recording.follow(0, policy)
+        assert next(recording.rows())[-1] == end and end in journey.title
+        assert way(journey)[:2] == [(GUEST, MEDIATOR), (MEDIATOR, OPTEE)] and len(journey.arrows) == 2 * length
 
 
 def test_arrows_lie_between_their_life_lines() -> None:
