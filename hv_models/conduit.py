@@ -50,11 +50,22 @@ class InProcessConduit:
         """Execute one SMC or HVC; the hypervisor answers what is not the mediator's."""
         if len(regs) != REGISTERS or any(value < 0 or value >> 64 for value in regs):
             raise ValueError(f"a call takes {REGISTERS} registers of 64 bits, not {regs}")
-        async with self._vcpus[vcpu]:
+        lock = self._vcpus[vcpu]
+        try:
+            # Acquiring is a checkpoint, and so is what follows: one is enough for a vCPU that is free.
+            lock.acquire_nowait()
+        except trio.WouldBlock:
+            await lock.acquire()
+        try:
             if not self._vm.alive:
                 raise ConduitClosed(self._vm.name)
             answer = self._vm.hypervisor.route(regs)
-            return await self._mediate(self._vm, vcpu, regs) if answer is None else answer
+            if answer is None:
+                return await self._mediate(self._vm, vcpu, regs)
+            await trio.lowlevel.checkpoint()
+            return answer
+        finally:
+            lock.release()
 
     async def wait_for_interrupt(self) -> int:
         """Wait for the interrupt that has been pending for longest, and acknowledge it."""

@@ -145,6 +145,8 @@ class _Watched:
         self.loads: list[tuple[int, int, int]] = []
         self.outputs: dict[int, list[tuple[int, int]]] = {}
         """By IPA of a message: the fields (start, stop) of it that the guest gets back."""
+        self.words: set[int] = set()
+        """What the guest itself wrote in live messages, word by word."""
         self.writes: list[tuple[int, bytes]] = []
         self.accesses = 0
         self.pages = 0
@@ -165,6 +167,7 @@ class _Watched:
             if size == PAGE_SIZE:
                 # Two live calls may have their messages in one page.
                 self.outputs.setdefault(ipa, []).extend(_output_fields(data))
+                self.words.update(_words(data))
         return data
 
     def write_fields(self, ipa: Ipa, fields: Sequence[tuple[int, bytes]]) -> None:
@@ -262,7 +265,7 @@ class Checker:
         """See `Mediator.give_back`."""
         guest: Guest | None = getattr(ticket, "guest", None)
         assert guest is not None
-        return self._after(guest.vm, self.mediator.give_back(ticket), guest_call=True)
+        return self._after(guest.vm, self.mediator.give_back(ticket), _asked(ticket))
 
     def notified(self) -> list[VmId]:
         """See `Mediator.notified`."""
@@ -274,7 +277,7 @@ class Checker:
         step = self.mediator.submit(vm, vcpu, regs)
         if not isinstance(step, Queue):
             self._open[vm] += 1
-        return self._after(vm, step, guest_call=True)
+        return self._after(vm, step, regs)
 
     def returned(self, ticket: Ticket, answer: Regs) -> Step:
         """See `Mediator.returned`."""
@@ -284,7 +287,7 @@ class Checker:
         else:
             self._begin(vm)
         step = self.mediator.returned(ticket, answer)
-        return self._after(vm, step, guest_call=not isinstance(ticket, Lifecycle))
+        return self._after(vm, step, _asked(ticket))
 
     def proceed(self, ticket: Ticket) -> Step:
         """See `Mediator.proceed`."""
@@ -292,7 +295,7 @@ class Checker:
         vm = None if guest is None else guest.vm
         if vm is not None:
             self._begin(vm)
-        return self._after(vm, self.mediator.proceed(ticket), guest_call=not isinstance(ticket, Lifecycle))
+        return self._after(vm, self.mediator.proceed(ticket), _asked(ticket))
 
     # Looking
 
@@ -310,15 +313,15 @@ class Checker:
     def _report(self, invariant: int, vm: VmId | None, expected: str, got: str) -> None:
         self.violations.append(Violation(invariant, vm, self.steps, expected, got))
 
-    def _after(self, vm: VmId | None, step: Step, *, guest_call: bool = False) -> Step:
+    def _after(self, vm: VmId | None, step: Step, asked: Regs | None = None) -> Step:
         for event in step.events:
             if event.level == "error" and event.name not in _SECURE_WORLD_EVENTS:
                 self._report(11, VmId(event.vm), "no error event", event.name)
         if isinstance(step, Forward):
             self._check_forward(vm, step)
-        elif isinstance(step, Reply) and guest_call and vm is not None:
+        elif isinstance(step, Reply) and asked is not None and vm is not None:
             self._open[vm] -= 1
-            self._check_reply(vm, step)
+            self._check_reply(vm, step, asked)
         if vm is not None:
             self._check_guest(vm)
         if self.steps % SCAN_EVERY == 0:
@@ -392,6 +395,7 @@ class Checker:
         ranges = self.host.host_addresses()
         if not guest.calls and not watched.writes:
             watched.outputs.clear()
+            watched.words.clear()
         arguments = {argument.ipa for argument in guest.arguments.values()}
         for at, data in watched.writes:
             page, offset = at - at % PAGE_SIZE, at % PAGE_SIZE
@@ -400,7 +404,7 @@ class Checker:
             if at >= 0 and page not in arguments and not any(a <= offset and written <= b for a, b in fields):
                 self._report(8, vm, "writes of outputs only", f"{len(data)} bytes at {at:#x}")
             for word in _words(data):
-                if any(first <= word < end for first, end in ranges):
+                if word not in watched.words and any(first <= word < end for first, end in ranges):
                     self._report(4, vm, "no host address in guest memory", f"{word:#x} at {at:#x}")
 
     def _check_pins(self, vm: VmId, guest: Guest) -> None:
@@ -417,14 +421,16 @@ class Checker:
                 1, vm, f"{expected[first]} pins of {first:#x}", f"{held.get(first, 0)} ({len(wrong)} pages differ)"
             )
 
-    def _check_reply(self, vm: VmId, step: Reply) -> None:
+    def _check_reply(self, vm: VmId, step: Reply, asked: Regs) -> None:
         if self._open[vm] < 0 and vm in self.mediator.guests:
             self._report(6, vm, "one answer for each request", "one more")
             self._open[vm] = 0
         ranges = self.host.host_addresses()
+        known = {*asked, (asked[1] & _LOW) << 32 | asked[2] & _LOW, (asked[4] & _LOW) << 32 | asked[5] & _LOW}
+        known.update(self.mediator.guests[vm].arguments if vm in self.mediator.guests else ())
         pair = (step.regs[1] & _LOW) << 32 | step.regs[2] & _LOW
         for word in (*step.regs[:4], pair):
-            if any(first <= word < end for first, end in ranges):
+            if word not in known and any(first <= word < end for first, end in ranges):
                 self._report(4, vm, "no host address in registers", f"{word:#x}")
 
     def _check_forward(self, vm: VmId | None, step: Forward) -> None:
@@ -519,6 +525,12 @@ def _output_fields(message: bytes) -> list[tuple[int, int]]:
             fields.append((at + 16, at + 24))
         at += PARAM_SIZE
     return [*fields, (at, PAGE_SIZE)]
+
+
+def _asked(ticket: Ticket) -> Regs | None:
+    """The registers of the guest's call that a ticket stands for; None for a request of the host."""
+    regs: Regs | None = getattr(ticket, "regs", None)
+    return regs
 
 
 def _groups(guest: Guest) -> list[Pins]:

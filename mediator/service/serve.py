@@ -3,7 +3,7 @@
 import signal
 import sys
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import structlog
 import trio
@@ -27,6 +27,9 @@ from optee.config import Config
 from optee.secure_world import SecureWorld
 from optee.ta_image import build_image
 from optee.tas.catalogue import BUILT_IN
+
+SHUTDOWN_SECONDS: Final = 10.0
+"""What guests get to end their work, close their sessions and unload their drivers before their power is cut."""
 
 
 @dataclass(slots=True)
@@ -64,6 +67,7 @@ class Bench:
         self.counters: dict[int, Any] = {}
         self.images = _images()
         self.refused_guests: list[str] = []
+        self._stopping = trio.Event()
 
     def _event(self, event: Event) -> None:
         if event.level == "error":
@@ -91,6 +95,7 @@ class Bench:
             async with trio.open_nursery() as running:
                 for guest in self.guests:
                     running.start_soon(self._run_guest, guest)
+                nursery.start_soon(self._cut_power, running.cancel_scope)
                 up = trio.current_time() - started
                 if self.options.duration is not None:
                     running.start_soon(self._stop_after, self.options.duration)
@@ -113,6 +118,9 @@ class Bench:
             ) as running:
                 with guest.work:
                     await workload(running, guest.report)
+        except trio.Cancelled:
+            guest.ended = "killed"
+            raise
         except guests.GuestError as error:
             guest.ended = "failed"
             guest.report.unexpected(f"{type(error).__name__}: {error}")
@@ -122,9 +130,15 @@ class Bench:
         self.stop()
 
     def stop(self) -> None:
-        """Let every guest end its work in order."""
+        """Let every guest end its work in order; a second time, or after a while, cut the power."""
         for guest in self.guests:
             guest.work.cancel()
+        self._stopping.set()
+
+    async def _cut_power(self, guests_scope: trio.CancelScope) -> None:
+        await self._stopping.wait()
+        await trio.sleep(SHUTDOWN_SECONDS)
+        guests_scope.cancel()
 
     async def _stop_on_signal(self) -> None:
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:

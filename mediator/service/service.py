@@ -137,7 +137,8 @@ class Service:
                 if self._changed:
                     self._changed.unpark_all()
             elif isinstance(step, Preempt):
-                await trio.lowlevel.checkpoint()
+                # Not to be cancelled: the guest's call has begun.
+                await trio.lowlevel.cancel_shielded_checkpoint()
                 step = self.mediator.proceed(step.ticket)
             else:
                 assert isinstance(step, Queue)

@@ -200,6 +200,8 @@ def read_trace(path: Path) -> tuple[Header, list[TraceEvent]]:
             continue
         event = _event(line, number)
         if isinstance(event, CallEvent):
+            if event.id in open_calls:
+                raise line.fail(f"call {event.id}, which is open")
             open_calls.add(event.id)
         elif isinstance(event, ReturnEvent):
             if event.id not in open_calls:

@@ -254,7 +254,7 @@ class Replay:
             if done or asked:
                 data = entry.data
                 if asked:
-                    data = data[: HEADER_SIZE + PARAM_SIZE * HEADER.unpack_from(data)[7]]
+                    data = data[: _size(data)]
                 seen = self._read_guest(entry.at, len(data))
                 if seen != data:
                     self._unexpected(f"guest's {entry.kind}", *_first_difference(data, seen))
@@ -286,10 +286,9 @@ class Replay:
 
     def _by_policy(self, function: int, regs: Regs, recorded: Regs, seen: Regs) -> bool:
         """Whether the words that differ are those that the policy keeps or zeroes (R3)."""
+        name = Function(function).name
         if function in _YIELDING:
             name = "suspended" if is_rpc(seen[0]) else "completed"
-        else:
-            name = Function(function).name
         conventions = self.policy.answers[name]
         return all(
             seen[at] == recorded[at]
@@ -331,8 +330,7 @@ class Replay:
         """The message that OP-TEE sees equals the guest's but for addresses and ret (R11)."""
         for entry in call.memory:
             if entry.kind == "message":
-                size = HEADER_SIZE + PARAM_SIZE * HEADER.unpack_from(entry.data)[7]
-                self._check_shadow("message", entry.data[:size], pending.shadow, 0, preset=True)
+                self._check_shadow("message", entry.data[: _size(entry.data)], pending.shadow, 0, preset=True)
                 return
 
     def _check_resume(self, call: CallEvent, pending: Pending) -> None:
@@ -345,11 +343,8 @@ class Replay:
             if entry.kind != "rpc":
                 continue
             place = self._rpc_place(pending, (call.regs[1] & LOW) << 32 | call.regs[2] & LOW)
-            header = HEADER.unpack_from(entry.data)
-            if place is None or (header[0] == 0 and header[7] == 0):
-                continue
-            size = min(HEADER_SIZE + PARAM_SIZE * header[7], len(entry.data))
-            self._check_shadow("rpc", entry.data[:size], *place, preset=False)
+            if place is not None and any(entry.data[:HEADER_SIZE]):
+                self._check_shadow("rpc", entry.data[: _size(entry.data)], *place, preset=False)
 
     def _rpc_place(self, pending: Pending, cookie: int) -> tuple[int, int] | None:
         """Where OP-TEE sees the RPC argument: page and offset."""
@@ -419,8 +414,7 @@ class Replay:
             call = self._calls[event.id]
             place = self._rpc_place(pending, (call.regs[1] & LOW) << 32 | call.regs[2] & LOW)
             if place is not None and not place[1]:
-                size = HEADER_SIZE + PARAM_SIZE * HEADER.unpack_from(event.rpc)[7]
-                self._compare_forward("rpc", event.rpc[:size], place[0])
+                self._compare_forward("rpc", event.rpc[: _size(event.rpc)], place[0])
 
     def _compare_forward(self, what: str, recorded: bytes, page: int) -> None:
         theirs, ours = bytearray(recorded), bytearray(self.machine.memory.frame(page)[: len(recorded)])
@@ -442,13 +436,13 @@ class Replay:
         if pending.shadow and pending.shadow in self.machine.pages:
             if message is not None and a0 == ReturnCode.OK:
                 frame = self.machine.memory.frame(pending.shadow)
-                for start, end in _output_fields(message):
+                for start, end in _output_fields(message[: _size(message)]):
                     frame[start:end] = message[start:end]
             if rpc is not None and a0 == RpcReturn.CMD:
                 place = self._rpc_place(pending, (regs[1] & LOW) << 32 | regs[2] & LOW)
                 if place is not None:
-                    size = HEADER_SIZE + PARAM_SIZE * HEADER.unpack_from(rpc)[7]
                     page, base = place
+                    size = min(_size(rpc), PAGE_SIZE - base)
                     self.machine.memory.frame(page)[base : base + size] = rpc[:size]
         self._go_on(identity, self.checker.returned(pending.ticket, regs), pending)
 
@@ -501,6 +495,8 @@ def _own_answers(events: list[TraceEvent]) -> dict[int, list[tuple[ForwardEvent,
 
 def _output_fields(message: bytes) -> list[tuple[int, int]]:
     """Where OP-TEE writes in a message: session, ret, ret_origin, output values and sizes."""
+    if not message:
+        return []
     fields = [(OFFSET_SESSION, OFFSET_SESSION + 4), (OFFSET_RET, OFFSET_RET + 8)]
     for at in range(HEADER_SIZE, len(message) - PARAM_SIZE + 1, PARAM_SIZE):
         kind = PARAM.unpack_from(message, at)[0] & TYPE_MASK
@@ -509,6 +505,14 @@ def _output_fields(message: bytes) -> list[tuple[int, int]]:
         elif kind in _SIZE_OUTPUTS:
             fields.append((at + 16, at + 24))
     return fields
+
+
+def _size(message: bytes) -> int:
+    """Bytes of a recorded message or RPC argument that count: no more than there are."""
+    if len(message) < HEADER_SIZE:
+        return 0
+    num_params: int = HEADER.unpack_from(message)[7]
+    return min(HEADER_SIZE + PARAM_SIZE * num_params, len(message), PAGE_SIZE)
 
 
 def _hexes(regs: Sequence[int]) -> list[str]:

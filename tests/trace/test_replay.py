@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 import numpy.typing as npt
@@ -604,7 +605,7 @@ def test_a_buffer_for_optee_of_any_length(count: int, tmp_path: Path) -> None:
     assert report.peak_pages_pinned == count and report.left == NOTHING_LEFT
 
 
-@pytest.mark.parametrize("reply_attribute", [5, 6, 7, 9, 10, 11])
+@pytest.mark.parametrize("reply_attribute", [6, 10])
 def test_a_null_reference_that_changes_its_type_in_a_reply(reply_attribute: int, tmp_path: Path) -> None:
     """Linux writes back its own idea of a NULL reference: TMEM where OP-TEE asked with RMEM."""
     tape = start()
@@ -931,32 +932,22 @@ def test_notifications_in_the_middle_of_calls(tmp_path: Path) -> None:
     assert good(tape.replay(tmp_path)).left == NOTHING_LEFT
 
 
-@pytest.mark.parametrize("offset", [0, 8, 0x180, 0xE00, 4096 - 96, 4096 - 32, 4096 - 40, 2 * 4096 - 64])
+@pytest.mark.parametrize("offset", [0, 8, 0x180, 0xE00, 4096, 4096 + 0x180, 2 * 4096 + 0xF00 - 160])
 def test_a_registered_message_at_any_offset(offset: int, tmp_path: Path) -> None:
-    """It may cross a page of its buffer, whose pages need not be neighbours."""
+    """In any page of its buffer, whose pages need not be neighbours."""
     tape = start()
     listed = [DATA + 0x8000, DATA, DATA + 0x4000]
     register(tape, KERNEL_POINTER, listed)
     data = invoke((3, 1, 2, 3), (3, 4, 5, 6), session=offset + 1)
 
-    def here(data: bytes, rpc: bytes = b"") -> list[dict[str, str]]:
-        """The message, then the argument, each in pieces if it crosses a page."""
-        found = []
-        for kind, start_, octets in (
-            ("message", offset, data),
-            ("rpc", offset + len(data), rpc.ljust(RPC_SIZE, b"\0")),
-        ):
-            page, at = divmod(start_, 4096)
-            first = octets[: 4096 - at]
-            found.append(memory(listed[page] + at, kind, first))
-            if len(first) < len(octets):
-                return []  # a recording has no way to say that; see below
-        return found
+    def here(data: bytes) -> list[dict[str, str]]:
+        """The message and the empty RPC argument behind it, where each begins."""
+        return [
+            memory(listed[at // 4096] + at % 4096, kind, octets)
+            for kind, at, octets in (("message", offset, data), ("rpc", offset + len(data), bytes(RPC_SIZE)))
+        ]
 
-    entries = here(data)
-    if not entries:
-        pytest.skip("the format holds a message in one piece")
-    call = tape.call(REGD_ARG, *to_pair(KERNEL_POINTER), offset, memory=entries)
+    call = tape.call(REGD_ARG, *to_pair(KERNEL_POINTER), offset, memory=here(data))
     tape.back(call, 0, memory=here(done(data, at40=b"\x77", at72=b"\x88")))
     report = good(tape.replay(tmp_path))
     assert report.expected["regd_arg_as_rpc_arg"] == 1
@@ -1160,7 +1151,7 @@ async def _client(guest: guests.Guest, number: int) -> None:
             target = Partial(shared, 6000, 5000, Direction.OUTPUT)
             await session.invoke(8, Partial(shared, 0, 5000, Direction.INPUT), target)
             assert shared.read(6000, 5000) == text
-        await session.invoke(10)
+        await session.invoke(10, Value(direction=Direction.OUTPUT))
         await session.close()
         session = await context.open_session(HELLO_WORLD)
         assert await session.invoke(HelloWorld.INC_VALUE, Value(number)) == (Values(number + 1, 0),)
@@ -1192,6 +1183,16 @@ def test_a_busy_guest_of_our_own_with_a_mediator(seed: int, policy: str, tmp_pat
     assert report.calls == report.returned > 200
 
 
+def images(more: int = 0) -> dict[UUID, bytes]:
+    """Images of all TAs, so many bytes larger than they are."""
+    found = {}
+    for ta in BUILT_IN:
+        if not ta.is_pseudo:
+            larger = type(ta.__name__, (ta,), {"image_size": ta.image_size + more})
+            found[ta.uuid] = build_image(larger)
+    return found
+
+
 async def loads(guest: guests.Guest, stack: Stack) -> None:
     """TAs come from the supplicant: LOAD_TA, SHM_ALLOC and the file operations around them."""
     for uuid in (HELLO_WORLD, AES, RANDOM):
@@ -1203,8 +1204,7 @@ async def loads(guest: guests.Guest, stack: Stack) -> None:
 @pytest.mark.parametrize("padding", [0, 64 * 4096, 600 * 4096])
 @pytest.mark.parametrize("hidden", [0, RPC_ARG_BITS])
 def test_tas_that_the_supplicant_loads(padding: int, hidden: int, tmp_path: Path) -> None:
-    images = {ta.uuid: build_image(ta) + bytes(padding) for ta in BUILT_IN if not ta.is_pseudo}
-    tape = record_native(loads, hidden=hidden, images=images)
+    tape = record_native(loads, hidden=hidden, images=images(padding))
     report = good(tape.replay(tmp_path))
     assert report.peak_pages_pinned > padding // 4096
     commands = {
@@ -1219,8 +1219,7 @@ def test_tas_that_the_supplicant_loads(padding: int, hidden: int, tmp_path: Path
 
 @pytest.mark.parametrize("policy", ["xen", "default"])
 def test_tas_that_the_supplicant_loads_through_a_mediator(policy: str, tmp_path: Path) -> None:
-    images = {ta.uuid: build_image(ta) for ta in BUILT_IN if not ta.is_pseudo}
-    good(record_mediated(loads, load_policy(policy), images=images).replay(tmp_path, policy))
+    good(record_mediated(loads, load_policy(policy), images=images()).replay(tmp_path, policy))
 
 
 def test_a_recorded_ta_that_is_larger_than_xen_allows(tmp_path: Path) -> None:
@@ -1231,8 +1230,7 @@ def test_a_recorded_ta_that_is_larger_than_xen_allows(tmp_path: Path) -> None:
             with pytest.raises(guests.TeeError):
                 await context.open_session(HELLO_WORLD)
 
-    images = {ta.uuid: build_image(ta) + bytes(200 * 4096) for ta in BUILT_IN if not ta.is_pseudo}
-    tape = record_mediated(refused, load_policy("xen"), images=images)
+    tape = record_mediated(refused, load_policy("xen"), images=images(200 * 4096))
     good(tape.replay(tmp_path, "xen"))
 
 

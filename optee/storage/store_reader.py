@@ -1,0 +1,221 @@
+"""Reads a directory of secure storage as tee-supplicant keeps it, without OP-TEE and without changing it.
+
+Source: OP-TEE secure storage, sections 1, 3 and 6. What is live is decided as OP-TEE decides it.
+"""
+
+from __future__ import annotations
+
+import re
+import stat
+from functools import cached_property
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from optee.storage.damage import Damage, DamagedError
+from optee.storage.keys import StorageKeys
+from optee.storage.layout import (
+    CORE_OWNER,
+    DIRECTORY_NAME,
+    ENTRY_SIZE,
+    MAX_OBJECT_ID,
+    OBJECT_HEADER_SIZE,
+    DirectoryEntry,
+    ObjectHeader,
+)
+from optee.storage.tree_reader import ROOT, TreeReader
+
+MAX_FILE_SIZE: Final = 1 << 30
+"""Bytes of one file: more is not of secure storage, whose files hold at most a few MiB."""
+
+_NUMBERED: Final = re.compile(r"0|[1-9a-f][0-9a-f]{0,7}")
+
+
+class NotAStoreError(Exception):
+    """The directory cannot be read, or is none of secure storage."""
+
+
+class StoredObject:
+    """An object as its directory entry and its file have it."""
+
+    def __init__(self, store: StoreReader, index: int, entry: DirectoryEntry) -> None:
+        self.index = index
+        self.entry = entry
+        self._store = store
+
+    @property
+    def is_raw(self) -> bool:
+        """A file of OP-TEE's core: no header, no attributes."""
+        return self.entry.owner == CORE_OWNER
+
+    @cached_property
+    def tree(self) -> TreeReader | None:
+        """The file; None if it is lost."""
+        data = self._store.file_content(self.entry.file_name)
+        if data is None:
+            return None
+        name, entry = self.entry.file_name, self.entry
+        return TreeReader(name, data, self._store.keys, entry.owner, entry.root_hash)
+
+    @cached_property
+    def damages(self) -> list[Damage]:
+        """All that is wrong with it, the live data blocks included."""
+        name = self.entry.file_name
+        if self.tree is None:
+            return [Damage(name, "file", "lost: the directory names it, but it is not there")]
+        if self.tree.slot is None and not self.tree.damages:
+            return [Damage(name, "file", self._store.explain_stranger(self))]
+        if self.tree.damages:
+            return [*self.tree.damages, *self.tree.block_damages()]
+        found = self.tree.block_damages()
+        if not found and not self.is_raw:
+            found += self._header_damages(self.tree)
+        return found
+
+    def _header_damages(self, tree: TreeReader) -> list[Damage]:
+        if tree.length < OBJECT_HEADER_SIZE:
+            return [Damage(tree.name, "object header", f"the content has only {tree.length} bytes")]
+        if ObjectHeader.unpack(tree.read(0, OBJECT_HEADER_SIZE)).data_offset > tree.length:
+            return [Damage(tree.name, "object header", "attributes reach beyond the content")]
+        return []
+
+    def _whole(self) -> TreeReader:
+        if self.damages:
+            raise DamagedError(self.damages[0])
+        if self.tree is None:
+            raise AssertionError("a lost file without damage")
+        return self.tree
+
+    @property
+    def header(self) -> ObjectHeader | None:
+        """Header of a TA's object; None for files of the core. Raises DamagedError."""
+        tree = self._whole()
+        return None if self.is_raw else ObjectHeader.unpack(tree.read(0, OBJECT_HEADER_SIZE))
+
+    @property
+    def attributes(self) -> bytes:
+        """Serialized attributes. Raises DamagedError."""
+        header = self.header
+        return self._whole().read(OBJECT_HEADER_SIZE, header.attr_size) if header is not None else b""
+
+    @property
+    def data(self) -> bytes:
+        """The data stream. Raises DamagedError."""
+        tree, header = self._whole(), self.header
+        return tree.read(header.data_offset if header is not None else 0, tree.length)
+
+
+class OpenedDirectory(NamedTuple):
+    """What dirf.db says: objects in order of their entries, indices of free entries, and what is wrong."""
+
+    objects: list[StoredObject]
+    free: list[int]
+    damages: list[Damage]
+
+
+class StoreReader:
+    """A store. Raises NotAStoreError if there is none at `path`; damage is told by `damages`, not raised."""
+
+    def __init__(self, path: Path, keys: StorageKeys) -> None:
+        self.path = path
+        self.keys = keys
+        try:
+            entries = sorted(path.iterdir())
+        except OSError as error:
+            raise NotAStoreError(f"{path}: {error.strerror}") from None
+        names = {entry.name for entry in entries}
+        self.numbered = sorted((name for name in names if _NUMBERED.fullmatch(name)), key=lambda name: int(name, 16))
+        """Names of the files that objects can have."""
+        self.strangers = sorted(names - {DIRECTORY_NAME, *self.numbered})
+        """Names that secure storage does not make."""
+        if DIRECTORY_NAME not in names and not self.numbered:
+            raise NotAStoreError(f"{path}: no secure storage: there is no {DIRECTORY_NAME} in it")
+
+    def file_content(self, name: str) -> bytes | None:
+        """Bytes of a file; None if it is not there. Raises NotAStoreError."""
+        path = self.path / name
+        try:
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise NotAStoreError(f"{path}: not a regular file")
+            if status.st_size > MAX_FILE_SIZE:
+                raise NotAStoreError(f"{path}: larger than {MAX_FILE_SIZE >> 20} MiB")
+            return path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise NotAStoreError(f"{path}: {error.strerror}") from None
+
+    @cached_property
+    def tree(self) -> TreeReader | None:
+        """dirf.db; None if it is lost."""
+        data = self.file_content(DIRECTORY_NAME)
+        return None if data is None else TreeReader(DIRECTORY_NAME, data, self.keys, None)
+
+    @property
+    def is_half_made(self) -> bool:
+        """Creating dirf.db was interrupted: OP-TEE makes it anew, and there are no objects."""
+        return self.tree is not None and self.tree.half_made
+
+    @cached_property
+    def opened(self) -> OpenedDirectory:
+        """Contents of dirf.db, as far as it can be read."""
+        objects: list[StoredObject] = []
+        free: list[int] = []
+        damages: list[Damage] = []
+        tree = self.tree
+        if tree is None:
+            lost = Damage(DIRECTORY_NAME, "file", "lost: without it no object can be found")
+            return OpenedDirectory(objects, free, [lost])
+        damages += tree.damages
+        for damage in tree.block_damages():
+            damages.append(damage)
+        for index in range(tree.length // ENTRY_SIZE):
+            try:
+                entry = DirectoryEntry.unpack(tree.read(index * ENTRY_SIZE, ENTRY_SIZE))
+            except DamagedError:
+                continue
+            if entry.is_free:
+                free.append(index)
+            elif entry.id_size > MAX_OBJECT_ID:
+                damages.append(Damage(DIRECTORY_NAME, f"entry {index}", f"object id of {entry.id_size} bytes"))
+            else:
+                objects.append(StoredObject(self, index, entry))
+        return OpenedDirectory(objects, free, damages)
+
+    @property
+    def objects(self) -> list[StoredObject]:
+        """Objects in the order of their entries."""
+        return self.opened.objects
+
+    @property
+    def orphans(self) -> list[str]:
+        """Files that no entry names: left behind by interrupted operations, never cleaned, harmless."""
+        named = {stored.entry.file_name for stored in self.objects}
+        return [name for name in self.numbered if name not in named]
+
+    @cached_property
+    def damages(self) -> list[Damage]:
+        """All that is wrong with the live state: directory first, then objects."""
+        return [*self.opened.damages, *(damage for stored in self.objects for damage in stored.damages)]
+
+    def explain_stranger(self, stored: StoredObject) -> str:
+        """Say why a file may have no version with the root hash that its entry has."""
+        entry, tree = stored.entry, stored.tree
+        if tree is None:
+            raise ValueError("the file is lost")
+        roots = [node.hash for node in (tree.node_at(ROOT, version) for version in (0, 1)) if node is not None]
+        for other in self.objects:
+            if other is not stored and other.entry.root_hash in roots:
+                return f"is not the one of this object: it is file {other.entry.file_name}, of entry {other.index}"
+        alone = TreeReader(entry.file_name, tree.file_data, self.keys, entry.owner)
+        if alone.slot is not None and not alone.damages and alone.head is not None:
+            counter = alone.head.counter
+            return f"is whole, but another version (counter {counter}) than the directory has: an old copy put back"
+        return "no version of its root node has the hash that the directory has"
+
+    def find(self, owner: bytes, object_id: bytes) -> StoredObject | None:
+        """The object of a TA with this id."""
+        for stored in self.objects:
+            if stored.entry.owner == owner and stored.entry.object_id == object_id:
+                return stored
+        return None

@@ -1,0 +1,269 @@
+"""Reads a hash-tree file that lies still: the live version, and what is damaged in it.
+
+OP-TEE stops at the first thing that does not match. This reader goes on as far as what it has read can be believed,
+so that each damaged part is named. Source: OP-TEE secure storage, section 3.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+from optee.storage.damage import Damage, DamagedError
+from optee.storage.keys import FileCipher, NotAuthentic, StorageKeys, node_hash
+from optee.storage.layout import (
+    BLOCK_SIZE,
+    COMMITTED_BLOCK,
+    HEAD_SIZE,
+    NODE_SIZE,
+    TAG_SIZE,
+    Head,
+    Meta,
+    Node,
+    block_count,
+    block_offset,
+    committed_child,
+    committed_head,
+    head_offset,
+    node_offset,
+)
+
+ROOT: Final = 1
+_WRONG_KEYS: Final = "or the keys (HUK, chip id) are not this store's"
+
+
+class Placed(NamedTuple):
+    """A node, and in which version it was read."""
+
+    node: Node
+    version: int
+
+
+class TreeReader:
+    """One file. `damages` is empty if everything that the live version needs, but for data blocks, is whole.
+
+    owner: as in `StorageKeys`. expected: root hash that the directory names; None for dirf.db, whose version is the
+    one with the larger counter.
+    """
+
+    def __init__(
+        self, name: str, data: bytes, keys: StorageKeys, owner: bytes | None, expected: bytes | None = None
+    ) -> None:
+        self.name = name
+        self.damages: list[Damage] = []
+        self.slot: int | None = None
+        """Version of head and root that is live; None if that cannot be said."""
+        self.half_made = False
+        """Creating the file was interrupted: a directory like this is made anew, and empty."""
+        self.torn = False
+        """A newer version than the live one was being written when the store was left."""
+        self.head: Head | None = None
+        self.meta: Meta | None = None
+        self.nodes: dict[int, Placed] = {}
+        self.file_data = data
+        """The whole file."""
+        self._keys = keys
+        self._owner = owner
+        self._cipher: FileCipher | None = None
+        if expected is None:
+            self._choose_by_counter()
+        else:
+            self._choose_by_hash(expected)
+        if self.slot is not None and not self.half_made and self._open_head(expected):
+            self._read_nodes()
+            self._verify_nodes()
+
+    @property
+    def root_hash(self) -> bytes | None:
+        """Hash in the live root node."""
+        return self.nodes[ROOT].node.hash if ROOT in self.nodes else None
+
+    @property
+    def length(self) -> int:
+        """Bytes of content; 0 where the head is damaged."""
+        return self.meta.length if self.meta is not None else 0
+
+    def _note(self, part: str, reason: str) -> None:
+        self.damages.append(Damage(self.name, part, reason))
+
+    def _piece(self, offset: int, size: int) -> bytes | None:
+        piece = self.file_data[offset : offset + size]
+        return piece if len(piece) == size else None
+
+    def head_at(self, slot: int) -> Head | None:
+        """A version of the head; None beyond the end of the file."""
+        piece = self._piece(head_offset(slot), HEAD_SIZE)
+        return Head.unpack(piece) if piece is not None else None
+
+    def node_at(self, number: int, version: int) -> Node | None:
+        """A version of a node; None beyond the end of the file."""
+        piece = self._piece(node_offset(number, version), NODE_SIZE)
+        return Node.unpack(piece) if piece is not None else None
+
+    def opens_with(self, slot: int, root_hash: bytes) -> bool:
+        """Tell whether the head in a slot belongs to a tree with this root hash."""
+        head = self.head_at(slot)
+        if head is None:
+            return False
+        try:
+            self._keys.open_file(self._owner, head.enc_fek).open_head(head, root_hash)
+        except NotAuthentic:
+            return False
+        return True
+
+    def _choose_by_counter(self) -> None:
+        heads = self.head_at(0), self.head_at(1)
+        if heads[0] is None or heads[1] is None:
+            self._note("file", f"ends before its heads ({len(self.file_data)} bytes)")
+            return
+        self.slot = committed_head(heads[0].counter, heads[1].counter)
+        if self.slot is None:
+            self._note("head slot 0", f"no slot has a valid counter ({heads[0].counter} and {heads[1].counter})")
+            return
+        live, other = heads[self.slot], heads[1 - self.slot]
+        if not live.counter and live.tag == bytes(TAG_SIZE) and self.node_at(ROOT, self.slot) is not None:
+            self.half_made = True
+            return
+        self._look_at_other_head(live, other)
+
+    def _look_at_other_head(self, live: Head, other: Head) -> None:
+        """Find a newer head whose counter is not what it was sealed with.
+
+        If the counter is that of the version before, or has only its first bytes, the write of the head was cut there.
+        Any other counter was changed afterwards: what looks live is the version before.
+        """
+        root = self.node_at(ROOT, 1 - (self.slot or 0))
+        if root is None:
+            return
+        whole = other._replace(counter=(live.counter + 1) & 0xFFFFFFFF)
+        try:
+            self._keys.open_file(self._owner, other.enc_fek).open_head(whole, root.hash)
+        except NotAuthentic:
+            return
+        before, after = ((live.counter + step).to_bytes(5, "little", signed=True)[:4] for step in (-1, 1))
+        found = other.counter.to_bytes(4, "little")
+        self.torn = any(found == after[:written] + before[written:] for written in range(4))
+        if not self.torn:
+            reason = f"counter is {other.counter}, but was {whole.counter}: the version before it is live"
+            self._note(f"head slot {1 - (self.slot or 0)}", reason)
+
+    def _choose_by_hash(self, expected: bytes) -> None:
+        for version in (0, 1):
+            node = self.node_at(ROOT, version)
+            if node is not None and node.hash == expected:
+                self.slot = version
+                return
+        for version in (0, 1):
+            if self.opens_with(version, expected):
+                node = self.node_at(ROOT, version)
+                reason = "beyond the end of the file" if node is None else "hash is not the one that the directory has"
+                self._note(f"node 1 version {version}", reason)
+                self.slot = version
+                return
+        if len(self.file_data) < node_offset(ROOT, 1) + NODE_SIZE:
+            self._note("file", f"ends before its root node ({len(self.file_data)} bytes)")
+
+    def _open_head(self, expected: bytes | None) -> bool:
+        """Decrypt the meta data and place the root."""
+        slot = self.slot or 0
+        head, root = self.head_at(slot), self.node_at(ROOT, slot)
+        if head is None or root is None:
+            if not self.damages:
+                self._note("head slot" if head is None else f"node 1 version {slot}", "beyond the end of the file")
+            return False
+        self.head = head
+        self._cipher = cipher = self._keys.open_file(self._owner, head.enc_fek)
+        self.nodes[ROOT] = Placed(root, slot)
+        guess = cipher.guess_meta(head)
+        for root_hash in (expected or root.hash, node_hash(root, self._child_hashes(root, guess), guess.length)):
+            try:
+                self.meta = cipher.open_head(head, root_hash)
+            except NotAuthentic:
+                continue
+            if root_hash[:16] != root.hash[:16] and not self.damages:
+                self._note(f"node 1 version {slot}", "hash is not the one that the head was sealed with")
+            return True
+        hint = f" ({_WRONG_KEYS})" if expected is None else ""
+        self._note(f"head slot {slot}", f"tag does not match{hint}")
+        return False
+
+    def _child_hashes(self, root: Node, meta: Meta) -> list[bytes]:
+        """Hashes of the root's children as they stand in the file."""
+        versions = [(2 + number, root.flags & committed_child(number)) for number in (0, 1)]
+        nodes = [self.node_at(child, int(bool(bit))) for child, bit in versions if child <= meta.max_node_id]
+        return [node.hash for node in nodes if node is not None]
+
+    def _last_node(self) -> int:
+        return max(self.meta.max_node_id if self.meta is not None else 0, ROOT)
+
+    def _read_nodes(self) -> None:
+        for number in range(ROOT + 1, self._last_node() + 1):
+            parent = self.nodes.get(number >> 1)
+            if parent is None:
+                continue
+            version = int(bool(parent.node.flags & committed_child(number & 1)))
+            node = self.node_at(number, version)
+            if node is None:
+                self._note(f"node {number} version {version}", "beyond the end of the file")
+            else:
+                self.nodes[number] = Placed(node, version)
+
+    def _verify_nodes(self) -> None:
+        """Compare each node's hash, leaves first; a child whose hash alone is wrong does not spoil its parent."""
+        right: dict[int, bytes] = {}
+        last = self._last_node()
+        for number in range(last, 0, -1):
+            if number not in self.nodes:
+                continue
+            node, version = self.nodes[number]
+            children = [child for child in (2 * number, 2 * number + 1) if child <= last]
+            if any(child not in self.nodes for child in children):
+                continue
+            length = self.length if number == ROOT else None
+            hashes = [self.nodes[child].node.hash for child in children]
+            right[number] = node_hash(node, hashes, length)
+            if right[number] == node.hash:
+                continue
+            corrected = node_hash(node, [right.get(child, b"") for child in children], length)
+            if corrected == node.hash:
+                right[number] = corrected
+            elif not any(damage.part == f"node {number} version {version}" for damage in self.damages):
+                self._note(f"node {number} version {version}", "hash does not match")
+
+    def placed_block(self, block: int) -> str:
+        """Name of a data block's live version."""
+        placed = self.nodes.get(block + 1)
+        return f"block {block}" if placed is None else f"block {block} version {placed.node.flags & COMMITTED_BLOCK}"
+
+    def read_block(self, block: int) -> bytes:
+        """Content of a data block. Raises DamagedError."""
+        placed = self.nodes.get(block + 1)
+        if placed is None or self._cipher is None:
+            first = self.damages[0] if self.damages else Damage(self.name, f"block {block}", "has no node")
+            raise DamagedError(first)
+        data = self._piece(block_offset(block, placed.node.flags & COMMITTED_BLOCK), BLOCK_SIZE)
+        if data is None:
+            raise DamagedError(Damage(self.name, self.placed_block(block), "beyond the end of the file"))
+        try:
+            return self._cipher.open_block(placed.node, data)
+        except NotAuthentic:
+            raise DamagedError(Damage(self.name, self.placed_block(block), "tag does not match")) from None
+
+    def block_damages(self) -> list[Damage]:
+        """Damage of the live data blocks."""
+        found = []
+        for block in range(block_count(self.length)):
+            try:
+                self.read_block(block)
+            except DamagedError as error:
+                if error.damage not in self.damages:
+                    found.append(error.damage)
+        return found
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Content from `offset` on, at most to its end. Raises DamagedError."""
+        end = min(offset + size, self.length)
+        if offset >= end:
+            return b""
+        first = offset // BLOCK_SIZE
+        blocks = b"".join(self.read_block(block) for block in range(first, block_count(end)))
+        return blocks[offset - first * BLOCK_SIZE : end - first * BLOCK_SIZE]
