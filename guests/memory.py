@@ -10,8 +10,6 @@ from hv_models.memory import PAGE_SIZE, GuestRam, Ipa
 # who treats an IPA range as one range finds somebody else's data. Odd, hence coprime to every power of two.
 _STRIDE: Final = 0x1D3
 
-_ZEROES: Final = bytes(PAGE_SIZE)
-
 
 class PageAllocator:
     """Free pages of a range of guest RAM, single ones scattered and last freed first, as Linux' per-CPU lists.
@@ -38,30 +36,34 @@ class PageAllocator:
 
     def page(self) -> Ipa:
         """Take one page. Raises OutOfGuestMemoryError."""
-        index = self._next()
-        self._used[index] = 1
-        self.used += 1
-        return Ipa(self._base + index * PAGE_SIZE)
-
-    def _next(self) -> int:
-        """Find a free page: freed ones first. One that `run` took meanwhile is passed over."""
-        while self._stack:
-            index = self._stack.pop()
-            self._stacked[index] = 0
-            if not self._used[index]:
-                return index
-        while self._fresh < self._count:
-            index = self._fresh * self._stride % self._count
-            self._fresh += 1
-            if not self._used[index]:
-                return index
-        raise OutOfGuestMemoryError(f"all {self._count} pages are in use")
+        return self.pages(1)[0]
 
     def pages(self, count: int) -> tuple[Ipa, ...]:
-        """Take `count` pages, in general not adjacent; all or none. Raises OutOfGuestMemoryError."""
+        """Take `count` pages, in general not adjacent; all or none. Raises OutOfGuestMemoryError.
+
+        Freed ones come first. One that `run` took meanwhile is passed over.
+        """
         if count > self.free:
             raise OutOfGuestMemoryError(f"{count} pages asked, {self.free} of {self._count} are free")
-        return tuple([self.page() for _ in range(count)])
+        used, stacked, stack = self._used, self._stacked, self._stack
+        taken: list[int] = []
+        while stack and len(taken) < count:
+            start = max(0, len(stack) - (count - len(taken)))
+            for index in reversed(stack[start:]):
+                stacked[index] = 0
+                if not used[index]:
+                    used[index] = 1
+                    taken.append(index)
+            del stack[start:]
+        while len(taken) < count:
+            index = self._fresh * self._stride % self._count
+            self._fresh += 1
+            if not used[index]:
+                used[index] = 1
+                taken.append(index)
+        self.used += count
+        base = self._base
+        return tuple([Ipa(base + index * PAGE_SIZE) for index in taken])
 
     def run(self, count: int) -> tuple[Ipa, ...]:
         """Take `count` adjacent pages. Raises OutOfGuestMemoryError."""
@@ -74,14 +76,17 @@ class PageAllocator:
 
     def release(self, pages: Sequence[int]) -> None:
         """Give pages back. Raises ValueError for a page that is not in use: the guest kernel's own mistake."""
+        base, count = self._base, self._count
+        used, stacked = self._used, self._stacked
         for page in pages:
-            index, rest = divmod(page - self._base, PAGE_SIZE)
-            if rest or not 0 <= index < self._count or not self._used[index]:
+            distance = page - base
+            index = distance // PAGE_SIZE
+            if distance % PAGE_SIZE or not 0 <= index < count or not used[index]:
                 raise ValueError(f"page {page:#x} is not allocated")
-            self._used[index] = 0
+            used[index] = 0
             self.used -= 1
-            if not self._stacked[index]:
-                self._stacked[index] = 1
+            if not stacked[index]:
+                stacked[index] = 1
                 self._stack.append(index)
 
 
@@ -123,8 +128,7 @@ class Buffer:
 def allocate_buffer(ram: GuestRam, allocator: PageAllocator, size: int, offset: int = 0) -> Buffer:
     """Take zeroed pages for a process, for `size` bytes from `offset` on. Raises OutOfGuestMemoryError."""
     pages = allocator.pages(page_span(size, offset))
-    for page in pages:
-        ram.write(page, _ZEROES)
+    ram.clear(pages)
     return Buffer(ram, pages, size, offset)
 
 

@@ -13,7 +13,7 @@ import fcntl
 import mmap
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, NewType, TypeAlias
 
@@ -345,6 +345,13 @@ class GuestRam:
         """Write `data`. Raises ValueError outside of this RAM."""
         offset = self._offset(ipa, len(data))
         self.store.view[offset : offset + len(data)] = data
+
+    def clear(self, pages: Sequence[int]) -> None:
+        """Fill whole pages, named by their IPAs, with zeroes. Raises ValueError for what is no page of this RAM."""
+        distances = np.array(pages, dtype=np.int64) - self.base
+        if np.any(distances & PAGE_MASK) or np.any(distances < 0) or np.any(distances >= self.size):
+            raise ValueError(f"not all of {len(pages)} addresses are pages of the RAM at {self.base:#x}")
+        self.words[distances >> PAGE_SHIFT] = 0
 
     def _offset(self, ipa: int, size: int) -> int:
         offset = ipa - self.base
