@@ -192,6 +192,8 @@ def read_trace(path: Path) -> tuple[Header, list[TraceEvent]]:
             raise DocumentError([f"{place}:{error.colno}: not JSON: {error.msg}"]) from None
         except RecursionError:
             raise DocumentError([f"{place}: nested too deeply"]) from None
+        except ValueError as error:
+            raise DocumentError([f"{place}: not JSON: {str(error).split(':')[0]}"]) from None
         if not isinstance(data, dict):
             raise DocumentError([f"{place}: an object is wanted"])
         line = _Line(place, data)

@@ -4,9 +4,8 @@ One VM has the recorded RAM, so that recorded addresses are its IPAs; no frame h
 and what the guest sees are compared with the recording. Source: the trace-file description, "Replaying".
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,11 +15,21 @@ from hv_models.machine import Machine, RamBlock
 from hv_models.memory import PAGE_MASK, PAGE_SIZE
 from hv_models.vm import VirtualMachine
 from mediator.core.mediator import Mediator
-from mediator.core.policy import Policy, Word
+from mediator.core.policy import Policy
 from mediator.core.steps import Forward, Preempt, Queue, Regs, Reply, Step, Ticket
 from mediator.documents import DocumentError
 from mediator.host import Host
-from mediator.invariants import Checker, Violation
+from mediator.invariants import Checker
+from mediator.trace.expected import (
+    LOW,
+    MESSAGE_CALLS,
+    TMEM,
+    first_difference,
+    message_size,
+    output_fields,
+    registers,
+    taken_reply,
+)
 from mediator.trace.format import (
     AnswerEvent,
     CallEvent,
@@ -31,6 +40,7 @@ from mediator.trace.format import (
     TraceEvent,
     read_trace,
 )
+from mediator.trace.report import ReplayReport
 from optee.abi.message import (
     ENTRIES_PER_PAGE,
     HEADER,
@@ -38,78 +48,31 @@ from optee.abi.message import (
     NONCONTIG,
     OFFSET_RET,
     OFFSET_RET_ORIGIN,
-    OFFSET_SESSION,
     PARAM,
     PARAM_SIZE,
     TYPE_MASK,
-    ParamType,
     page_count,
 )
-from optee.abi.smc import API_UID, Function, ReturnCode, RpcReturn, SecCapability, VmId, is_rpc
+from optee.abi.smc import API_UID, Function, ReturnCode, RpcReturn, VmId, is_rpc
 
-LOW: Final = 0xFFFFFFFF
 ROOMY_THREADS: Final = 64
 """Threads of the scripted OP-TEE where the recording does not say how many it had: more than any recorded
 call needs, so that it is the recorded OP-TEE that answers ETHREAD_LIMIT."""
 DEFAULT_CLIENT: Final = 1
 
-_MESSAGE_CALLS: Final = frozenset({Function.CALL_WITH_ARG, Function.CALL_WITH_RPC_ARG, Function.CALL_WITH_REGD_ARG})
-_YIELDING: Final = _MESSAGE_CALLS | {Function.RETURN_FROM_RPC}
-_IDENTITIES: Final = frozenset(
-    {Function.CALLS_UID, Function.CALLS_REVISION, Function.GET_OS_UUID, Function.GET_OS_REVISION, Function.CALLS_COUNT}
-)
-_TMEM: Final = range(int(ParamType.TMEM_INPUT), int(ParamType.TMEM_INOUT) + 1)
-_VALUE_OUTPUTS: Final = frozenset({int(ParamType.VALUE_OUTPUT), int(ParamType.VALUE_INOUT)})
-_SIZE_OUTPUTS: Final = frozenset(
-    int(kind) for kind in (ParamType.RMEM_OUTPUT, ParamType.RMEM_INOUT, ParamType.TMEM_OUTPUT, ParamType.TMEM_INOUT)
-)
-
-
-@dataclass(slots=True)
-class ReplayReport:
-    """What a replay found."""
-
-    events: int = 0
-    calls: int = 0
-    forwarded: int = 0
-    returned: int = 0
-    expected: Counter[str] = field(default_factory=Counter)
-    unexpected: int = 0
-    first_unexpected: dict[str, Any] | None = None
-    peak_pages_pinned: int = 0
-    left: dict[str, int] = field(default_factory=dict)
-    violations: list[Violation] = field(default_factory=list)
-
-    @property
-    def good(self) -> bool:
-        """Nothing was unexpected and no invariant was violated."""
-        return not self.unexpected and not self.violations
-
-    def as_data(self) -> dict[str, Any]:
-        """The JSON document of `mediator replay`."""
-        return {
-            "format": "mediator-replay/1",
-            "events": self.events,
-            "calls": self.calls,
-            "forwarded": self.forwarded,
-            "returned": self.returned,
-            "expected": dict(sorted(self.expected.items())),
-            "unexpected": self.unexpected,
-            "first_unexpected": self.first_unexpected,
-            "peak_pages_pinned": self.peak_pages_pinned,
-            "left": self.left,
-            "violations": [violation.as_data() for violation in self.violations],
-        }
-
 
 @dataclass(slots=True)
 class Pending:
-    """A call that is with the scripted OP-TEE: where OP-TEE sees its message and RPC argument."""
+    """A call that is with the scripted OP-TEE: where OP-TEE sees its message and RPC argument.
+
+    request: the RPC request that OP-TEE made last, while it is not answered.
+    """
 
     ticket: Ticket
     regs: Regs
     shadow: int = 0
     rpc_behind: bool = False
+    request: bytes | None = None
 
 
 Observer = Callable[[TraceEvent, Step], None]
@@ -141,6 +104,8 @@ class Replay:
         self._threads: dict[int, Pending] = {}
         self._arguments: dict[int, int] = {}
         self._event: TraceEvent = Mark(1, "start")
+        self._waiting: dict[int, CallEvent] = {}
+        """Calls of a recording with a mediator between: it decided about them when it forwarded, or never did."""
 
     def run(self, progress: Callable[[int, int], None] = lambda done, total: None) -> ReplayReport:
         """All events; afterwards the VM is destroyed and everything must be given back."""
@@ -199,6 +164,8 @@ class Replay:
             self.report.peak_pages_pinned = guest.ledger.pages_peak
             sums = guest.ledger.sums()
             self.report.left = {name: sums[name] for name in ("pages", "calls", "buffers", "rpc_arguments")}
+            for event in list(self._waiting.values()):
+                self._submit(event)
             for identity in list(self._pending):
                 # The recording ends while OP-TEE runs this call: the call ends with the recording.
                 self._answer(identity, (ReturnCode.EBADCMD, 0, 0, 0), None, None)
@@ -219,17 +186,28 @@ class Replay:
             if not resumes or entry.kind != "message":
                 # A driver leaves the message of a suspended call alone.
                 self._write_guest(entry.at, entry.data)
-        self._go_on(event.id, self.checker.submit(self.client, event.vcpu, event.regs), None)
+        if self.header.client_id is None:
+            self._submit(event)
+        else:
+            self._waiting[event.id] = event
 
-    def _go_on(self, identity: int, step: Step, pending: Pending | None) -> None:
+    def _submit(self, event: CallEvent) -> None:
+        self._go_on(event, event.id, self.checker.submit(self.client, event.vcpu, event.regs), None)
+
+    def _go_on(self, event: TraceEvent, identity: int, step: Step, pending: Pending | None) -> None:
         while isinstance(step, Preempt):
             step = self.checker.proceed(step.ticket)
         if self._observer is not None:
-            self._observer(self._event, step)
+            self._observer(event, step)
         if isinstance(step, Reply):
             self._replies[identity] = step
-            if pending is not None and is_rpc(step.regs[0]):
-                self._threads[step.regs[3] & LOW] = pending
+            if is_rpc(step.regs[0]):
+                thread = step.regs[3] & LOW
+                if pending is not None:
+                    self._threads[thread] = pending
+                elif thread in self._threads:
+                    # The mediator asks for something of its own (R19): OP-TEE's request is no more.
+                    self._threads[thread].request = None
         elif isinstance(step, Forward):
             self._pending[identity] = self._forwarded(self._calls[identity], step)
         else:
@@ -238,6 +216,8 @@ class Replay:
 
     def _return(self, event: ReturnEvent) -> None:
         self.report.returned += 1
+        if event.id in self._waiting:
+            self._submit(self._waiting.pop(event.id))
         if event.id in self._pending:
             by_kind = {entry.kind: entry.data for entry in event.memory if entry.kind != "list"}
             self._answer(event.id, event.regs, by_kind.get("message"), by_kind.get("rpc"))
@@ -246,7 +226,9 @@ class Replay:
         if reply is None:
             self._unexpected("return", _hexes(event.regs), "no answer")
             return
-        self._compare_registers(call, event.regs, reply.regs)
+        differing = registers(self.policy, call.regs, event.regs, reply.regs, self.report.expected)
+        if differing is not None:
+            self._unexpected("guest's registers", _hexes(differing[0]), _hexes(differing[1]))
         a0 = event.regs[0] & LOW
         for entry in event.memory:
             done = entry.kind == "message" and a0 == ReturnCode.OK
@@ -254,48 +236,10 @@ class Replay:
             if done or asked:
                 data = entry.data
                 if asked:
-                    data = data[: _size(data)]
+                    data = data[: message_size(data)]
                 seen = self._read_guest(entry.at, len(data))
                 if seen != data:
-                    self._unexpected(f"guest's {entry.kind}", *_first_difference(data, seen))
-
-    def _compare_registers(self, call: CallEvent, recorded: Regs, seen: Regs) -> None:
-        function = call.regs[0] & LOW
-        expected = self.report.expected
-        if function == Function.CALLS_COUNT and seen[0] != recorded[0]:
-            expected["calls_count"] += 1
-            return
-        if function == Function.EXCHANGE_CAPABILITIES and seen[0] & LOW == recorded[0] & LOW == 0:
-            offered = recorded[1] & self.policy.sec_capabilities & ~SecCapability.HAVE_RESERVED_SHM
-            if seen[1] == offered != recorded[1]:
-                expected["capabilities_masked"] += 1
-                recorded = (recorded[0], seen[1], *recorded[2:])
-            for word, capability in ((2, SecCapability.ASYNC_NOTIF), (3, SecCapability.RPC_ARG)):
-                if not offered & capability and recorded[word] and seen[word] == 0:
-                    expected["capability_word_zeroed"] += 1
-                    recorded = (*recorded[:word], 0, *recorded[word + 1 :])
-        a0 = recorded[0] & LOW
-        failed = function not in _IDENTITIES and a0 != 0 and not is_rpc(a0)
-        words = 1 if failed else 4
-        if seen[:words] == recorded[:words]:
-            return
-        if seen[0] == recorded[0] and self._by_policy(function, call.regs, recorded, seen):
-            expected["register_convention"] += 1
-            return
-        self._unexpected("guest's registers", _hexes(recorded[:words]), _hexes(seen[:words]))
-
-    def _by_policy(self, function: int, regs: Regs, recorded: Regs, seen: Regs) -> bool:
-        """Whether the words that differ are those that the policy keeps or zeroes (R3)."""
-        name = Function(function).name
-        if function in _YIELDING:
-            name = "suspended" if is_rpc(seen[0]) else "completed"
-        conventions = self.policy.answers[name]
-        return all(
-            seen[at] == recorded[at]
-            or (conventions[at - 1] is Word.KEEP and seen[at] == regs[at])
-            or (conventions[at - 1] is Word.ZERO and seen[at] == 0)
-            for at in (1, 2, 3)
-        )
+                    self._unexpected(f"guest's {entry.kind}", *first_difference(data, seen))
 
     # The secure world's side
 
@@ -313,7 +257,7 @@ class Replay:
         if regs[7] != self.client:
             self._unexpected("forwarded a7", self.client, regs[7])
         pending = Pending(step.ticket, regs)
-        if function in _MESSAGE_CALLS:
+        if function in MESSAGE_CALLS:
             pending.shadow = regs[1] << 32 | regs[2]
             pending.rpc_behind = function == Function.CALL_WITH_RPC_ARG
             self._check_message(call, pending)
@@ -323,6 +267,7 @@ class Replay:
                 self._unexpected("resumed thread", "a suspended one", regs[3])
             else:
                 pending.shadow, pending.rpc_behind = known.shadow, known.rpc_behind
+                pending.request = known.request
             self._check_resume(call, pending)
         return pending
 
@@ -330,7 +275,7 @@ class Replay:
         """The message that OP-TEE sees equals the guest's but for addresses and ret (R11)."""
         for entry in call.memory:
             if entry.kind == "message":
-                self._check_shadow("message", entry.data[: _size(entry.data)], pending.shadow, 0, preset=True)
+                self._check_shadow("message", entry.data[: message_size(entry.data)], pending.shadow, 0, preset=True)
                 return
 
     def _check_resume(self, call: CallEvent, pending: Pending) -> None:
@@ -339,15 +284,17 @@ class Replay:
         if page in self.machine.pages:
             self._arguments[(regs[4] & LOW) << 32 | regs[5] & LOW] = page
             return
+        place = self._rpc_place(pending, (call.regs[1] & LOW) << 32 | call.regs[2] & LOW)
+        if pending.request is None or place is None:
+            return
         for entry in call.memory:
-            if entry.kind != "rpc":
-                continue
-            place = self._rpc_place(pending, (call.regs[1] & LOW) << 32 | call.regs[2] & LOW)
-            if place is not None and any(entry.data[:HEADER_SIZE]):
-                self._check_shadow("rpc", entry.data[: _size(entry.data)], *place, preset=False)
+            if entry.kind == "rpc" and len(entry.data) >= len(pending.request):
+                self._check_shadow("rpc", taken_reply(pending.request, entry.data), *place, preset=False)
 
     def _rpc_place(self, pending: Pending, cookie: int) -> tuple[int, int] | None:
         """Where OP-TEE sees the RPC argument: page and offset."""
+        if pending.shadow not in self.machine.pages:
+            return None
         if pending.rpc_behind:
             count = HEADER.unpack_from(self.machine.memory.frame(pending.shadow))[7]
             return pending.shadow, HEADER_SIZE + PARAM_SIZE * count
@@ -364,11 +311,11 @@ class Replay:
             seen[OFFSET_RET:OFFSET_RET_ORIGIN] = wanted[OFFSET_RET:OFFSET_RET_ORIGIN] = bytes(4)
         for at in range(HEADER_SIZE, len(guests) - PARAM_SIZE + 1, PARAM_SIZE):
             attribute, pointer, size, _ = PARAM.unpack_from(guests, at)
-            if attribute & TYPE_MASK in _TMEM and attribute & NONCONTIG and pointer:
+            if attribute & TYPE_MASK in TMEM and attribute & NONCONTIG and pointer:
                 self._check_list(pointer, int.from_bytes(seen[at + 8 : at + 16], "little"), size)
                 seen[at + 8 : at + 16] = wanted[at + 8 : at + 16] = bytes(8)
         if seen != wanted:
-            self._unexpected(f"forwarded {what}", *_first_difference(bytes(wanted), bytes(seen)))
+            self._unexpected(f"forwarded {what}", *first_difference(bytes(wanted), bytes(seen)))
 
     def _check_list(self, guests: int, ours: int, size: int) -> None:
         """Each address is the stage-2 image of the guest's, its page is pinned, and none is left as it was."""
@@ -384,17 +331,23 @@ class Replay:
             recorded = np.frombuffer(self._read_guest(guest_page, PAGE_SIZE), "<u8")
             part = min(left, ENTRIES_PER_PAGE)
             for entry, ipa in zip(words[:part].tolist(), recorded[:part].tolist(), strict=True):
-                found = self.vm.find(entry)
-                bank, number = self.machine.memory.find(entry)
-                if found != ipa or entry == ipa or bank.pins[number] < 1:
+                if self.vm.find(entry) != ipa or entry == ipa or not self._pinned(entry):
                     self._unexpected("translated page", f"the pinned image of {ipa:#x}", hex(entry))
                     return
             left -= part
             page, guest_page = int(words[ENTRIES_PER_PAGE]), int(recorded[ENTRIES_PER_PAGE])
 
+    def _pinned(self, pa: int) -> bool:
+        bank, number = self.machine.memory.find(pa)
+        return bool(bank.pins[number] > 0)
+
     def _recorded_forward(self, event: ForwardEvent) -> None:
         """What another mediator forwarded for the same call (policy `xen` only)."""
-        if event.id is None or not self._as_xen:
+        if event.id is None:
+            return
+        if event.id in self._waiting:
+            self._submit(self._waiting.pop(event.id))
+        if not self._as_xen:
             return
         pending = self._pending.get(event.id)
         if pending is None:
@@ -403,18 +356,18 @@ class Replay:
                 self._unexpected("forward", _hexes(event.regs), "answered by the mediator itself")
             return
         regs, recorded = list(pending.regs), list(event.regs)
-        if regs[0] in _MESSAGE_CALLS or (regs[1] << 32 | regs[2]) in self.machine.pages:
+        if regs[0] in MESSAGE_CALLS or (regs[1] << 32 | regs[2]) in self.machine.pages:
             regs[1:3] = recorded[1:3] = []
         if regs != recorded:
             self._unexpected("forward.regs", _hexes(recorded), _hexes(regs))
-        if event.message is not None and regs[0] in _MESSAGE_CALLS:
+        if event.message is not None and regs[0] in MESSAGE_CALLS:
             # Between the first forward and the end the shadow is OP-TEE's.
             self._compare_forward("message", event.message, pending.shadow)
         if event.rpc is not None:
             call = self._calls[event.id]
             place = self._rpc_place(pending, (call.regs[1] & LOW) << 32 | call.regs[2] & LOW)
             if place is not None and not place[1]:
-                self._compare_forward("rpc", event.rpc[: _size(event.rpc)], place[0])
+                self._compare_forward("rpc", event.rpc[: message_size(event.rpc)], place[0])
 
     def _compare_forward(self, what: str, recorded: bytes, page: int) -> None:
         theirs, ours = bytearray(recorded), bytearray(self.machine.memory.frame(page)[: len(recorded)])
@@ -422,12 +375,12 @@ class Replay:
             ours[OFFSET_RET:OFFSET_RET_ORIGIN] = theirs[OFFSET_RET:OFFSET_RET_ORIGIN] = bytes(4)
         for at in range(HEADER_SIZE, len(theirs) - PARAM_SIZE + 1, PARAM_SIZE):
             attribute, pointer, _, _ = PARAM.unpack_from(theirs, at)
-            if attribute & TYPE_MASK in _TMEM and attribute & NONCONTIG and pointer:
+            if attribute & TYPE_MASK in TMEM and attribute & NONCONTIG and pointer:
                 for side in (theirs, ours):
                     low = int.from_bytes(side[at + 8 : at + 16], "little") & PAGE_MASK
                     side[at + 8 : at + 16] = low.to_bytes(8, "little")
         if theirs != ours:
-            self._unexpected(f"forward.{what}", *_first_difference(bytes(theirs), bytes(ours)))
+            self._unexpected(f"forward.{what}", *first_difference(bytes(theirs), bytes(ours)))
 
     def _answer(self, identity: int, regs: Regs, message: bytes | None, rpc: bytes | None) -> None:
         """The scripted OP-TEE writes what the recorded one wrote, and answers."""
@@ -436,15 +389,17 @@ class Replay:
         if pending.shadow and pending.shadow in self.machine.pages:
             if message is not None and a0 == ReturnCode.OK:
                 frame = self.machine.memory.frame(pending.shadow)
-                for start, end in _output_fields(message[: _size(message)]):
+                for start, end in output_fields(message[: message_size(message)]):
                     frame[start:end] = message[start:end]
+            pending.request = None
             if rpc is not None and a0 == RpcReturn.CMD:
+                pending.request = rpc[: message_size(rpc)]
                 place = self._rpc_place(pending, (regs[1] & LOW) << 32 | regs[2] & LOW)
                 if place is not None:
                     page, base = place
-                    size = min(_size(rpc), PAGE_SIZE - base)
+                    size = min(message_size(rpc), PAGE_SIZE - base)
                     self.machine.memory.frame(page)[base : base + size] = rpc[:size]
-        self._go_on(identity, self.checker.returned(pending.ticket, regs), pending)
+        self._go_on(self._event, identity, self.checker.returned(pending.ticket, regs), pending)
 
     # Memory of the guest
 
@@ -493,35 +448,8 @@ def _own_answers(events: list[TraceEvent]) -> dict[int, list[tuple[ForwardEvent,
     return found
 
 
-def _output_fields(message: bytes) -> list[tuple[int, int]]:
-    """Where OP-TEE writes in a message: session, ret, ret_origin, output values and sizes."""
-    if not message:
-        return []
-    fields = [(OFFSET_SESSION, OFFSET_SESSION + 4), (OFFSET_RET, OFFSET_RET + 8)]
-    for at in range(HEADER_SIZE, len(message) - PARAM_SIZE + 1, PARAM_SIZE):
-        kind = PARAM.unpack_from(message, at)[0] & TYPE_MASK
-        if kind in _VALUE_OUTPUTS:
-            fields.append((at + 8, at + 32))
-        elif kind in _SIZE_OUTPUTS:
-            fields.append((at + 16, at + 24))
-    return fields
-
-
-def _size(message: bytes) -> int:
-    """Bytes of a recorded message or RPC argument that count: no more than there are."""
-    if len(message) < HEADER_SIZE:
-        return 0
-    num_params: int = HEADER.unpack_from(message)[7]
-    return min(HEADER_SIZE + PARAM_SIZE * num_params, len(message), PAGE_SIZE)
-
-
 def _hexes(regs: Sequence[int]) -> list[str]:
     return [hex(word) for word in regs]
-
-
-def _first_difference(expected: bytes, got: bytes) -> tuple[str, str]:
-    at = next((i for i in range(min(len(expected), len(got))) if expected[i] != got[i]), min(len(expected), len(got)))
-    return f"at byte {at}: {expected[at : at + 16].hex()}", f"at byte {at}: {got[at : at + 16].hex()}"
 
 
 def replay(path: Path, policy: Policy, progress: Callable[[int, int], None] = lambda done, total: None) -> ReplayReport:

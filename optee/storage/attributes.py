@@ -15,7 +15,15 @@ USAGE_ALL: Final = 0xFFFFFFFF
 _LENGTH_SIZE: Final = 4
 _SECRET: Final = ("secret value",)
 _RSA_PUBLIC: Final = ("modulus", "public exponent")
-_RSA_KEY_PAIR: Final = (*_RSA_PUBLIC, "private exponent", "prime 1", "prime 2", "exponent 1", "exponent 2", "coefficient")
+_RSA_KEY_PAIR: Final = (
+    *_RSA_PUBLIC,
+    "private exponent",
+    "prime 1",
+    "prime 2",
+    "exponent 1",
+    "exponent 2",
+    "coefficient",
+)
 
 OBJECT_TYPES: Final[dict[int, tuple[str, tuple[str, ...]]]] = {
     DATA_TYPE: ("data", ()),

@@ -100,8 +100,10 @@ def notes(store: StoreReader) -> list[str]:
     if store.is_half_made:
         found.append("the creation of dirf.db was interrupted: OP-TEE makes it anew, without objects")
     if store.tree is not None and store.tree.torn:
-        found.append("dirf.db: the last commit was interrupted just before its head was whole: the version before is live")
-    if store.orphans:
+        found.append(
+            "dirf.db: the last commit was interrupted just before its head was whole: the version before is live"
+        )
+    if store.orphans and not store.opened.damages:
         files = ", ".join(store.orphans)
         found.append(f"files without an entry, left by interrupted operations, their numbers are free: {files}")
     if store.opened.free:

@@ -21,6 +21,7 @@ from optee.storage.layout import (
     OBJECT_HEADER_SIZE,
     DirectoryEntry,
     ObjectHeader,
+    committed_head,
 )
 from optee.storage.tree_reader import ROOT, TreeReader
 
@@ -203,9 +204,11 @@ class StoreReader:
         entry, tree = stored.entry, stored.tree
         if tree is None:
             raise ValueError("the file is lost")
-        roots = [node.hash for node in (tree.node_at(ROOT, version) for version in (0, 1)) if node is not None]
+        heads = tree.head_at(0), tree.head_at(1)
+        slot = committed_head(heads[0].counter, heads[1].counter) if heads[0] and heads[1] else None
+        root = tree.node_at(ROOT, slot) if slot is not None else None
         for other in self.objects:
-            if other is not stored and other.entry.root_hash in roots:
+            if other is not stored and root is not None and other.entry.root_hash == root.hash:
                 return f"is not the one of this object: it is file {other.entry.file_name}, of entry {other.index}"
         alone = TreeReader(entry.file_name, tree.file_data, self.keys, entry.owner)
         if alone.slot is not None and not alone.damages and alone.head is not None:

@@ -50,7 +50,7 @@ class TreeReader:
     ) -> None:
         self.name = name
         self.damages: list[Damage] = []
-        self.slot: int | None = None
+        self.slot: int | None
         """Version of head and root that is live; None if that cannot be said."""
         self.half_made = False
         """Creating the file was interrupted: a directory like this is made anew, and empty."""
@@ -65,10 +65,10 @@ class TreeReader:
         self._owner = owner
         self._cipher: FileCipher | None = None
         if expected is None:
-            self._choose_by_counter()
+            self.slot = self._choose_by_counter()
         else:
-            self._choose_by_hash(expected)
-        if self.slot is not None and not self.half_made and self._open_head(expected):
+            self.slot = self._choose_by_hash(expected)
+        if self.slot is not None and not self.half_made and self._open_head(self.slot, expected):
             self._read_nodes()
             self._verify_nodes()
 
@@ -110,65 +110,66 @@ class TreeReader:
             return False
         return True
 
-    def _choose_by_counter(self) -> None:
-        heads = self.head_at(0), self.head_at(1)
-        if heads[0] is None or heads[1] is None:
+    def _choose_by_counter(self) -> int | None:
+        even, odd = self.head_at(0), self.head_at(1)
+        if even is None or odd is None:
             self._note("file", f"ends before its heads ({len(self.file_data)} bytes)")
-            return
-        self.slot = committed_head(heads[0].counter, heads[1].counter)
-        if self.slot is None:
-            self._note("head slot 0", f"no slot has a valid counter ({heads[0].counter} and {heads[1].counter})")
-            return
-        live, other = heads[self.slot], heads[1 - self.slot]
-        if not live.counter and live.tag == bytes(TAG_SIZE) and self.node_at(ROOT, self.slot) is not None:
+            return None
+        slot = committed_head(even.counter, odd.counter)
+        if slot is None:
+            self._note("head slot 0", f"no slot has a valid counter ({even.counter} and {odd.counter})")
+            return None
+        live, other = (odd, even) if slot else (even, odd)
+        if not live.counter and live.tag == bytes(TAG_SIZE) and self.node_at(ROOT, slot) is not None:
             self.half_made = True
-            return
-        self._look_at_other_head(live, other)
+        else:
+            self._look_at_other_head(live, 1 - slot, other)
+        return slot
 
-    def _look_at_other_head(self, live: Head, other: Head) -> None:
+    def _look_at_other_head(self, live: Head, slot: int, other: Head) -> None:
         """Find a newer head whose counter is not what it was sealed with.
 
         If the counter is that of the version before, or has only its first bytes, the write of the head was cut there.
         Any other counter was changed afterwards: what looks live is the version before.
         """
-        root = self.node_at(ROOT, 1 - (self.slot or 0))
-        if root is None:
+        root = self.node_at(ROOT, slot)
+        if root is None or not live.counter:
             return
         whole = other._replace(counter=(live.counter + 1) & 0xFFFFFFFF)
         try:
             self._keys.open_file(self._owner, other.enc_fek).open_head(whole, root.hash)
         except NotAuthentic:
             return
-        before, after = ((live.counter + step).to_bytes(5, "little", signed=True)[:4] for step in (-1, 1))
-        found = other.counter.to_bytes(4, "little")
+        before, after, found = (
+            counter.to_bytes(4, "little") for counter in (live.counter - 1, whole.counter, other.counter)
+        )
         self.torn = any(found == after[:written] + before[written:] for written in range(4))
         if not self.torn:
             reason = f"counter is {other.counter}, but was {whole.counter}: the version before it is live"
-            self._note(f"head slot {1 - (self.slot or 0)}", reason)
+            self._note(f"head slot {slot}", reason)
 
-    def _choose_by_hash(self, expected: bytes) -> None:
+    def _choose_by_hash(self, expected: bytes) -> int | None:
         for version in (0, 1):
             node = self.node_at(ROOT, version)
             if node is not None and node.hash == expected:
-                self.slot = version
-                return
+                return version
         for version in (0, 1):
             if self.opens_with(version, expected):
                 node = self.node_at(ROOT, version)
                 reason = "beyond the end of the file" if node is None else "hash is not the one that the directory has"
                 self._note(f"node 1 version {version}", reason)
-                self.slot = version
-                return
+                return version
         if len(self.file_data) < node_offset(ROOT, 1) + NODE_SIZE:
             self._note("file", f"ends before its root node ({len(self.file_data)} bytes)")
+        return None
 
-    def _open_head(self, expected: bytes | None) -> bool:
+    def _open_head(self, slot: int, expected: bytes | None) -> bool:
         """Decrypt the meta data and place the root."""
-        slot = self.slot or 0
         head, root = self.head_at(slot), self.node_at(ROOT, slot)
         if head is None or root is None:
             if not self.damages:
-                self._note("head slot" if head is None else f"node 1 version {slot}", "beyond the end of the file")
+                part = f"head slot {slot}" if head is None else f"node 1 version {slot}"
+                self._note(part, "beyond the end of the file")
             return False
         self.head = head
         self._cipher = cipher = self._keys.open_file(self._owner, head.enc_fek)

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from mediator.conformance import compare as comparing
+from mediator.conformance.intended import declarations
 from optee.abi.smc import Function
 from tests.conformance.documents import (
     ALLOC,
@@ -36,6 +38,7 @@ from tests.conformance.documents import (
     page,
     page_list,
     probe,
+    recorded,
     relinquish,
     resume,
     smc,
@@ -416,3 +419,65 @@ def test_rpc_free_and_the_rest_of_the_rpcs_in_one_call() -> None:
     assert resumed == ["ALLOC", "CMD", "UNKNOWN8", "FREE"]
     assert done[4].forwarded[0].rpc_arg.hex[32:64] == message(3, (2, 5, 6, 7))[32:]
     assert done[5].state.rpc_bufs == 0 and done[5].pins == {"1": {}}
+
+
+# Declared differences, against a recording that does as the reference
+
+
+def suspended_with_a_buffer() -> list[Step]:
+    """A call that made the buffer 0x500, and waits."""
+    return [probe(), create(), one_page(answer(INTR, 0, 0, 3))]
+
+
+def drop(step: Step) -> None:
+    """As the reference: the buffer with the cookie that is named goes, whoever made it."""
+    step["out"]["pins"] = {"1": {}}
+    step["out"]["state"].update(quota_pages=0, quota_bufs=0, shm_bufs=[])
+
+
+def test_r13_unregistering_the_buffer_of_a_call_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = answer(0, writes=[("arg:1", 20, "00000000")])
+    stray = call(page(2), message(UNREGISTER, (5, 0, 0, 0x500)), answers=[done])
+    described = recorded(vector(*suspended_with_a_buffer(), stray, resume(3, answers=[OK]), relinquish()))
+    assert described["steps"][3]["out"]["pins"] == {"1": {hex(DATA >> 12): 1}}
+    assert compared(described).agree == len(described["steps"])
+    drop(described["steps"][3])
+    report = compared(described)
+    assert report.differ == [] and report.intended == {"R13": 1}
+    kinds = [kind for kind in declarations() if kind.rule != "R13"]
+    monkeypatch.setattr(comparing, "declarations", lambda: kinds)
+    assert {step for step, _ in differences(compared(described))} == {3}
+
+
+def test_r13_is_no_excuse_where_nobody_elses_buffer_is_named() -> None:
+    done = answer(0, writes=[("arg:1", 20, "00000000")])
+    stray = call(page(2), message(UNREGISTER, (5, 0, 0, 0x501)), answers=[done])
+    described = recorded(vector(*suspended_with_a_buffer(), stray, resume(3, answers=[OK]), relinquish()))
+    drop(described["steps"][3])
+    assert {step for step, _ in differences(compared(described))} == {3}
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        message(9, (2, 5, 6, 7)),
+        message(3, (2, 5, 6, 7), func=1),
+        message(3, (3, 5, 6, 7)),
+        message(3),
+        message(3, (2, 5, 6, 7), (2, 5, 6, 7)),
+    ],
+)
+def test_r16_a_reply_that_strays_from_its_request(reply: bytes) -> None:
+    """The reference passes on whatever stands in the guest's page; ours what the request lets it answer."""
+    time = message(3, (2, 0, 0, 0), ret=GENERIC).hex()
+    steps = [
+        call(MESSAGE, message(OPEN), answers=[answer(ALLOC, 0xA0, 0, 4)]),
+        resume(4, 0, page(8), 0, 0xC1, answers=[answer(CMD, 0, 0xC1, 4, writes=[("rpc:c1", 0, time)])]),
+        resume(4, 0, 0xC1, writes=[(page(8), reply)], answers=[OK]),
+    ]
+    described = recorded(vector(probe(), create(), *steps, relinquish()))
+    shadow = described["steps"][4]["out"]["forwarded"][0]["rpc_arg"]
+    assert shadow["hex"] != reply.hex()
+    shadow["hex"] = reply.hex()
+    report = compared(described)
+    assert report.differ == [] and report.intended == {"R16": 1}

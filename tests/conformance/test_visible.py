@@ -23,6 +23,8 @@ FIRST_INTENDED = [
     ("all_cmds", "R15", 6),
     ("random_93", "R16", 16),
 ]
+BY_HAND = ("buffer_of_another_call",)
+"""Conditions that no visible vector meets: see the hand-written ones."""
 DIVERGING = {name for name, _, _ in FIRST_INTENDED}
 
 
@@ -70,10 +72,13 @@ def test_no_other_vector_needs_a_rule() -> None:
 
 
 def test_each_declared_kind_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without it something differs in the visible vectors: none is declared in vain."""
+    """Without it something differs in the visible vectors, or it has a test of its own: none is declared in vain."""
     kinds = declarations()
+    assert {kind.condition for kind in kinds} >= set(BY_HAND)
     vectors = document(*[visible(name) for name in sorted(DIVERGING)])
     for kind in kinds:
+        if kind.condition in BY_HAND:
+            continue
         monkeypatch.setattr(comparing, "declarations", lambda left=kind: [one for one in kinds if one is not left])
         assert compare(vectors, xen()).differ, f"{kind.rule} {kind.condition} explains nothing"
 

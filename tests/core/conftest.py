@@ -2,18 +2,17 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-pytest.register_assert_rewrite("tests.core.pair")
-
-from tests.core.pair import GuestSide, Pair  # noqa: E402
+from mediator.core.policy import Policy
+from tests.core.pair import THREADS, GuestSide, Pair
 
 
 @pytest.fixture
 def make() -> Iterator[Callable[..., Pair]]:
-    """Makes pairs, and looks after each that nothing is left."""
+    """Makes pairs, and sees to it that nothing is left of each at the end."""
     pairs: list[Pair] = []
 
-    def build(*args: object, **options: object) -> Pair:
-        pair = Pair(*args, **options)  # type: ignore[arg-type]
+    def build(policy: str | Policy = "default", *, threads: int = THREADS, fill: int = 0) -> Pair:
+        pair = Pair(policy, threads=threads, fill=fill)
         pairs.append(pair)
         return pair
 

@@ -5,7 +5,7 @@ script. Guest messages are written as a driver would write them; the secure worl
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,11 +27,9 @@ from optee.abi.message import (
     ENTRIES_PER_PAGE,
     HEADER,
     NONCONTIG,
-    OFFSET_RET,
     Command,
     Message,
     Param,
-    ParamType,
     message_size,
     page_count,
 )
@@ -456,10 +454,6 @@ class Pair:
         self.machine.close()
 
 
-def params_of(values: Iterable[tuple[int, int, int, int]]) -> list[Param]:
-    return [Param(*value) for value in values]
-
-
 def suspended_in_command(
     guest: GuestSide, request: Message, *, behind: bool = True, thread: int = 0, cookie: int = 0xC0
 ) -> tuple[int, int]:
@@ -477,6 +471,3 @@ def suspended_in_command(
         regs, at = guest.give_page(cookie, thread)
     assert regs[0] == RpcReturn.CMD, hex(regs[0])
     return at, ipa
-
-
-__all__ = [name for name in dir() if not name.startswith("_")] + ["OFFSET_RET", "ParamType"]

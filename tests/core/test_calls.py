@@ -612,3 +612,14 @@ def test_limits_of_a_buffer_answer_out_of_memory(make):
     assert (message.ret, message.ret_origin) == (OUT_OF_MEMORY, COMMS)
     assert guest.record.counters.refused == 1
     assert guest.invoke(guest.tmem(129)).ret == 0
+
+
+def test_unregistering_the_cookie_of_a_temporary_buffer_does_not_take_it_from_its_call(make):
+    """R13: a call frees what it made; OP-TEE does not find temporary buffers by cookie."""
+    pair = make()
+    guest = pair.guest()
+    step = guest.submit(smc(Function.CALL_WITH_ARG, *to_pair(guest.write(invoke(guest.tmem(2, cookie=3))))), 1)
+    assert guest.unregister(3).ret == 0
+    assert guest.pins() == 2
+    assert pair.drive(step)[0] == 0
+    pair.settle(guest)

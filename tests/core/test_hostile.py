@@ -5,7 +5,7 @@ deaths. No exception leaves the core, all invariants hold, no event is an error,
 """
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hv_models.memory import PAGE_SIZE
@@ -311,10 +311,6 @@ def play(name, moves):
     game.finish()
 
 
-MANY = settings(max_examples=2 * settings().max_examples)
-
-
-@MANY
 @given(
     st.sampled_from(["default", "default", "xen", "minimal"]),
     st.lists(st.one_of(HOSTILE, HOSTILE, RESUMES, BENIGN, OTHERS), min_size=10, max_size=60),
@@ -323,7 +319,6 @@ def test_hostile_guests_break_nothing(name, moves):
     play(name, moves)
 
 
-@MANY
 @given(st.lists(st.one_of(BENIGN, BENIGN, RESUMES, RESUMES, RESUMES, OTHERS), min_size=10, max_size=60))
 def test_guests_that_often_succeed_break_nothing(moves):
     """The same with messages that mostly get through, so that more is alive at a time."""

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
+from mediator.core.ledger import OverLimit
 from mediator.core.mediator import Mediator
 from mediator.core.states import GuestState
 from mediator.core.steps import Forward, Preempt, Queue, Reply
@@ -506,8 +507,7 @@ def conversation(pair, guest):
     """A guest's whole trace: what it sends, what it gets, what OP-TEE gets of it."""
     seen = []
     for golden in (with_alloc, with_rpc_argument):
-        for regs in golden(guest):
-            seen.append((regs, pair.drive(guest.submit(regs))))
+        seen += [(regs, pair.drive(guest.submit(regs))) for regs in golden(guest)]
     inbox = [regs[:1] + regs[3:] for regs in pair.world.inbox if regs[7] == guest.id]
     return seen, inbox, bytes(guest.dump())
 
@@ -564,3 +564,22 @@ def test_a_fault_of_the_secure_world_isolates_one_guest_and_its_destruction_is_c
     assert pair.destroy(guest)[0] == 0
     assert guest.pins() == 0
     assert other.invoke(other.tmem(1)).ret == 0
+
+
+def test_a_guest_for_which_the_host_has_no_memory_is_not_created():
+    """R22: the ledger comes from outside, and may be backed by a pool of the host."""
+
+    def no_room(limits):
+        raise OverLimit("memory")
+
+    pair = Pair()
+    mediator = Mediator(policy_of(), CountedHost(pair.machine), no_room)
+    step = mediator.probe()
+    while isinstance(step, Forward):
+        step = mediator.returned(step.ticket, pair.world.call(step.regs))
+    vm = pair.machine.create_kvm("x", 1 << 20)
+    before = len(pair.world.inbox)
+    step = mediator.create(vm.client_id, vm)
+    assert isinstance(step, Reply) and step.regs[0] == ReturnCode.ENOMEM
+    assert not mediator.guests and len(pair.world.inbox) == before
+    pair.close()

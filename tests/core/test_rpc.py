@@ -101,15 +101,12 @@ def test_of_a_reply_only_what_the_request_lets_be_answered_is_taken(make, behind
     """R16: by the saved request; the guest's own attributes, commands and counts are not looked at."""
     pair = make()
     guest = pair.guest()
-    offset = 0
-    for kinds in itertools.islice(
-        itertools.product(ALL_KINDS, repeat=num_params), 0, None, 1 if num_params == 1 else 67
-    ):
-        offset += 1
+    every = 1 if num_params == 1 else 67
+    for number, kinds in enumerate(itertools.islice(itertools.product(ALL_KINDS, repeat=num_params), 0, None, every)):
         params = [Param(kind, 0 if kind in (9, 10, 11) else 21, 22, 23) for kind in kinds]
         request = Message(RpcCommand.FS, 7, 8, 9, 10, params=params)
-        cookie = 0x1000 + offset % 8
-        at, ipa = suspended_in_command(guest, request, behind=behind, cookie=cookie)
+        cookie = 0x1000 + number % 8
+        at, _ = suspended_in_command(guest, request, behind=behind, cookie=cookie)
         reply = Message(RpcCommand.SHM_ALLOC, 1, 2, 3, 4, 0, 5, [Param(TMEM_OUT, 31, 32, 33)] * num_params)
         guest.write(reply, at)
         replies = []
@@ -374,7 +371,7 @@ def test_a_page_that_cannot_serve_is_a_failed_allocation_for_op_tee(make, what):
             top = guest.ram.base + guest.ram.size
             ipa = {"unaligned": ipa + 8, "null": 0, "beyond": top, "huge": 2**64 - 4096}[what]
     pair.world.script.append(interrupt())
-    regs, _ = guest.give_page(cookie, ipa=ipa)
+    guest.give_page(cookie, ipa=ipa)
     assert pair.world.inbox[-1][:6] == (Function.RETURN_FROM_RPC, 0, 0, 0, 0, cookie)
     assert guest.sums() == held and guest.pins() == 1
     pair.host.left = None
@@ -791,3 +788,59 @@ def test_registered_references_in_requests_keep_their_place(make):
     at, _ = suspended_in_command(guest, request)
     assert guest.read(at).params == request.params
     assert guest.resume()[0] == 0
+
+
+@BEHIND
+def test_several_buffers_can_be_offered_in_one_call(make, behind):
+    pair = make()
+    guest = pair.guest()
+    at, _ = suspended_in_command(guest, shm_alloc(), behind=behind)
+    for cookie in (0xB0, 0xB1, 0xB2):
+        offer(guest, at, guest.tmem(600, cookie=cookie, kind=TMEM_OUT))
+        pair.world.script.append(ask(shm_alloc(), 0 if behind else 0xC0))
+        assert guest.resume()[0] == RpcReturn.CMD
+    assert guest.sums()["buffers"] == 3
+    offer(guest, at, Param(0), ret=0xFFFF_000C)
+    assert guest.resume()[0] == 0
+    assert guest.sums()["pages"] == 1800
+
+
+def test_an_offer_to_a_request_of_two_parameters_is_an_error(make):
+    pair = make()
+    guest = pair.guest()
+    request = shm_alloc()
+    request.params.append(Param(VALUE_IN, 1, 2, 3))
+    at, _ = suspended_in_command(guest, request)
+    offer(guest, at, guest.tmem(1, cookie=0xB0, kind=TMEM_OUT), count=2)
+    replies = []
+    pair.world.script.append(reading(replies))
+    assert guest.resume()[0] == 0
+    assert (replies[0].ret, replies[0].params) == (GENERIC, [])
+
+
+def test_a_reply_whose_page_was_taken_away_meanwhile_is_dropped(make):
+    """DISABLE_SHM_CACHE gives OP-TEE's page back while a call waits: nothing is written to a page of others."""
+    pair = make()
+    guest = pair.guest()
+    at, _ = suspended_in_command(guest, TIME, behind=False)
+    pair.world.fast[Function.DISABLE_SHM_CACHE] = (0, 0, 0xC0, 0)
+    guest.smc(Function.DISABLE_SHM_CACHE)
+    page = pair.host.lend()
+    guest.write(Message(RpcCommand.GET_TIME, params=[Param(VALUE_OUT, 1, 2, 3)]), at)
+    assert guest.resume()[0] == 0
+    assert not any(page.view)
+    pair.host.take_back(page)
+
+
+def test_tracing_tells_which_pages_are_pinned_for_what(make):
+    pair = make()
+    guest = pair.guest()
+    guest.invoke(guest.tmem(2))
+    assert not {"pages_pinned", "pages_unpinned"} & set(pair.names())
+    pair.mediator.tracing = True
+    param = guest.tmem(2, cookie=5)
+    guest.invoke(param)
+    pinned = [event for event in pair.events if event.name in ("pages_pinned", "pages_unpinned")]
+    assert [(event.level, event.vm, event.detail["cookie"], event.detail["pages"]) for event in pinned] == [
+        ("debug", guest.id, 5, 2)
+    ] * 2

@@ -142,23 +142,19 @@ BAD_PAGES = ["zero", "unaligned", "last-bit", "beyond", "huge", "device", "read-
 
 
 def bad_page(pair, guest, what):
-    """The IPA of a page that cannot be shared."""
-    if what in ("zero", "unaligned", "last-bit", "beyond", "huge"):
-        top = guest.ram.base + guest.ram.size
-        good = guest.page()
-        return {
-            "zero": 0,
-            "unaligned": good + 8,
-            "last-bit": good + 1,
-            "beyond": top,
-            "huge": 2**64 - PAGE_SIZE,
-        }[what]
-    ipa = guest.page()
-    other = pair.guest("xen", client_id=999)
-    if what == "grant":
-        guest.vm.map_grant(other.vm, other.page(), ipa)
-    elif what == "foreign":
-        guest.vm.map_foreign(other.vm, other.page(), ipa)
+    """The IPA of a page that cannot be shared. As a list page it would be a good one: all it names can be."""
+    entries = np.full(512, guest.page(), np.uint64).tobytes()
+    ipa = guest.page(2)
+    guest.ram.write(ipa, entries + entries)
+    top = guest.ram.base + guest.ram.size
+    numbers = {"zero": 0, "unaligned": ipa + 8, "last-bit": ipa + 1, "beyond": top, "huge": 2**64 - PAGE_SIZE}
+    if what in numbers:
+        return numbers[what]
+    if what in ("grant", "foreign"):
+        other = pair.guest("xen")
+        page = other.page()
+        other.ram.write(page, entries)
+        (guest.vm.map_grant if what == "grant" else guest.vm.map_foreign)(other.vm, page, ipa)
     else:
         kinds = {"device": PageKind.MMIO, "read-only": PageKind.RAM_RO, "unmapped": PageKind.NONE}
         guest.vm.set_kind(ipa, kinds[what])
@@ -251,9 +247,6 @@ def test_the_first_list_page_is_read_write_ram_too(make):
     pair = make()
     guest = pair.guest("xen")
     for what in ("beyond", "huge", "device", "read-only", "unmapped", "foreign"):
-        if 999 in pair.machine.vms:
-            pair.destroy(999)
-            pair.machine.destroy(pair.machine.vms[999])
         assert guest.invoke(Param(TMEM_INOUT, bad_page(pair, guest, what) & ~0xFFF, 10, 3)).ret == BAD_PARAMETERS
         pair.settle(guest)
 

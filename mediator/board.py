@@ -1,0 +1,146 @@
+"""A whole board in one process: machine, OP-TEE, mediator, and guests that are booted by one line.
+
+    async with Board() as board, board.guest("kvm") as guest, guest.context() as context:
+        session = await context.open_session(HELLO_WORLD)
+
+The parts are the same that `mediator serve` runs, and all of them are there to be looked at.
+"""
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from types import MappingProxyType, TracebackType
+from typing import Final, Self
+from uuid import UUID
+
+import trio
+
+import guests
+from hv_models.conduit import Conduit, InProcessConduit
+from hv_models.machine import DEFAULT_RAM, DEFAULT_VCPUS, Machine
+from hv_models.vm import VirtualMachine
+from mediator.core.mediator import Mediator
+from mediator.core.policy import Policy
+from mediator.invariants import Checker
+from mediator.policies import load_policy
+from mediator.service.service import Service
+from mediator.service.world import LocalSecureWorld
+from optee.config import DEFAULT, Config
+from optee.secure_world import SecureWorld
+from optee.ta_image import build_image
+from optee.trusted_application import TrustedApplication
+
+FLAVOURS: Final = ("kvm", "xen")
+NOTHING_LEFT: Final[Mapping[str, int]] = MappingProxyType(
+    {"pins": 0, "calls": 0, "buffers": 0, "sessions": 0, "mediator_pages": 0}
+)
+"""What `Board.left` answers when every guest is gone and has left nothing behind."""
+
+
+class BoardError(Exception):
+    """OP-TEE could not be used, or had no room for a guest."""
+
+
+class Board:
+    """A machine with OP-TEE on it and a mediator before it; use it with `async with`.
+
+    policy: what the mediator allows, or the name of a built-in policy. config: how OP-TEE was built. check: look at
+    every step with the invariant checker, whose findings are `violations`.
+    """
+
+    def __init__(self, policy: Policy | str = "default", config: Config = DEFAULT, *, check: bool = True) -> None:
+        self.machine = Machine()
+        self.model = SecureWorld(self.machine.memory, config)
+        self.world = LocalSecureWorld(self.machine, self.model)
+        self.core = Mediator(load_policy(policy) if isinstance(policy, str) else policy, self.world)
+        self.checker = Checker(self.core, self.world, self.model.threads_held) if check else None
+        self.service = Service(self.checker or self.core, self.world)
+        self.model.on_notification = self.service.notify
+        self._clients: list[int] = []
+
+    @property
+    def violations(self) -> list[str]:
+        """Invariants that were violated so far, in words; empty without `check`."""
+        return [] if self.checker is None else [str(violation) for violation in self.checker.violations]
+
+    def left(self) -> dict[str, int]:
+        """What all guests so far hold: pins on their pages, calls, buffers and sessions at OP-TEE, mediator pages."""
+        return {
+            "pins": sum(self.machine.pins().values()),
+            "calls": sum(map(self.model.threads_held, self._clients)),
+            "buffers": sum(len(self.model.shared_objects(client)) for client in self._clients),
+            "sessions": sum(map(self.model.session_count, self._clients)),
+            "mediator_pages": self.machine.pages.allocated,
+        }
+
+    async def create(
+        self, flavour: str = "kvm", name: str | None = None, *, ram: int = DEFAULT_RAM, vcpus: int = DEFAULT_VCPUS
+    ) -> VirtualMachine:
+        """Make a VM and announce it to OP-TEE. Raises BoardError; ValueError for an unknown flavour."""
+        if flavour not in FLAVOURS:
+            raise ValueError(f"{flavour!r} is none of {', '.join(FLAVOURS)}")
+        make = self.machine.create_kvm if flavour == "kvm" else self.machine.create_xen
+        vm = make(name or f"{flavour}-{len(self._clients) + 1}", ram, vcpus)
+        if not await self.service.add(vm):
+            self.machine.destroy(vm)
+            raise BoardError(f"OP-TEE has no room for {vm.name}")
+        self._clients.append(vm.client_id)
+        return vm
+
+    def conduit(self, vm: VirtualMachine) -> Conduit:
+        """The way of that VM's calls to the mediator."""
+        return InProcessConduit(vm, self.service.mediate)
+
+    @asynccontextmanager
+    async def guest(
+        self,
+        flavour: str = "kvm",
+        name: str | None = None,
+        *,
+        ram: int = DEFAULT_RAM,
+        vcpus: int = DEFAULT_VCPUS,
+        tas: tuple[type[TrustedApplication], ...] = (),
+        supplicant: guests.Supplicant | None = None,
+    ) -> AsyncIterator[guests.Guest]:
+        """Boot a guest in a new VM; at the end of the block it is shut down and the VM destroyed.
+
+        tas: TAs whose images its tee-supplicant has, for those that are not part of OP-TEE's image; a `supplicant`
+        of your own replaces that one. Raises BoardError, and `guests.ProbeError`.
+        """
+        vm = await self.create(flavour, name, ram=ram, vcpus=vcpus)
+        try:
+            async with guests.open(
+                vm.ram[0],
+                self.conduit(vm),
+                name=vm.name,
+                vcpus=vcpus,
+                method=guests.ConduitMethod(vm.hypervisor.conduit),
+                supplicant=supplicant or guests.Supplicant(images(*tas)),
+            ) as guest:
+                yield guest
+        finally:
+            await self.destroy(vm)
+
+    async def destroy(self, vm: VirtualMachine) -> None:
+        """End a VM at whatever point it is, and give its memory back."""
+        with trio.CancelScope(shield=True):
+            await self.service.remove(vm)
+        self.machine.destroy(vm)
+
+    async def __aenter__(self) -> Self:
+        if not await self.service.start():
+            raise BoardError("OP-TEE does not know virtualization")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for vm in list(self.machine.vms.values()):
+            await self.destroy(vm)
+        if self.checker is not None:
+            self.checker.scan()
+        self.machine.close()
+
+
+def images(*tas: type[TrustedApplication]) -> dict[UUID, bytes]:
+    """Return the signed image of each TA, as `guests.Supplicant` takes them."""
+    return {ta.uuid: build_image(ta) for ta in tas}

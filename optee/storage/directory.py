@@ -1,0 +1,130 @@
+"""dirf.db while it is open: which file belongs to which object.
+
+Source: OP-TEE secure storage, section 3. Looking for an entry reads them one by one; nothing is cached but which file
+numbers are in use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count
+
+from optee.abi.results import Result
+from optee.errors import TeeError
+from optee.steps import Steps
+from optee.storage.fs_rpc import close_file, open_file, remove_file
+from optee.storage.hash_tree import HashTree, Services
+from optee.storage.layout import DIRECTORY_NAME, ENTRY_SIZE, FREE_ENTRY, DirectoryEntry
+from optee.storage.ree_file import read_content, write_content
+from optee.threads import Thread
+
+
+def open_tree(
+    thread: Thread, services: Services, name: str, owner: bytes | None, expected: bytes | None, *, create: bool = False
+) -> Steps[HashTree]:
+    """Open or create a file. One that was to be created, or dirf.db, is removed if that fails. Raises TeeError."""
+    removed = create or expected is None
+    try:
+        fd = yield from open_file(thread, name, create=create)
+        try:
+            tree = HashTree(services, fd, owner)
+        except TeeError:
+            yield from close_file(thread, fd)
+            raise
+        try:
+            yield from tree.create(thread) if create else tree.open(thread, expected)
+        except TeeError:
+            yield from tree.close(thread)
+            raise
+    except TeeError:
+        if removed:
+            yield from remove_file(thread, name)
+        raise
+    return tree
+
+
+class Directory:
+    """Entries by index. Changes are committed by `commit`."""
+
+    def __init__(self, tree: HashTree) -> None:
+        self._tree = tree
+        self._numbers: set[int] = set()
+
+    @classmethod
+    def open(cls, thread: Thread, services: Services) -> Steps[Directory]:
+        """Open dirf.db, or create it, and learn which file numbers are in use. Raises TeeError."""
+        try:
+            tree = yield from open_tree(thread, services, DIRECTORY_NAME, None, None)
+        except TeeError as error:
+            if error.result != Result.ITEM_NOT_FOUND:
+                raise
+            tree = yield from open_tree(thread, services, DIRECTORY_NAME, None, None, create=True)
+        directory = cls(tree)
+        try:
+            for index in directory._indices():
+                entry = yield from directory.read(thread, index)
+                if not entry.is_free:
+                    directory._numbers.add(entry.number)
+        except TeeError:
+            yield from tree.close(thread)
+            raise
+        return directory
+
+    def close(self, thread: Thread) -> Steps[None]:
+        """Close the file; what is not committed is lost."""
+        yield from self._tree.close(thread)
+
+    def _indices(self) -> Iterator[int]:
+        return iter(range(self._tree.length // ENTRY_SIZE))
+
+    def read(self, thread: Thread, index: int) -> Steps[DirectoryEntry]:
+        """Read an entry. Raises TeeError(ITEM_NOT_FOUND) behind the last one."""
+        data = yield from read_content(thread, self._tree, index * ENTRY_SIZE, ENTRY_SIZE)
+        if len(data) < ENTRY_SIZE:
+            raise TeeError(Result.ITEM_NOT_FOUND)
+        return DirectoryEntry.unpack(data)
+
+    def write(self, thread: Thread, index: int, entry: DirectoryEntry) -> Steps[None]:
+        """Write an entry."""
+        yield from write_content(thread, self._tree, index * ENTRY_SIZE, entry.pack())
+
+    def find(self, thread: Thread, owner: bytes, object_id: bytes) -> Steps[tuple[int, DirectoryEntry] | None]:
+        """Index and entry of an object, by reading entry after entry."""
+        for index in self._indices():
+            entry = yield from self.read(thread, index)
+            if entry.owner == owner and entry.object_id == object_id and not entry.is_free:
+                return index, entry
+        return None
+
+    def next(self, thread: Thread, owner: bytes, index: int) -> Steps[tuple[int, DirectoryEntry] | None]:
+        """The first entry of an owner from `index` on."""
+        for place in count(index):
+            if place * ENTRY_SIZE >= self._tree.length:
+                break
+            entry = yield from self.read(thread, place)
+            if entry.owner == owner and not entry.is_free:
+                return place, entry
+        return None
+
+    def find_free(self, thread: Thread) -> Steps[int]:
+        """Index of the first free entry, or of the one behind the last."""
+        for index in self._indices():
+            if (yield from self.read(thread, index)).is_free:
+                return index
+        return self._tree.length // ENTRY_SIZE
+
+    def new_number(self) -> int:
+        """Take the lowest file number that no entry has."""
+        number = next(number for number in count() if number not in self._numbers)
+        self._numbers.add(number)
+        return number
+
+    def remove(self, thread: Thread, index: int) -> Steps[None]:
+        """Free an entry and its file number."""
+        entry = yield from self.read(thread, index)
+        yield from self.write(thread, index, FREE_ENTRY)
+        self._numbers.discard(entry.number)
+
+    def commit(self, thread: Thread) -> Steps[None]:
+        """Make all changes since the last commit count, together."""
+        yield from self._tree.sync(thread)

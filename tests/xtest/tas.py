@@ -1,0 +1,48 @@
+"""TAs that xtest brings along, written as anyone would write one: `crypt` and `concurrent` as far as they are used."""
+
+import hashlib
+from uuid import UUID
+
+from optee.tee import Tee
+from optee.trusted_application import Memref, ParamKind, Steps, TrustedApplication, Value, command
+
+
+class Concurrent(TrustedApplication):
+    """TA of xtest 1013: BUSY_LOOP, and SHA256 of a buffer."""
+
+    uuid = UUID("e13010e0-2ae1-11e5-896a-0002a5d5c51b")
+
+    @command(0)
+    def busy_loop(self, tee: Tee) -> Steps[None]:
+        yield from tee.work(20)
+
+    @command(1, ParamKind.MEMREF_INPUT, ParamKind.MEMREF_OUTPUT)
+    def sha256(self, tee: Tee, data: Memref, digest: Memref) -> Steps[None]:
+        content = data.read()
+        yield from tee.work(1 + len(content) // 4096)
+        digest.put(hashlib.sha256(content).digest())
+
+
+class ConcurrentLarge(Concurrent):
+    """The same with a lot of constant data: more than one buffer of Xen's may hold."""
+
+    uuid = UUID("5ce0c432-0ab0-40e5-a056-782ca0e6aba2")
+    image_size = 2 << 20
+
+
+class Counting(TrustedApplication):
+    """For what is shared among sessions: set and get a number."""
+
+    uuid = UUID("614789f2-39c0-4ebf-b235-92b32ac107ed")
+    flags = TrustedApplication.flags
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    @command(0, ParamKind.VALUE_INPUT)
+    def set(self, tee: Tee, number: Value) -> None:
+        self.number = number.a
+
+    @command(1, ParamKind.VALUE_OUTPUT)
+    def get(self, tee: Tee, number: Value) -> None:
+        number.a = self.number
