@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from uuid import UUID
 
+from optee.storage.keys import DEFAULT_CHIP_ID, DEFAULT_HUK
+
 if TYPE_CHECKING:
     from optee.trusted_application import TrustedApplication
 
@@ -50,6 +52,13 @@ class Config:
 
     extra_tas: tuple[type[TrustedApplication], ...] = ()
     """TAs beside the built-in ones, early or loadable as `early_tas` says."""
+
+    huk: bytes = DEFAULT_HUK
+    """Hardware unique key of the machine, from which all keys of secure storage follow. Guests have none of their
+    own."""
+
+    chip_id: bytes = DEFAULT_CHIP_ID
+    """Die id of the machine, 32 bytes."""
 
     seed: int = 0
     """Everything random in the model comes from here."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from optee.abi.smc import VmId
 from optee.sessions import Sessions
 from optee.shared_memory import SharedMemoryTable
-from optee.storage_stand_in import StorageStandIn
+from optee.storage.guest_storage import GuestStorage
 from optee.ta_memory import TaRam
 from optee.threads import Thread, ThreadState
 from optee.wait_queue import Mutex
@@ -32,7 +32,7 @@ class Partition:
         self.threads = [Thread(self, index) for index in range(config.threads)]
         self.shared_memory = SharedMemoryTable(world.normal_world, config.core_heap_size)
         self.sessions = Sessions(self)
-        self.storage = StorageStandIn()
+        self.storage = GuestStorage(config, world.random.randbytes)
         self.shm_cache = False
         """RPC arguments outlive their calls (ENABLE_SHM_CACHE)."""
         self.notifications = 0

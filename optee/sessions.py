@@ -17,6 +17,7 @@ from optee.errors import SecureWorldFault, TaPanic, TeeError
 from optee.panic import PanicReport, report_panic
 from optee.parameters import Params
 from optee.steps import Steps
+from optee.storage.objects import TrustedStorage
 from optee.ta_context import Client, Instance, Session
 from optee.ta_loader import load_ta
 from optee.ta_memory import TaMemory
@@ -356,7 +357,7 @@ class Sessions:
         yield from self._release(thread, instance)
 
     def _release(self, thread: Thread, instance: Instance) -> Steps[None]:
-        """Give up what an instance holds: its memory and its sessions with other TAs."""
+        """Give up what an instance holds: its memory, its sessions with other TAs, its objects."""
         instance.created = False
         instance.live.clear()
         instance.heap_used = 0
@@ -365,6 +366,8 @@ class Sessions:
             instance.memory = None
         for number in list(instance.opened):
             yield from self.close(thread, number, instance.opened)
+        if instance.handles:
+            yield from TrustedStorage(instance, thread).close_all()
 
 
 def _finish(outcome: Outcome) -> Steps[int]:

@@ -11,6 +11,7 @@ from uuid import UUID
 
 from optee.abi.results import TaFlag
 from optee.parameters import Params
+from optee.storage.objects import Handles
 from optee.ta_memory import TaMemory
 from optee.tee import Tee
 from optee.threads import Thread
@@ -38,6 +39,7 @@ class Instance:
         "busy",
         "created",
         "flags",
+        "handles",
         "heap_biggest_failure",
         "heap_failures",
         "heap_peak",
@@ -72,6 +74,8 @@ class Instance:
         """Sessions that the TA itself knows: it accepted their open and has not seen their close."""
         self.opened: dict[int, Session] = {}
         """Sessions of this TA with other TAs."""
+        self.handles = Handles()
+        """Persistent objects and enumerators that it has open."""
         self.params: Params = ()
         """Parameters of the call that runs in it."""
         self.memory: TaMemory | None = None

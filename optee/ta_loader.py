@@ -37,9 +37,9 @@ def load_ta(thread: Thread, uuid: UUID) -> Steps[type[TrustedApplication]]:
     ta = world.tas.get(uuid)
     if ta is not None and (ta.is_pseudo or world.config.is_early(uuid)):
         return ta
-    storage = thread.partition.storage
+    database = thread.partition.storage.ta_database
     try:
-        yield from storage.look_for_ta(thread)
+        yield from database.look_for_ta(thread)
     except TeeError as error:
         if error.result not in _GO_ON:
             raise
@@ -49,7 +49,7 @@ def load_ta(thread: Thread, uuid: UUID) -> Steps[type[TrustedApplication]]:
         yield WORK
         if ta is None:  # well signed, but no code that the model could run
             raise TeeError(Result.BAD_FORMAT)
-        yield from storage.check_version(thread, uuid, version)
+        yield from database.check_version(thread, uuid, version)
     except TeeError:
         yield from free_payload(thread, image)
         raise

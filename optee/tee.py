@@ -18,6 +18,7 @@ from optee.errors import TaAbort, TaPanic, TeeError
 from optee.parameters import NO_PARAMS, Params
 from optee.rpc import VALUE_INPUT, VALUE_OUTPUT, rpc_command
 from optee.steps import WORK, Steps
+from optee.storage.objects import TrustedStorage
 from optee.threads import Thread
 
 if TYPE_CHECKING:
@@ -143,6 +144,12 @@ class Tee:
         """Keep cancellation from taking effect; tells whether it was masked."""
         masked, self.session.cancel_masked = self.session.cancel_masked, True
         return masked
+
+    @property
+    def storage(self) -> TrustedStorage:
+        """Trusted storage of the TA (TEE_*PersistentObject, TEE_*ObjectData)."""
+        self._enter_syscall()
+        return TrustedStorage(self.instance, self.thread)
 
     def open_ta_session(self, uuid: UUID, params: Params = NO_PARAMS) -> Steps[Session]:
         """Open a session to another TA (TEE_OpenTASession). Raises TeeError with the origin of the failure."""

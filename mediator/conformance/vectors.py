@@ -27,6 +27,9 @@ FORMAT: Final = "xen-optee-mediator-vectors/1"
 MAX_SIZE: Final = 1 << 30
 """Bytes of an unpacked file: stops a small compressed file from filling memory."""
 
+MAX_PAGES: Final = 1 << 19
+"""Pages of all domains of a vector (2 GiB): stops a file from having tables built for ever."""
+
 
 def _number(value: object) -> object:
     if isinstance(value, str):
@@ -89,6 +92,8 @@ class Setup(_Model):
     def _different(cls, domains: list[Domain]) -> list[Domain]:
         if len({domain.id for domain in domains}) < len(domains):
             raise ValueError("a domain is listed twice")
+        if sum(domain.npages for domain in domains) > MAX_PAGES:
+            raise ValueError(f"more than {MAX_PAGES} pages in all")
         return domains
 
 

@@ -15,6 +15,10 @@ from typing import Any, Final
 from mediator.documents import DocumentError
 
 FORMAT: Final = "optee-smc-trace/1"
+MAX_RAM: Final = 16 << 30
+"""Bytes of RAM of a recorded guest: stops a header from having tables built for ever."""
+SMALLEST_MESSAGE: Final = 32
+"""Bytes of a message without parameters."""
 MAX_LINE: Final = 4 << 20
 """Characters of one event: the longest real one, a message with its page lists, has some ten thousand."""
 
@@ -141,7 +145,13 @@ class _Line:
 
     def optional_hex(self, name: str) -> bytes | None:
         value = self.data.get(name)
+        self.whole(value, name)
         return None if value is None else self.hex(value, name)
+
+    def whole(self, value: Any, name: str) -> None:
+        """A message or RPC argument has a header at least."""
+        if name != "list" and isinstance(value, str) and len(value) < 2 * SMALLEST_MESSAGE:
+            raise self.fail(f"{name}: a message has at least {SMALLEST_MESSAGE} bytes")
 
     def memory(self) -> tuple[Memory, ...]:
         entries = self.data.get("memory", [])
@@ -152,6 +162,7 @@ class _Line:
             kind = entry.get("is")
             if kind not in ("message", "rpc", "list"):
                 raise self.fail(f"memory: {kind!r} is none of message, rpc, list")
+            self.whole(entry.get("hex"), kind)
             found.append(Memory(self.number(entry.get("at"), "at"), kind, self.hex(entry.get("hex"), "hex")))
         return tuple(found)
 
@@ -225,6 +236,8 @@ def _header(line: _Line) -> Header:
     for ipa, size in ranges:
         if ipa % 4096 or size % 4096 or not size or ipa + size > 1 << 48:
             raise line.fail("ram: ranges of whole pages below 2^48 are wanted")
+    if sum(size for _, size in ranges) > MAX_RAM or len(ranges) > 64:
+        raise line.fail(f"ram: at most 64 ranges and {MAX_RAM >> 30} GiB are replayed")
     client = line.data.get("client_id")
     return Header(
         driver=line.text("driver", ""),

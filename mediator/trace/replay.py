@@ -28,6 +28,7 @@ from mediator.trace.expected import (
     message_size,
     output_fields,
     registers,
+    strays,
     taken_reply,
 )
 from mediator.trace.format import (
@@ -289,6 +290,10 @@ class Replay:
             return
         for entry in call.memory:
             if entry.kind == "rpc" and len(entry.data) >= len(pending.request):
+                if strays(pending.request, entry.data):
+                    given = bytes(entry.data[: len(pending.request)])
+                    self._unexpected("forwarded rpc", *first_difference(given, taken_reply(pending.request, given)))
+                    return
                 self._check_shadow("rpc", taken_reply(pending.request, entry.data), *place, preset=False)
 
     def _rpc_place(self, pending: Pending, cookie: int) -> tuple[int, int] | None:

@@ -35,7 +35,7 @@ class ReplayReport:
             "calls": self.calls,
             "forwarded": self.forwarded,
             "returned": self.returned,
-            "expected": {kind: count for kind, count in sorted(self.expected.items()) if count},
+            "expected": dict(sorted(self.expected.items())),
             "unexpected": self.unexpected,
             "first_unexpected": self.first_unexpected,
             "peak_pages_pinned": self.peak_pages_pinned,

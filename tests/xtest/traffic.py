@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from mediator.board import Board
 from optee.abi.message import HEADER, HEADER_SIZE, PARAM, PARAM_SIZE, Command
 from optee.abi.rpc import FsOperation, NotificationOperation, RpcCommand
-from optee.abi.smc import Function, ReturnCode, RpcReturn, from_pair
+from optee.abi.smc import Function, ReturnCode, RpcReturn, from_pair, is_rpc
 
 NAMED = {RpcCommand.FS: FsOperation, RpcCommand.NOTIFICATION: NotificationOperation}
 
@@ -21,7 +21,7 @@ class Traffic:
         self.at_optee: Counter[tuple[int, str]] = Counter()
         """(guest, function or message command or RPC command): `RpcCommand.FS` is named with its operation."""
         self._memory = board.machine.memory
-        self._argument: dict[tuple[int, int], int] = {}
+        self._argument: dict[tuple[int, int], int | None] = {}
         self._pages: dict[tuple[int, int], int] = {}
         self._asked_for_page: set[tuple[int, int]] = set()
         self._mediate, board.service.mediate = board.service.mediate, self.mediate
@@ -57,15 +57,17 @@ class Traffic:
             return answer
         if message is not None:
             self.at_optee[client, Command(command).name] += 1
-            if function == Function.CALL_WITH_RPC_ARG:
-                self._argument[client, answer[3]] = message + HEADER_SIZE + count * PARAM_SIZE
-            else:
-                self._argument.pop((client, answer[3]), None)
+        if not is_rpc(answer[0]):
+            return answer
+        thread = client, answer[3]
+        if message is not None:
+            behind = message + HEADER_SIZE + count * PARAM_SIZE
+            self._argument[thread] = behind if function == Function.CALL_WITH_RPC_ARG else None
         if answer[0] == RpcReturn.ALLOC:
-            self._asked_for_page.add((client, answer[3]))
+            self._asked_for_page.add(thread)
         if answer[0] == RpcReturn.CMD:
-            self._count(client, self._argument.get((client, answer[3])), from_pair(answer[1], answer[2]))
-        elif answer[0] in list(RpcReturn):
+            self._count(client, self._argument[thread], from_pair(answer[1], answer[2]))
+        else:
             self.at_optee[client, RpcReturn(answer[0]).name] += 1
         return answer
 
