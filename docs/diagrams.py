@@ -3,7 +3,7 @@
     python docs/diagrams.py           print the page as it should be
     python docs/diagrams.py --write   bring the page up to date
 
-Run it from the top of the repository, or with the packages installed.
+The packages must be installed (CONTRIBUTING says how).
 """
 
 import sys

@@ -8,6 +8,7 @@ The parts are the same that `mediator serve` runs, and all of them are there to 
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from itertools import count
 from types import MappingProxyType, TracebackType
 from typing import Final, Self
 from uuid import UUID
@@ -56,6 +57,7 @@ class Board:
         self.service = Service(self.checker or self.core, self.world)
         self.model.on_notification = self.service.notify
         self._clients: list[int] = []
+        self._numbers = count(1)
 
     @property
     def violations(self) -> list[str]:
@@ -79,7 +81,7 @@ class Board:
         if flavour not in FLAVOURS:
             raise ValueError(f"{flavour!r} is none of {', '.join(FLAVOURS)}")
         make = self.machine.create_kvm if flavour == "kvm" else self.machine.create_xen
-        vm = make(name or f"{flavour}-{len(self._clients) + 1}", ram, vcpus)
+        vm = make(name or f"{flavour}-{next(self._numbers)}", ram, vcpus)
         if not await self.service.add(vm):
             self.machine.destroy(vm)
             raise BoardError(f"OP-TEE has no room for {vm.name}")

@@ -15,6 +15,8 @@ MAX_SIZE: Final = 4 << 20
 """Characters of one document: stops a file from eating memory before it is looked at."""
 MAX_DEPTH: Final = 32
 """Nesting of one document: stops recursion."""
+MAX_DIGITS: Final = 128
+"""Digits of one number: stops conversions that take for ever."""
 MAX_ALIASES: Final = 64
 """Aliases of one document: stops alias bombs."""
 
@@ -26,7 +28,7 @@ _AMBIGUOUS: Final = re.compile(
     re.IGNORECASE,
 )
 _WORDS: Final = {"true": True, "false": False, "null": None}
-_STRING_TAG: Final = "tag:yaml.org,2002:str"
+_TAGS: Final = frozenset({"tag:yaml.org,2002:str", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"})
 
 Data = dict[str, "Data"] | list["Data"] | str | int | float | bool | None
 Path = tuple[int | str, ...]
@@ -44,7 +46,8 @@ class DocumentError(Exception):
 class _Loader(yaml.CSafeLoader):
     """Scalars stay text: `_Reader` decides what they are."""
 
-    yaml_implicit_resolvers = {}  # noqa: RUF012 - the name and kind are PyYAML's
+
+_Loader.yaml_implicit_resolvers = {}
 
 
 class _Reader:
@@ -65,7 +68,7 @@ class _Reader:
             self._seen[id(node)] = aliases
             if aliases and sum(self._seen.values()) > MAX_ALIASES:
                 raise DocumentError([self.at(node.start_mark, f"more than {MAX_ALIASES} aliases")])
-        if not node.tag.startswith("tag:yaml.org,2002:"):
+        if node.tag not in _TAGS:
             self.errors.append(self.at(node.start_mark, f"the tag {node.tag} is not known"))
             return None
         if isinstance(node, yaml.MappingNode):
@@ -97,6 +100,9 @@ class _Reader:
         if text == "":
             return None
         if _INTEGER.match(text):
+            if len(text) > MAX_DIGITS:
+                self.errors.append(self.at(node.start_mark, f"a number of {len(text)} digits"))
+                return None
             return int(text.replace("_", ""), 0)
         if _FLOAT.match(text):
             return float(text)

@@ -8,7 +8,6 @@ from graphlib import TopologicalSorter
 from importlib import resources
 from pathlib import Path
 
-import mediator
 from tests.docs.pages import README, TOP, marked_command, tracked_files
 
 PACKAGES = ("mediator", "guests", "hv_models", "optee")
@@ -54,10 +53,6 @@ def test_package_data_is_found_where_the_packages_are() -> None:
     policies = resources.files("mediator.policies")
     assert {entry.name for entry in policies.iterdir()} >= {"default.yaml", "xen.yaml", "minimal.yaml"}
     assert resources.files("mediator.conformance").joinpath("intended.yaml").is_file()
-
-
-def test_the_version_is_stated_alike() -> None:
-    assert PROJECT["project"]["version"] == mediator.__version__
 
 
 def test_every_public_module_says_what_it_is() -> None:

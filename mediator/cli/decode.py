@@ -80,9 +80,17 @@ def _bytes(text: str) -> bytes:
     """Bytes given as digits or as a file."""
     if text == STANDARD_INPUT:
         return _digits_or_bytes(sys.stdin.buffer.read(MAX_FILE))
-    if _HEX_TEXT.match(text.encode()) and not Path(text).exists():
+    if _HEX_TEXT.match(text.encode()) and not _is_file(text):
         return _digits(text.encode(), "the digits")
     return _digits_or_bytes(read_bytes(Path(text)))
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except OSError:
+        # A message of four parameters has more digits than a file name may have.
+        return False
 
 
 def _digits_or_bytes(data: bytes) -> bytes:

@@ -9,7 +9,7 @@ from mediator.cli.output import emit_json, heading, note, policy_of, progress, s
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from mediator.trace.replay import ReplayReport
+    from mediator.trace.report import ReplayReport
 
 _SUMS = ("events", "calls", "forwarded", "returned", "unexpected")
 _SHOWN_VIOLATIONS = 5

@@ -18,7 +18,6 @@ from mediator.core.sharing import PAGES_PER_STEP, release_argument, release_buff
 from mediator.core.states import (
     GUEST_TABLE,
     CallEvent,
-    CallState,
     GuestEvent,
     GuestState,
     advance,
@@ -54,7 +53,8 @@ SMALLEST_RELEASE: Final = 512
 """Pages that the release of any buffer counts for: records cost time too."""
 
 _YIELDING: Final = frozenset({Function.CALL_WITH_ARG, Function.CALL_WITH_RPC_ARG, Function.CALL_WITH_REGD_ARG})
-_HANDLED: Final = _YIELDING | fast.FORWARDED | fast.LOCAL | {Function.RETURN_FROM_RPC}
+HANDLED: Final = _YIELDING | fast.FORWARDED | fast.LOCAL | {Function.RETURN_FROM_RPC}
+"""Functions that a policy may allow."""
 _PASS: Final = Word.PASS
 _KEEP: Final = Word.KEEP
 _LIVE: Final = GuestState.LIVE
@@ -84,7 +84,7 @@ class Mediator:
     """
 
     def __init__(self, policy: Policy, world: SecureWorld, ledger: Callable[[Limits], Ledger] = Ledger) -> None:
-        unhandled = policy.functions - _HANDLED
+        unhandled = policy.functions - HANDLED
         if unhandled:
             names = ", ".join(sorted(function.name for function in unhandled))
             raise ValueError(f"policy {policy.name}: the mediator does not handle {names}")
@@ -444,6 +444,3 @@ def _reply(words: tuple[Words, bool], regs: Regs, answer: Regs) -> Reply:
 def _tell(guest: Guest, step: Step) -> None:
     step.events = (*step.events, *guest.events)
     guest.events.clear()
-
-
-__all__ = ["CallState", "Lifecycle", "Mediator"]

@@ -72,6 +72,7 @@ CMD: Final = int(RpcReturn.CMD)
 FOREIGN_INTR: Final = int(RpcReturn.FOREIGN_INTR)
 _RETURN_FROM_RPC: Final = int(Function.RETURN_FROM_RPC)
 _SHM_ALLOC: Final = int(RpcCommand.SHM_ALLOC)
+_BENCH_REG: Final = int(RpcCommand.BENCH_REG)
 _SHM_FREE: Final = int(RpcCommand.SHM_FREE)
 _SHM_ALLOC_REPLY: Final = int(ParamType.TMEM_OUTPUT) | NONCONTIG
 _VALUE_OUTPUTS: Final = (int(ParamType.VALUE_OUTPUT), int(ParamType.VALUE_INOUT))
@@ -141,6 +142,8 @@ def _deliver(core: "Mediator", call: Call, cookie: Cookie) -> str | None:
     size = HEADER_SIZE + PARAM_SIZE * header[7]
     if size > room:
         return f"{header[7]} parameters do not fit the RPC argument"
+    if header[0] == _BENCH_REG:
+        return "an RPC command that carries a physical address"
     allowed = core.policy.rpc_commands
     if allowed is not None and header[0] not in allowed:
         return f"RPC command {header[0]:#x} is not for guests"

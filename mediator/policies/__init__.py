@@ -6,8 +6,9 @@ from typing import Annotated, Any, Final, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from mediator.core.mediator import HANDLED
 from mediator.core.policy import Policy, PolicyLimits, Word, Words
-from mediator.documents import DocumentError, load_document
+from mediator.documents import MAX_SIZE, DocumentError, load_document
 from optee.abi.message import META, Attr, Command
 from optee.abi.rpc import RpcCommand
 from optee.abi.smc import Function, NsecCapability, SecCapability
@@ -97,6 +98,9 @@ class PolicyDocument(_Strict):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         functions = set(self.functions)
+        unhandled = sorted(function.name for function in functions - HANDLED)
+        if unhandled:
+            raise ValueError(f"functions: {', '.join(unhandled)}: not for guests (rule R2)")
         offered = self.capabilities.sec
         for capability in _NEVER_OFFERED:
             if capability in offered:
@@ -180,7 +184,8 @@ def load_policy(name_or_file: str) -> Policy:
         if path.suffix not in (".yaml", ".yml"):
             raise DocumentError([f"policy {name_or_file!r} is none of {', '.join(BUILT_IN)}, and no .yaml file"])
         try:
-            text = path.read_text(encoding="utf-8")
+            with path.open(encoding="utf-8") as file:
+                text = file.read(MAX_SIZE + 1)
         except (OSError, UnicodeDecodeError) as error:
             raise DocumentError([f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}"]) from None
         document = load_document(PolicyDocument, text, str(path))

@@ -36,7 +36,7 @@ SHUTDOWN_SECONDS: Final = 10.0
 class _Guest:
     vm: VirtualMachine
     report: Report = field(default_factory=Report)
-    ended: str = "finished"
+    ended: str = "killed"
     work: trio.CancelScope = field(default_factory=trio.CancelScope)
 
 
@@ -118,9 +118,7 @@ class Bench:
             ) as running:
                 with guest.work:
                     await workload(running, guest.report)
-        except trio.Cancelled:
-            guest.ended = "killed"
-            raise
+            guest.ended = "finished"
         except guests.GuestError as error:
             guest.ended = "failed"
             guest.report.unexpected(f"{type(error).__name__}: {error}")

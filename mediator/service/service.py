@@ -99,7 +99,18 @@ class Service:
         """End a VM, at whatever point it is (R24); False if OP-TEE did not let go of it."""
         reply = await self._finish(lambda: self.mediator.destroy(vm.client_id))
         self._vms.pop(vm.client_id, None)
+        self._changed.unpark_all()
         return reply[0] == ReturnCode.OK
+
+    def pause(self, vm: VirtualMachine) -> bool:
+        """Let a VM's calls wait (R28); False if it is not live."""
+        return self.mediator.pause(vm.client_id)
+
+    def resume(self, vm: VirtualMachine) -> bool:
+        """End a pause: calls that waited go on; False if the VM is not paused."""
+        resumed = self.mediator.resume(vm.client_id)
+        self._changed.unpark_all()
+        return resumed
 
     async def mediate(self, vm: VirtualMachine, vcpu: int, regs: Regs) -> Regs:
         """A call that a guest's hypervisor routed to the mediator."""

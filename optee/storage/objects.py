@@ -162,8 +162,8 @@ class TrustedStorage:
         return self._or_panic(_CREATED, self._create(storage_id, object_id, flags, data, key))
 
     def close(self, handle: ObjectHandle) -> Steps[None]:
-        """TEE_CloseObject."""
-        del self._instance.handles.objects[handle.number]
+        """TEE_CloseObject. Of a handle that is closed already, a panic."""
+        del self._instance.handles.objects[self._live(handle).number]
         yield from self._release(handle)
 
     def delete(self, handle: ObjectHandle) -> Steps[None]:
@@ -188,6 +188,7 @@ class TrustedStorage:
 
     def seek(self, handle: ObjectHandle, offset: int, whence: int) -> None:
         """TEE_SeekObjectData: a place before the beginning is the beginning. Raises TeeError: OVERFLOW."""
+        self._live(handle)
         bases = {SEEK_SET: 0, SEEK_CUR: handle.position, SEEK_END: handle.data_size}
         if whence not in bases:
             raise TaPanic(Result.ITEM_NOT_FOUND)
@@ -343,7 +344,11 @@ class TrustedStorage:
                     yield from self.close(handle)
             raise
 
+    def _live(self, handle: ObjectHandle) -> ObjectHandle:
+        return self.handle(handle.number)
+
     def _need(self, handle: ObjectHandle, flag: DataFlag, result: Result = Result.ACCESS_CONFLICT) -> None:
+        self._live(handle)
         if not handle.flags & flag:
             raise TeeError(result)
 
@@ -392,7 +397,7 @@ class TrustedStorage:
         handle.data_size = size
 
     def _restrict_usage(self, handle: ObjectHandle, usage: int) -> Steps[None]:
-        usage &= handle.record.usage
+        usage &= self._live(handle).record.usage
         stored = usage.to_bytes(4, "little")
         yield from self._touch(handle, self._fs.write(self._thread, handle.file, USAGE_OFFSET, stored))
         handle.record.usage = usage

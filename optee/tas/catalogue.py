@@ -20,6 +20,8 @@ from optee.tas.hotp import Hotp
 from optee.tas.invoke_tests import InvokeTests
 from optee.tas.random import Random
 from optee.tas.rng import RandomNumberGenerator
+from optee.tas.secure_storage import SecureStorage
+from optee.tas.secure_storage_test import StorageTest, StorageTest2
 from optee.tas.statistics import Statistics
 from optee.trusted_application import TrustedApplication
 
@@ -29,7 +31,7 @@ PSEUDO: Final[tuple[type[TrustedApplication], ...]] = (
     RandomNumberGenerator,
     Statistics,
 )
-EXAMPLES: Final[tuple[type[TrustedApplication], ...]] = (HelloWorld, Random, Aes, Hotp, Acipher)
+EXAMPLES: Final[tuple[type[TrustedApplication], ...]] = (HelloWorld, Random, Aes, Hotp, Acipher, SecureStorage)
 """Those of optee_examples."""
 EXERCISES: Final[tuple[type[TrustedApplication], ...]] = (
     ExerciseTa,
@@ -38,5 +40,7 @@ EXERCISES: Final[tuple[type[TrustedApplication], ...]] = (
     KeepAliveTa,
     KeepCrashedTa,
     BigHeapTa,
+    StorageTest,
+    StorageTest2,
 )
 BUILT_IN: Final = (*PSEUDO, *EXAMPLES, *EXERCISES)

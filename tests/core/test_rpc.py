@@ -592,15 +592,6 @@ def test_an_offered_buffer_outlives_its_call_but_not_its_guest(make):
     assert guest.pins() == 0
 
 
-def test_after_its_call_ended_an_offered_buffer_holds_no_page_list(make):
-    pair = make()
-    guest = pair.guest(ram=16 << 20)
-    at, _ = suspended_in_command(guest, shm_alloc())
-    offer(guest, at, guest.tmem(1100, cookie=0xB0, kind=TMEM_OUT))
-    guest.resume()
-    assert pair.machine.pages.allocated == 0
-
-
 @pytest.mark.parametrize("cookie", [0, 1, 0xB1, 2**64 - 1])
 def test_shm_free_of_a_cookie_that_is_not_kept_frees_nothing(make, cookie):
     """Also that of a temporary buffer of another call."""

@@ -109,20 +109,21 @@ def _sections(page: Path) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
+def _options(command: object, words: str) -> dict[str, set[str]]:
+    """Options of each command of the program, by the words that call it."""
+    children = getattr(command, "commands", None)
+    if children is None:
+        options = {option for param in getattr(command, "params", ()) for option in param.opts}
+        return {words: {option for option in options if option.startswith("--")} - {"--help"}}
+    found: dict[str, set[str]] = {}
+    for child, inner in children.items():
+        found |= _options(inner, f"{words} {child}")
+    return found
+
+
 def test_every_command_and_option_is_in_the_reference_and_no_other() -> None:
     sections = _sections(REFERENCE / "command-line.md")
-
-    def walk(command: object, words: str) -> dict[str, set[str]]:
-        children = getattr(command, "commands", None)
-        if children is None:
-            options = {option for param in getattr(command, "params", ()) for option in param.opts}
-            return {words: {option for option in options if option.startswith("--")} - {"--help"}}
-        found: dict[str, set[str]] = {}
-        for child, inner in children.items():
-            found |= walk(inner, f"{words} {child}")
-        return found
-
-    real = walk(get_command(app), "mediator")
+    real = _options(get_command(app), "mediator")
     assert set(sections) == set(real)
     for command, options in real.items():
         shown = set(re.findall(r"^\| `(--[a-z-]+)", sections[command], re.MULTILINE))
@@ -159,11 +160,14 @@ def test_every_event_of_the_core_is_in_the_reference_with_its_level() -> None:
     assert table == used
 
 
-def test_every_json_format_is_in_the_reference() -> None:
+def test_every_json_document_is_in_the_reference_and_no_other() -> None:
     source = "".join(path.read_text(encoding="utf-8") for path in (TOP / "mediator").rglob("*.py"))
-    formats = set(re.findall(r"\"(mediator-[a-z]+/1)\"", source))
     shown = {title.strip("`") for title in _sections(REFERENCE / "json.md")}
-    assert shown == formats
+    assert shown <= set(re.findall(r"\"(mediator-[a-z]+/1)\"", source))
+    for command, options in _options(get_command(app), "mediator").items():
+        if "--json" in options:
+            _, first, *more = command.split()
+            assert f"mediator-{more[-1] if first == 'show' else first}/1" in shown
 
 
 def test_every_class_of_mistakes_has_a_test_that_exists() -> None:

@@ -1,4 +1,4 @@
-"""`mediator serve` as a whole, in virtual time: four guests, what the summary says, and what it says if we are wrong."""
+"""`mediator serve` as a whole, in virtual time: what the summary says, and what it says if we are wrong."""
 
 import signal
 from collections.abc import Callable

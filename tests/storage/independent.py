@@ -63,6 +63,7 @@ def gcm(key: bytes, iv: bytes, tag: bytes, aad: bytes, text: bytes) -> bytes:
 
 def read_file(raw: bytes, tsk: bytes, root: bytes | None, live: list[tuple[int, int, str]]) -> bytes:
     """Content of one hash-tree file."""
+
     def node(number: int, version: int) -> tuple[bytes, bytes, bytes, int]:
         group, position = divmod(number - 1, 31)
         at = (1 + 62 * group) * BLOCK + 132 * position + 66 * version
@@ -106,7 +107,9 @@ def read(directory: Path | dict[str, bytes]) -> Read:
     files = directory if isinstance(directory, dict) else {path.name: path.read_bytes() for path in directory.iterdir()}
     ssk = hmac.new(HUK, CHIP_ID + b"ONLY_FOR_tee_fs_ssk\0", hashlib.sha256).digest()
     result = Read()
-    entries = read_file(files["dirf.db"], hmac.new(ssk, b"\0", hashlib.sha256).digest(), None, result.live.setdefault("dirf.db", []))
+    entries = read_file(
+        files["dirf.db"], hmac.new(ssk, b"\0", hashlib.sha256).digest(), None, result.live.setdefault("dirf.db", [])
+    )
     for index in range(len(entries) // 120):
         owner, field_, size, root, number = struct.unpack_from("<16s64sI32sI", entries, 120 * index)
         if not size and not field_[0]:

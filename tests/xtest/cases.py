@@ -9,24 +9,54 @@ import pytest
 import trio
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from guests import Context, Direction, Guest, Partial, Session, TeeError, Temporary, Value, Values
+from guests import (
+    ConduitMethod,
+    Context,
+    Direction,
+    Guest,
+    Partial,
+    Session,
+    SharedMemory,
+    TeeError,
+    Temporary,
+    Value,
+    Values,
+)
 from guests.workloads.applications import AES, HELLO_WORLD, INVOKE_TESTS, Aes, HelloWorld, InvokeTests
 from optee.abi.results import Origin, Result
-from optee.tas.aes import Aes as AesTa
+from optee.tas.catalogue import EXAMPLES, EXERCISES
 from optee.tas.exercise import ExerciseTa, KeepAliveTa, SingleInstanceTa
-from optee.tas.hello_world import HelloWorld as HelloWorldTa
 from tests.xtest.tas import Concurrent, ConcurrentLarge
+from tests.xtest.traffic import Traffic
 
-LOADED = (HelloWorldTa, AesTa, ExerciseTa, SingleInstanceTa, KeepAliveTa, Concurrent, ConcurrentLarge)
+LOADED = (*EXAMPLES, *EXERCISES, Concurrent, ConcurrentLarge)
 """TAs whose images each guest has; OP-TEE has none of them built in."""
 
 PANIC, WAIT, COUNT, OVERRUN, CALL_OTHER = 0, 1, 7, 5, 9
 DEAD = (Result.TARGET_DEAD, Origin.TEE)
 INPUT, OUTPUT = Direction.INPUT, Direction.OUTPUT
+LOOPS = 8
 MUTEX, DT_DRIVER_TESTS, TRANSFER_LIST_TESTS = 7, 11, 12
 
-Seen = Counter[str]
-Client = Callable[[Guest, Random], Awaitable[None]]
+
+class Case:
+    """A booted guest, what the case draws at random, and what its calls have caused at OP-TEE."""
+
+    def __init__(self, guest: Guest, draw: Random, traffic: Traffic, client: int) -> None:
+        self.guest = guest
+        self.draw = draw
+        self._snapshot = lambda: traffic.snapshot(client)
+        self._before = self._snapshot()
+
+    def seen(self) -> Counter[str]:
+        """Messages and RPCs at OP-TEE since the last time, by name; interrupts come when they want."""
+        now = self._snapshot()
+        seen, self._before = now - self._before, now
+        del seen["FOREIGN_INTR"]
+        return seen
+
+
+Client = Callable[[Case], Awaitable[None]]
 
 
 def number(a: int, b: int = 0) -> Value:
@@ -47,42 +77,48 @@ async def count(session: Session, more: int) -> int:
     return total.a
 
 
-async def probe(guest: Guest, draw: Random) -> None:
+async def probe(case: Case) -> None:
     """S1: booting was all; the tee-supplicant that has started could load TAs."""
-    assert guest.driver.devices
+    assert case.guest.driver.devices
 
 
-async def xtest_1001(guest: Guest, draw: Random) -> None:
+async def xtest_1001(case: Case) -> None:
     """S2: self tests of the core."""
-    async with guest.context() as context, await context.open_session(INVOKE_TESTS) as session:
+    async with case.guest.context() as context, await context.open_session(INVOKE_TESTS) as session:
         assert await session.invoke(InvokeTests.SELF_TESTS) == ()
         assert await session.invoke(DT_DRIVER_TESTS) == ()
         refused = await fails(session.invoke(TRANSFER_LIST_TESTS))
         assert refused == (Result.NOT_SUPPORTED, Origin.TRUSTED_APP)
+    assert case.seen() == {"OPEN_SESSION": 1, "INVOKE_COMMAND": 3, "CLOSE_SESSION": 1}
 
 
-async def xtest_1002(guest: Guest, draw: Random) -> None:
+async def xtest_1002(case: Case) -> None:
     """S3: a buffer of 16 KiB, whose sum the pseudo TA writes into its first byte."""
-    data = draw.randbytes(16 * 1024)
-    async with guest.context() as context, await context.open_session(INVOKE_TESTS) as session:
+    data = case.draw.randbytes(16 * 1024)
+    async with case.guest.context() as context, await context.open_session(INVOKE_TESTS) as session:
         (output,) = await session.invoke(InvokeTests.PARAMS, Temporary(data))
     assert output.data == bytes([sum(data) & 0xFF]) + data[1:]
+    messages = ("OPEN_SESSION", "REGISTER_SHM", "INVOKE_COMMAND", "UNREGISTER_SHM", "CLOSE_SESSION")
+    assert case.seen() == dict.fromkeys(messages, 1)
 
 
-async def hello_world(guest: Guest, draw: Random) -> None:
-    """S4: cold and warm."""
-    for _ in range(2):
-        async with guest.context() as context, await context.open_session(HELLO_WORLD) as session:
+async def hello_world(case: Case) -> None:
+    """S4: cold, with an empty store of TA versions, and warm."""
+    for cold in (True, False):
+        async with case.guest.context() as context, await context.open_session(HELLO_WORLD) as session:
             assert await session.invoke(HelloWorld.INC_VALUE, Value(42)) == (Values(43, 0),)
             assert await session.invoke(HelloWorld.DEC_VALUE, Value(43)) == (Values(42, 0),)
+        seen = case.seen()
+        assert seen["LOAD_TA"] == 2 and seen["SHM_ALLOC"] == seen["SHM_FREE"] > 0
+        assert bool(seen["FS.CREATE"]) is bool(seen["FS.WRITE"]) is cold and seen["FS.READ"]
 
 
-async def xtest_1004(guest: Guest, draw: Random) -> None:
-    """S5: digest and cipher, all through temporary memory: ten registrations in seven invokes."""
-    key, iv, text = draw.randbytes(16), draw.randbytes(16), draw.randbytes(5000)
+async def xtest_1004(case: Case) -> None:
+    """S5: digest and cipher, all through temporary memory: twelve registrations in ten invokes."""
+    key, iv, text = case.draw.randbytes(16), case.draw.randbytes(16), case.draw.randbytes(5000)
     encryptor = Cipher(algorithms.AES(key), modes.CTR(iv)).encryptor()
     expected = encryptor.update(text)
-    async with guest.context() as context:
+    async with case.guest.context() as context:
         async with await context.open_session(Concurrent.uuid) as session:
             for data in (b"abc", text):
                 _, digest = await session.invoke(
@@ -94,19 +130,20 @@ async def xtest_1004(guest: Guest, draw: Random) -> None:
                 await session.invoke(Aes.PREPARE, number(2), number(16), number(mode))
                 await session.invoke(Aes.SET_KEY, Temporary(key, direction=INPUT))
                 await session.invoke(Aes.SET_IV, Temporary(iv, direction=INPUT))
-                if mode:
-                    _, output = await session.invoke(
-                        Aes.CIPHER, Temporary(data, direction=INPUT), Temporary(size=5000, direction=OUTPUT)
-                    )
-                    assert output.data == answer
+                _, output = await session.invoke(
+                    Aes.CIPHER, Temporary(data, direction=INPUT), Temporary(size=5000, direction=OUTPUT)
+                )
+                assert output.data == answer
+    seen = case.seen()
+    assert seen["REGISTER_SHM"] == seen["UNREGISTER_SHM"] == 12 and seen["INVOKE_COMMAND"] == 10
 
 
-async def xtest_1003(guest: Guest, draw: Random) -> None:
+async def xtest_1003(case: Case) -> None:
     """S6: two writers and four readers of one mutex, more clients than threads."""
     together = []
 
     async def client(kind: int) -> None:
-        async with guest.context() as context, await context.open_session(INVOKE_TESTS) as session:
+        async with case.guest.context() as context, await context.open_session(INVOKE_TESTS) as session:
             for _ in range(20):
                 _, seen = await session.invoke(MUTEX, number(kind, 100_000), Value(direction=OUTPUT))
                 assert 1 <= seen.b <= seen.a <= 6
@@ -117,12 +154,16 @@ async def xtest_1003(guest: Guest, draw: Random) -> None:
         for kind in (0, 0, 1, 1, 1, 1):
             nursery.start_soon(client, kind)
     assert len(together) == 120 and max(together) > 1
+    seen = case.seen()
+    assert seen["INVOKE_COMMAND"] == 120 and case.guest.driver.statistics().thread_limits > 0
+    assert seen["NOTIFICATION.WAIT"] > 0 and seen["NOTIFICATION.SEND"] > 0
 
 
-async def xtest_1005(guest: Guest, draw: Random) -> None:
+async def xtest_1005(case: Case) -> None:
     """S7, first half: three sessions, three instances."""
-    async with guest.context() as context:
+    async with case.guest.context() as context:
         sessions = [await context.open_session(ExerciseTa.uuid) for _ in range(3)]
+        assert case.seen()["LOAD_TA"] == 6
         for turn in (1, 2):
             for index, session in enumerate(sessions):
                 assert await count(session, index + 1) == turn * (index + 1)
@@ -130,10 +171,11 @@ async def xtest_1005(guest: Guest, draw: Random) -> None:
             await session.close()
 
 
-async def xtest_1012(guest: Guest, draw: Random) -> None:
+async def xtest_1012(case: Case) -> None:
     """S7, second half: one instance for all sessions."""
-    async with guest.context() as context:
+    async with case.guest.context() as context:
         sessions = [await context.open_session(SingleInstanceTa.uuid) for _ in range(3)]
+        assert case.seen()["LOAD_TA"] == 2
         assert [await count(session, 5) for session in sessions] == [5, 10, 15]
         for session in sessions:
             await session.close()
@@ -141,9 +183,9 @@ async def xtest_1012(guest: Guest, draw: Random) -> None:
             assert await count(session, 1) == 1
 
 
-async def xtest_1007(guest: Guest, draw: Random) -> None:
+async def xtest_1007(case: Case) -> None:
     """S8: a panic, and what of the session is left."""
-    async with guest.context() as context:
+    async with case.guest.context() as context:
         session = await context.open_session(ExerciseTa.uuid)
         for command, parameter in ((PANIC, number(0xBAD)), (COUNT, Value(1))):
             assert await fails(session.invoke(command, parameter)) == DEAD
@@ -154,10 +196,10 @@ async def xtest_1007(guest: Guest, draw: Random) -> None:
         await session.close()
 
 
-async def xtest_1021(guest: Guest, draw: Random) -> None:
+async def xtest_1021(case: Case) -> None:
     """S8: who dies with whom."""
     for ta, shared in ((ExerciseTa, False), (SingleInstanceTa, True), (KeepAliveTa, True)):
-        async with guest.context() as context:
+        async with case.guest.context() as context:
             first, second = [await context.open_session(ta.uuid) for _ in range(2)]
             assert await count(second, 7) == 7
             assert await fails(first.invoke(PANIC, number(1))) == DEAD
@@ -169,7 +211,7 @@ async def xtest_1021(guest: Guest, draw: Random) -> None:
                 assert await count(fresh, 1) == 1
             await first.close()
             await second.close()
-    async with guest.context() as context:  # one TA calls another, which panics: the caller lives
+    async with case.guest.context() as context:  # one TA calls another, which panics: the caller lives
         caller = await context.open_session(ExerciseTa.uuid)
         died = await fails(caller.invoke(CALL_OTHER, number(1, PANIC), Value(3)))
         assert died[0] in (Result.TARGET_DEAD, Result.BAD_PARAMETERS)
@@ -177,13 +219,13 @@ async def xtest_1021(guest: Guest, draw: Random) -> None:
         await caller.close()
 
 
-async def xtest_1040(guest: Guest, draw: Random) -> None:
+async def xtest_1040(case: Case) -> None:
     """S8: three clients open, panic and close one single-instance TA, over and over."""
     panics = 0
 
     async def client(context: Context) -> None:
         nonlocal panics
-        for _ in range(20):
+        for _ in range(LOOPS):
             while True:
                 try:
                     session = await context.open_session(SingleInstanceTa.uuid)
@@ -194,15 +236,15 @@ async def xtest_1040(guest: Guest, draw: Random) -> None:
             panics += 1
             await session.close()
 
-    async with guest.context() as context, trio.open_nursery() as nursery:
+    async with case.guest.context() as context, trio.open_nursery() as nursery:
         for _ in range(3):
             nursery.start_soon(client, context)
-    assert panics == 60
+    assert panics == 3 * LOOPS
 
 
-async def xtest_1009(guest: Guest, draw: Random) -> None:
+async def xtest_1009(case: Case) -> None:
     """S9: three waits, and one that is cancelled while it sleeps."""
-    async with guest.context() as context, await context.open_session(ExerciseTa.uuid) as session:
+    async with case.guest.context() as context, await context.open_session(ExerciseTa.uuid) as session:
         for milliseconds in (100, 500, 2000):
             began = trio.current_time()
             assert await session.invoke(WAIT, number(milliseconds)) == (Values(milliseconds, 0),)
@@ -218,32 +260,40 @@ async def xtest_1009(guest: Guest, draw: Random) -> None:
             await session.request_cancellation()
             assert not ends  # it counts when the sleep has returned
         assert ends == [(Result.CANCEL, Origin.TRUSTED_APP)]
+    seen = case.seen()
+    assert seen["SUSPEND"] == 4 and seen["CANCEL"] == 1
 
 
-async def xtest_1013(guest: Guest, draw: Random) -> None:
-    """S10: three clients, one buffer that all of them use, a small and a large TA."""
-    data = draw.randbytes(20_000)
+async def xtest_1013(case: Case) -> None:
+    """S10: three clients, one buffer that all of them use, a small TA and one too large for Xen's buffers."""
+    data = case.draw.randbytes(20_000)
+    limited = case.guest.method == ConduitMethod.HVC and not case.guest.driver.rpc_argument
     for ta in (Concurrent, ConcurrentLarge):
-        async with guest.context() as context, await context.allocate(len(data)) as memory:
+        refused = ta is ConcurrentLarge and limited
+        limits = case.guest.driver.statistics().thread_limits
+        case.seen()
+        async with case.guest.context() as context, await context.allocate(len(data)) as memory:
             memory.write(data)
-
-            async def client(context: Context = context, memory=memory, ta=ta) -> None:
-                try:
-                    session = await context.open_session(ta.uuid)
-                except TeeError as error:
-                    assert ta is ConcurrentLarge and error.result == Result.OUT_OF_MEMORY
-                    return
-                for _ in range(5):
-                    assert await session.invoke(0) == ()
-                    first, last = sorted(draw.sample(range(len(data)), 2))
-                    part = Partial(memory, first, last - first, INPUT)
-                    _, digest = await session.invoke(1, part, Temporary(size=32, direction=OUTPUT))
-                    assert digest.data == hashlib.sha256(data[first:last]).digest()
-                await session.close()
-
             async with trio.open_nursery() as nursery:
                 for _ in range(3):
-                    nursery.start_soon(client)
+                    nursery.start_soon(_digests, case, context, ta, memory, refused)
+        seen = case.seen()
+        assert seen["REGISTER_SHM"] == seen["UNREGISTER_SHM"] == (1 if refused else 1 + 3 * 5)
+        assert case.guest.driver.statistics().thread_limits > limits
+
+
+async def _digests(case: Case, context: Context, ta: type[Concurrent], memory: SharedMemory, refused: bool) -> None:
+    """Work and digest parts of the common buffer, which others read at the same time."""
+    if refused:
+        assert await fails(context.open_session(ta.uuid)) == (Result.OUT_OF_MEMORY, Origin.TEE)
+        return
+    async with await context.open_session(ta.uuid) as session:
+        for _ in range(5):
+            assert await session.invoke(0) == ()
+            first, last = sorted(case.draw.sample(range(memory.size), 2))
+            part = Partial(memory, first, last - first, INPUT)
+            _, digest = await session.invoke(1, part, Temporary(size=32, direction=OUTPUT))
+            assert digest.data == hashlib.sha256(memory.read(first, last - first)).digest()
 
 
 CASES: dict[str, Client] = {

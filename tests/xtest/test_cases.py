@@ -7,9 +7,8 @@ import trio
 
 from mediator.board import NOTHING_LEFT, Board
 from mediator.interleaving import run
-from optee.abi.smc import ReturnCode
 from optee.config import Config
-from tests.xtest.cases import CASES, LOADED, Client
+from tests.xtest.cases import CASES, LOADED, Case, Client
 from tests.xtest.tas import Concurrent, ConcurrentLarge
 from tests.xtest.traffic import Traffic
 
@@ -22,53 +21,69 @@ LAYOUTS = {
 THREADS = 2
 INTERRUPTED = 0.3
 """Probability that an interrupt is pending at a moment at which secure code can be interrupted."""
+DEADLOCK = 1e6
+"""Seconds of virtual time: nobody does anything any more."""
 
 
-def play(case: Client, layout: str, seed: int) -> tuple[Traffic, list[dict[str, int]]]:
-    """Boot all guests, run the case in each at once; return the traffic, and each guest's of the case alone."""
+def play(client: Client, layout: str, seed: int) -> Traffic:
+    """Boot all guests, and let each run the case at the same time; nothing may be left."""
     policy, flavours = LAYOUTS[layout]
-    alone: list[dict[str, int]] = []
 
     async def main() -> Traffic:
         draw = Random(seed)
-        config = Config(
-            threads=THREADS,
-            guests=len(flavours),
-            early_tas=frozenset(),
-            extra_tas=(Concurrent, ConcurrentLarge),
-            seed=seed,
-        )
+        extra = (Concurrent, ConcurrentLarge)
+        config = Config(threads=THREADS, guests=len(flavours), early_tas=frozenset(), extra_tas=extra, seed=seed)
         async with Board(policy, config) as board:
             traffic = Traffic(board)
             board.model.interrupt_pending = lambda _: draw.random() < INTERRUPTED
 
-            async def one(flavour: str) -> None:
+            async def one(flavour: str, number: int) -> None:
                 async with board.guest(flavour, tas=LOADED) as guest:
-                    client = next(vm.client_id for vm in board.machine.vms.values() if vm.name == guest.name)
-                    before = traffic.snapshot(client)
-                    await case(guest, draw)
-                    alone.append(traffic.snapshot(client) - before)
-                    pins_of_case = guest.driver.statistics()
-                    assert pins_of_case.waiting_for_thread == 0
+                    client_id = next(vm.client_id for vm in board.machine.vms.values() if vm.name == guest.name)
+                    await client(Case(guest, Random(f"{seed} {number}"), traffic, client_id))
 
-            async with trio.open_nursery() as nursery:
-                for flavour in flavours:
-                    nursery.start_soon(one, flavour)
+            with trio.fail_after(DEADLOCK):
+                async with trio.open_nursery() as nursery:
+                    for number, flavour in enumerate(flavours):
+                        nursery.start_soon(one, flavour, number)
             assert board.left() == NOTHING_LEFT
         assert board.violations == []
         assert not board.machine.pinned_frames()
         return traffic
 
-    return run(main, seed), alone
+    return run(main, seed)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", CASES)
 def test_case(name: str, layout: str) -> None:
-    traffic, alone = play(CASES[name], layout, seed=len(name))
-    assert len(alone) == len(LAYOUTS[layout][1])
-    EXPECTED[name](alone, layout)
-    assert not traffic.answers.keys() & {(client, ReturnCode.ERESUME) for client, _ in traffic.answers}
+    traffic = play(CASES[name], layout, seed=len(name))
+    assert len(traffic.smcs) == len(LAYOUTS[layout][1])
 
 
-EXPECTED = dict.fromkeys(CASES, lambda alone, layout: None)
+PROBE = ["CALLS_UID", "GET_OS_REVISION", "CALLS_REVISION", "EXCHANGE_CAPABILITIES"]
+ENUMERATION = ["OPEN_SESSION", "INVOKE_COMMAND", "REGISTER_SHM", "INVOKE_COMMAND", "UNREGISTER_SHM", "CLOSE_SESSION"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_order_of_probe_and_unload(layout: str) -> None:
+    """S1: the SMCs of a guest that boots, starts its tee-supplicant and unloads its driver."""
+    calls = {
+        "OPEN_SESSION": "CALL_WITH_REGD_ARG",
+        "INVOKE_COMMAND": "CALL_WITH_REGD_ARG",
+        "CLOSE_SESSION": "CALL_WITH_REGD_ARG",
+        "REGISTER_SHM": "CALL_WITH_RPC_ARG",
+        "UNREGISTER_SHM": "CALL_WITH_RPC_ARG",
+    }
+    if LAYOUTS[layout][0] == "xen":
+        enumeration = ["CALL_WITH_ARG" for _ in ENUMERATION]
+        begin = [*PROBE, "DISABLE_SHM_CACHE", "ENABLE_SHM_CACHE"]
+        end = ["DISABLE_SHM_CACHE"]
+    else:
+        enumeration = [calls[message] for message in ENUMERATION]
+        begin = [*PROBE, "ENABLE_ASYNC_NOTIF", "DISABLE_SHM_CACHE", "CALL_WITH_RPC_ARG"]
+        end = ["CALL_WITH_REGD_ARG", "CALL_WITH_RPC_ARG"]
+    nothing_more = [enumeration[0], enumeration[1], enumeration[-1]]  # no device needs a tee-supplicant
+    expected = [*begin, *enumeration, *nothing_more, *end]
+    for smcs in play(CASES["S1 probe"], layout, seed=1).smcs.values():
+        assert smcs == expected

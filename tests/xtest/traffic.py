@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from mediator.board import Board
 from optee.abi.message import HEADER, HEADER_SIZE, PARAM, PARAM_SIZE, Command
 from optee.abi.rpc import FsOperation, NotificationOperation, RpcCommand
-from optee.abi.smc import Function, ReturnCode, RpcReturn, from_pair, is_rpc
+from optee.abi.smc import Function, RpcReturn, from_pair, is_rpc
 
 NAMED = {RpcCommand.FS: FsOperation, RpcCommand.NOTIFICATION: NotificationOperation}
 
@@ -16,8 +16,6 @@ class Traffic:
     def __init__(self, board: Board) -> None:
         self.smcs: dict[int, list[str]] = defaultdict(list)
         """Functions in their order, as the guest called them; RETURN_FROM_RPC left out."""
-        self.answers: Counter[tuple[int, int]] = Counter()
-        """(guest, a0)."""
         self.at_optee: Counter[tuple[int, str]] = Counter()
         """(guest, function or message command or RPC command): `RpcCommand.FS` is named with its operation."""
         self._memory = board.machine.memory
@@ -27,10 +25,6 @@ class Traffic:
         self._mediate, board.service.mediate = board.service.mediate, self.mediate
         self._call, board.world.call = board.world.call, self.call
 
-    def of(self, client: int, name: str) -> int:
-        """How often a guest's OP-TEE did that."""
-        return self.at_optee[client, name]
-
     def snapshot(self, client: int) -> Counter[str]:
         """All counters of one guest."""
         return Counter({name: count for (guest, name), count in self.at_optee.items() if guest == client})
@@ -38,9 +32,7 @@ class Traffic:
     async def mediate(self, vm, vcpu, regs):
         if regs[0] != Function.RETURN_FROM_RPC:
             self.smcs[vm.client_id].append(Function(regs[0]).name)
-        answer = await self._mediate(vm, vcpu, regs)
-        self.answers[vm.client_id, answer[0]] += 1
-        return answer
+        return await self._mediate(vm, vcpu, regs)
 
     def call(self, regs):
         function, client = regs[0], regs[7]
@@ -52,9 +44,6 @@ class Traffic:
             self._asked_for_page.discard((client, regs[3]))
             self._pages[client, from_pair(regs[4], regs[5])] = from_pair(regs[1], regs[2])
         answer = self._call(regs)
-        if answer[0] == ReturnCode.ETHREAD_LIMIT:
-            self.at_optee[client, "ETHREAD_LIMIT"] += 1
-            return answer
         if message is not None:
             self.at_optee[client, Command(command).name] += 1
         if not is_rpc(answer[0]):

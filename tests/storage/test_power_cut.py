@@ -1,0 +1,186 @@
+"""The power fails at any RPC of an operation: afterwards the object is wholly old or wholly new."""
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+
+import pytest
+
+from optee.abi.results import Result
+from optee.abi.rpc import FsOperation
+from optee.storage.registry import DataFlag
+from tests.optee.rig import Rpc
+from tests.storage import independent
+from tests.storage.rig import ALL, Client, Disk, StorageError, StorageRig
+
+NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
+OLD = bytes(range(256)) * 80
+OTHER = b"other" * 1000
+NEW = b"new!" * 5120
+
+
+def create(client: Client) -> None:
+    client.create(b"fresh", NEW)
+
+
+def overwrite(client: Client) -> None:
+    client.create(b"object", NEW, ALL | DataFlag.OVERWRITE)
+
+
+def write(client: Client) -> None:
+    client.write(client.open(b"object"), NEW)
+
+
+def append(client: Client) -> None:
+    handle = client.open(b"object")
+    client.seek(handle, 3000, 2)
+    client.write(handle, NEW[:9000])
+
+
+def shorten(client: Client) -> None:
+    client.truncate(client.open(b"object"), 5000)
+
+
+def empty(client: Client) -> None:
+    client.truncate(client.open(b"object"), 0)
+
+
+def lengthen(client: Client) -> None:
+    client.truncate(client.open(b"object"), 30000)
+
+
+def rename(client: Client) -> None:
+    client.rename(client.open(b"object"), b"renamed")
+
+
+def delete(client: Client) -> None:
+    client.unlink(client.open(b"object"))
+
+
+OPERATIONS: dict[Callable[[Client], None], dict[bytes, bytes]] = {
+    create: {b"object": OLD, b"fresh": NEW},
+    overwrite: {b"object": NEW},
+    write: {b"object": NEW},
+    append: {b"object": OLD + bytes(3000) + NEW[:9000]},
+    shorten: {b"object": OLD[:5000]},
+    empty: {b"object": b""},
+    lengthen: {b"object": OLD + bytes(30000 - len(OLD))},
+    rename: {b"renamed": OLD},
+    delete: {},
+}
+
+
+class TornDisk(Disk):
+    """The write during which the power fails reaches the disk only in part."""
+
+    part = 0
+
+    def serve(self, rig: StorageRig, rpc: Rpc) -> Result:
+        if self.cut_after == 0 and self.part and rpc.params[0].a == FsOperation.WRITE:
+            size = int(rpc.params[1].b * self.part / 68)
+            rpc.params[1] = rpc.params[1]._replace(b=size)
+            self._serve(rig, rpc, FsOperation.WRITE)
+            self.part = 0
+            return Result.GENERIC
+        return super().serve(rig, rpc)
+
+
+@cache
+def prepared() -> dict[str, bytes]:
+    """A store in which objects and directory have been changed before."""
+    rig = StorageRig()
+    client = rig.session()
+    client.close(client.create(b"gone"))
+    handle = client.create(b"object", b"?" * len(OLD))
+    client.write(handle, OLD)
+    client.close(handle)
+    client.close(client.create(b"other", OTHER))
+    client.unlink(client.open(b"gone"))
+    return rig.disk.snapshot()
+
+
+def disk() -> TornDisk:
+    return TornDisk({name: bytearray(content) for name, content in prepared().items()})
+
+
+@cache
+def length(operation: Callable[[Client], None]) -> int:
+    """File operations of an undisturbed run."""
+    rig = StorageRig(disk())
+    operation(rig.session())
+    return len(rig.disk.asked)
+
+
+def contents(files: Disk) -> dict[bytes, bytes]:
+    """What OP-TEE finds after a restart."""
+    client = StorageRig(files).session()
+    return {object_id: client.content(object_id) for object_id, _ in client.enumerate()}
+
+
+def cut(operation: Callable[[Client], None], at: int, part: int = 0) -> bool:
+    """Cut the power, restart, and compare: True if the object is new."""
+    files = disk()
+    rig = StorageRig(files)
+    client = rig.session()
+    files.cut_after, files.part = at, part
+    finished = True
+    try:
+        operation(client)
+    except StorageError:
+        finished = False
+    files.cut_after = None
+    found = {o.id: o.data for o in independent.read(files.snapshot()).objects}
+    rest = {b"other": OTHER}
+    old, new = {b"object": OLD} | rest, OPERATIONS[operation] | rest
+    assert found in (old, new), (operation.__name__, at, part)
+    assert contents(files) == found
+    assert found == new or not finished
+    return found == new
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.__name__)
+def test_cut_at_every_rpc(operation: Callable[[Client], None]) -> None:
+    total = length(operation)
+    outcomes = [cut(operation, at) for at in range(total + 1)]
+    assert outcomes == sorted(outcomes), "once new, new for good"
+    assert not outcomes[0] and outcomes[-1]
+
+
+@pytest.mark.parametrize("operation", [overwrite, write, shorten, rename], ids=lambda operation: operation.__name__)
+def test_cut_inside_a_write(operation: Callable[[Client], None]) -> None:
+    """Of 68 bytes of a head, 64 are the old state and 65 the new one; a part of anything else is never seen."""
+    total = length(operation)
+    for at in range(total) if NIGHTLY else range(total - 8, total):
+        for part in (*range(1, 63, 6), 63, 64, 65, 66, 67) if NIGHTLY else (1, 40, 64, 65, 67):
+            cut(operation, at, part)
+
+
+def test_a_lost_store_starts_anew() -> None:
+    """First use, cut everywhere: the next start makes an empty store or goes on with the one that is there."""
+    rig = StorageRig()
+    rig.session().create(b"object", OLD)
+    for at in range(len(rig.disk.asked) + 1):
+        files = Disk()
+        victim = StorageRig(files)
+        files.cut_after = at
+        with suppress(StorageError):
+            victim.session().create(b"object", OLD)
+        files.cut_after = None
+        client = StorageRig(files).session()
+        try:
+            found = dict(client.enumerate())
+        except StorageError as error:  # a dirf.db of 0 bytes is removed by the call that meets it
+            assert error.result in (Result.CORRUPT_OBJECT, Result.TARGET_DEAD)
+            client = StorageRig(files).session()
+            found = dict(client.enumerate())
+        assert found in ({}, {b"object": len(OLD)})
+        client.close(client.create(b"next", OTHER))
+        assert client.content(b"next") == OTHER
+
+
+def test_keys_of_another_machine_open_nothing() -> None:
+    rig = StorageRig(disk(), huk=b"\1" * 16)
+    with pytest.raises(StorageError) as refused:
+        rig.session().open(b"object")
+    assert refused.value.result == Result.CORRUPT_OBJECT
