@@ -30,14 +30,11 @@ def serve(
         float | None, typer.Option(min=0, metavar="SECONDS", help="How long; until Ctrl-C if not given.")
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Check the invariants at every step.")] = False,
-    in_process: Annotated[
-        bool, typer.Option("--in-process", help="Run the guests in this process (at present they always are).")
-    ] = False,
+    in_process: Annotated[bool, typer.Option("--in-process", help="Run the guests in this process.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of everything random in the models.")] = 0,
     json: Json = False,
 ) -> int:
     """Run the mediator with simulated guests in front of it and OP-TEE's model behind."""
-    del in_process
     if sys.platform != "linux":
         raise BadInput("serve: needs Linux (sealed memfds, SOCK_SEQPACKET, SCM_RIGHTS)")
     import structlog
@@ -49,7 +46,7 @@ def serve(
     if workload not in WORKLOADS:
         raise BadInput(f"serve: the workload {workload!r} is none of {', '.join(WORKLOADS)}")
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
-    options = ServeOptions(guests, hypervisor.value, policy, workload, duration, check, json, seed)
+    options = ServeOptions(guests, hypervisor.value, policy, workload, duration, check, json, seed, in_process)
     summary = run_bench(options)
     if json:
         emit_json(summary.as_data())

@@ -46,14 +46,17 @@ class Ending(StrEnum):
 
 
 class Link:
-    """One VM's link, from its first message to its last."""
+    """One VM's link, from its first message to its last. Its client id is the lowest free one unless given."""
 
-    def __init__(self, service: Service, machine: Machine, sock: trio.socket.SocketType) -> None:
+    def __init__(
+        self, service: Service, machine: Machine, sock: trio.socket.SocketType, client_id: int | None = None
+    ) -> None:
         self.vm: VirtualMachine | None = None
         self.reason = ""
         """Why the link was ended, in one line; empty if it was ended in order."""
         self._service = service
         self._machine = machine
+        self._client_id = client_id
         self._link = SocketLink(sock)
         self._busy: set[int] = set()
         self._interrupt = trio.Event()
@@ -134,9 +137,10 @@ class Link:
         return Feature.INTERRUPTS in features
 
     async def _announce(self, flavour: Flavour, vcpus: int, name: str, blocks: list[RamBlock]) -> int:
-        """Make the VM, and tell OP-TEE. Its client id is the lowest that is free."""
-        used = self._machine.vms
-        client = next((n for n in range(1, MAX_CLIENT_ID + 1) if n not in used), 0)
+        """Make the VM, and tell OP-TEE."""
+        client = self._client_id
+        if client is None:
+            client = next((n for n in range(1, MAX_CLIENT_ID + 1) if n not in self._machine.vms), 0)
         try:
             if flavour is Flavour.KVM:
                 vm: VirtualMachine = self._machine.create_kvm(name, blocks, vcpus, client_id=client)
@@ -194,6 +198,7 @@ class Link:
                     return
 
     async def _bury(self) -> None:
+        """End the VM for OP-TEE; taking it off the machine is left to whoever serves the link."""
         if self.vm is not None:
             self.vm.on_interrupt = None
             await self._service.remove(self.vm)

@@ -8,7 +8,7 @@ class ServeOptions:
     """Options of one run.
 
     duration: seconds of workload, None until it is interrupted; check: look at every step with the invariant
-    checker; seed: of everything random in the models.
+    checker; seed: of everything random in the models; in_process: guests are tasks, not processes of their own.
     """
 
     guests: int = 4
@@ -19,3 +19,4 @@ class ServeOptions:
     check: bool = False
     json: bool = False
     seed: int = 0
+    in_process: bool = True

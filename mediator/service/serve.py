@@ -2,16 +2,17 @@
 
 import signal
 import sys
-from dataclasses import dataclass, field
+from contextlib import AsyncExitStack
 from typing import Any, Final
 
 import structlog
 import trio
 
 import guests
-from guests.workloads import WORKLOADS, Report
+from guests.process import Settings
+from guests.workloads import WORKLOADS
 from hv_models.conduit import InProcessConduit
-from hv_models.machine import Machine
+from hv_models.machine import DEFAULT_RAM, DEFAULT_VCPUS, RAM_BASE, Machine
 from hv_models.vm import VirtualMachine
 from mediator.core.mediator import Mediator
 from mediator.core.policy import Policy
@@ -19,9 +20,13 @@ from mediator.core.steps import Event
 from mediator.documents import DocumentError
 from mediator.invariants import Checker
 from mediator.policies import load_policy
+from mediator.service.display import display
+from mediator.service.links import Ending, Link
 from mediator.service.options import ServeOptions
+from mediator.service.processes import GuestProcess, WarmParent, open_warm_parent
+from mediator.service.served import ServedGuest
 from mediator.service.service import Service
-from mediator.service.summary import GuestSummary, Summary
+from mediator.service.summary import Summary
 from mediator.service.world import LocalSecureWorld
 from optee.config import Config
 from optee.secure_world import SecureWorld
@@ -30,14 +35,12 @@ from optee.tas.catalogue import BUILT_IN
 
 SHUTDOWN_SECONDS: Final = 10.0
 """What guests get to end their work, close their sessions and unload their drivers before their power is cut."""
-
-
-@dataclass(slots=True)
-class _Guest:
-    vm: VirtualMachine
-    report: Report = field(default_factory=Report)
-    ended: str = "killed"
-    work: trio.CancelScope = field(default_factory=trio.CancelScope)
+LAST_WORDS_SECONDS: Final = 5.0
+"""What a guest process gets from the end of its VM to its last report."""
+UP_SECONDS: Final = 60.0
+"""What guest processes get to come up before the time of `--duration` begins."""
+UP_POLL_SECONDS: Final = 0.02
+"""Between two looks at whether all guests are up."""
 
 
 def _flavour(hypervisor: str, index: int) -> str:
@@ -62,12 +65,14 @@ class Bench:
         self.log = structlog.get_logger()
         self.service = Service(self.checker or self.core, self.world, self._event)
         self.model.on_notification = self.service.notify
-        self.guests: list[_Guest] = []
-        self.ledgers: dict[int, Any] = {}
-        self.counters: dict[int, Any] = {}
+        self.guests: list[ServedGuest] = []
+        self.clients: set[int] = set()
         self.images = _images()
         self.refused_guests: list[str] = []
+        self.up: float | None = None
         self._stopping = trio.Event()
+        self._cut = trio.Event()
+        self._is_up = trio.Event()
 
     def _event(self, event: Event) -> None:
         if event.level == "error":
@@ -78,121 +83,163 @@ class Bench:
         started = trio.current_time()
         if not await self.service.start():
             raise DocumentError(["OP-TEE does not know virtualization"])
-        for index in range(self.options.guests):
-            flavour = _flavour(self.options.hypervisor, index)
-            name = f"{flavour}-{index + 1}"
-            create = self.machine.create_kvm if flavour == "kvm" else self.machine.create_xen
-            vm = create(name)
-            if await self.service.add(vm):
-                record = self.core.guests[vm.client_id]
-                self.ledgers[vm.client_id], self.counters[vm.client_id] = record.ledger, record.counters
-                self.guests.append(_Guest(vm))
-            else:
-                self.refused_guests.append(name)
-        async with trio.open_nursery() as nursery:
+        async with AsyncExitStack() as stack, trio.open_nursery() as nursery:
+            parent = await self._warm_parent(stack)
             nursery.start_soon(self._stop_on_signal)
-            nursery.start_soon(self._progress)
+            nursery.start_soon(display, self.guests, self.options.duration)
+            nursery.start_soon(self._watch_up, started)
             async with trio.open_nursery() as running:
-                for guest in self.guests:
-                    running.start_soon(self._run_guest, guest)
                 nursery.start_soon(self._cut_power, running.cancel_scope)
-                up = trio.current_time() - started
+                for index in range(self.options.guests):
+                    await self._start_guest(index, parent, running)
                 if self.options.duration is not None:
                     running.start_soon(self._stop_after, self.options.duration)
             nursery.cancel_scope.cancel()
         for guest in self.guests:
-            await self.service.remove(guest.vm)
+            await self._remove(guest)
         if self.checker is not None:
             self.checker.scan()
-        return self._summary(up, trio.current_time() - started)
+        seconds = trio.current_time() - started
+        return self._summary(seconds if self.up is None else self.up, seconds)
 
-    async def _run_guest(self, guest: _Guest) -> None:
-        vm = guest.vm
+    async def _warm_parent(self, stack: AsyncExitStack) -> WarmParent | None:
+        if self.options.in_process or not self.options.guests:
+            return None
+        return await stack.enter_async_context(open_warm_parent(self.images))
+
+    async def _start_guest(self, index: int, parent: WarmParent | None, running: trio.Nursery) -> None:
+        flavour = _flavour(self.options.hypervisor, index)
+        guest = ServedGuest(f"{flavour}-{index + 1}", flavour)
+        if parent is not None:
+            self.guests.append(guest)
+            settings = Settings(guest.name, flavour, self.options.workload, DEFAULT_RAM, RAM_BASE, DEFAULT_VCPUS)
+            guest.process = await parent.spawn(settings)
+            running.start_soon(self._run_process, guest, guest.process, index + 1)
+            return
+        create = self.machine.create_kvm if flavour == "kvm" else self.machine.create_xen
+        vm = create(guest.name)
+        if await self.service.add(vm):
+            self._born(guest, vm)
+            self.guests.append(guest)
+            running.start_soon(self._run_in_process, guest, vm)
+        else:
+            self.machine.destroy(vm)
+            self.refused_guests.append(guest.name)
+
+    def _born(self, guest: ServedGuest, vm: VirtualMachine) -> None:
+        guest.born(vm, self.core, self.service)
+        self.clients.add(vm.client_id)
+
+    async def _remove(self, guest: ServedGuest) -> None:
+        """Take a guest's VM away; pins that are left then show in the summary."""
+        vm, guest.vm = guest.vm, None
+        if vm is not None:
+            with trio.CancelScope(shield=True):
+                await self.service.remove(vm)
+            self.machine.destroy(vm, force=True)
+
+    async def _run_in_process(self, guest: ServedGuest, vm: VirtualMachine) -> None:
         conduit = InProcessConduit(vm, self.service.mediate)
         workload = WORKLOADS[self.options.workload]
         method = guests.ConduitMethod(vm.hypervisor.conduit)
         supplicant = guests.Supplicant(self.images)
         try:
-            async with guests.open(
-                vm.ram[0], conduit, name=vm.name, vcpus=len(vm.vcpus), method=method, supplicant=supplicant
-            ) as running:
-                with guest.work:
-                    await workload(running, guest.report)
-            guest.ended = "finished"
+            with guest.life:
+                async with guests.open(
+                    vm.ram[0], conduit, name=vm.name, vcpus=len(vm.vcpus), method=method, supplicant=supplicant
+                ) as running:
+                    with guest.work:
+                        await workload(running, guest.report)
+                guest.ended = "finished"
         except guests.GuestError as error:
             guest.ended = "failed"
             guest.report.unexpected(f"{type(error).__name__}: {error}")
+        finally:
+            guest.ended = guest.ended or "killed"
+
+    async def _run_process(self, guest: ServedGuest, process: GuestProcess, client_id: int) -> None:
+        """Serve a guest process until it and its VM have ended; the death of either is that of the other."""
+        link = Link(self.service, self.machine, process.link, client_id)
+        said: list[str] = []
+
+        async def listen() -> None:
+            said.append(await process.read_reports(guest.report))
+
+        try:
+            with guest.life:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(listen)
+                    ending = await link.serve(lambda vm: self._born(guest, vm))
+                    nursery.cancel_scope.deadline = trio.current_time() + LAST_WORDS_SECONDS
+                guest.ended = "failed" if said == ["failed"] else str(ending)
+                if ending is Ending.FAILED:
+                    guest.report.unexpected(link.reason)
+        finally:
+            guest.ended = guest.ended or "killed"
+            process.kill()
+            with trio.CancelScope(shield=True):
+                await process.wait()
+            process.close()
+            await self._remove(guest)
+            if guest.accounts is None:
+                self.guests.remove(guest)
+                self.refused_guests.append(guest.name)
 
     async def _stop_after(self, seconds: float) -> None:
+        if not self.options.in_process:
+            with trio.move_on_after(UP_SECONDS):
+                await self.wait_until_up()
         await trio.sleep(seconds)
         self.stop()
 
     def stop(self) -> None:
         """Let every guest end its work in order; a second time, or after a while, cut the power."""
+        if self._stopping.is_set():
+            self._cut.set()
         for guest in self.guests:
             guest.work.cancel()
         self._stopping.set()
 
     async def _cut_power(self, guests_scope: trio.CancelScope) -> None:
         await self._stopping.wait()
-        await trio.sleep(SHUTDOWN_SECONDS)
+        with trio.move_on_after(SHUTDOWN_SECONDS):
+            for guest in self.guests:
+                if guest.process is not None:
+                    await guest.process.stop()
+            await self._cut.wait()
         guests_scope.cancel()
+
+    async def wait_until_up(self) -> None:
+        """Wait until the first invocation of every guest was answered."""
+        await self._is_up.wait()
+
+    async def _watch_up(self, started: float) -> None:
+        """Note when the first invocation of every guest was answered."""
+        while True:
+            started_all = len(self.guests) + len(self.refused_guests) >= self.options.guests
+            if started_all and all(guest.up for guest in self.guests):
+                break
+            await trio.sleep(UP_POLL_SECONDS)
+        self.up = trio.current_time() - started
+        self._is_up.set()
+        if not sys.stderr.isatty():
+            print(f"{len(self.guests)} guests are up after {self.up:.2f} s", file=sys.stderr, flush=True)
 
     async def _stop_on_signal(self) -> None:
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
             async for _ in signals:
                 self.stop()
 
-    async def _progress(self) -> None:
-        """One line that is rewritten, on a terminal only."""
-        if not sys.stderr.isatty():
-            return
-        began = trio.current_time()
-        try:
-            while True:
-                invokes = sum(guest.report.invokes for guest in self.guests)
-                seconds = trio.current_time() - began
-                limit = "" if self.options.duration is None else f" of {self.options.duration:g}"
-                sys.stderr.write(f"\r{len(self.guests)} guests, {invokes} invokes, {seconds:.0f}{limit} s ")
-                sys.stderr.flush()
-                await trio.sleep(0.5)
-        finally:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
-
     def _summary(self, up: float, seconds: float) -> Summary:
         inbox = self.world.inbox
-        rows = []
-        for guest in self.guests:
-            client = guest.vm.client_id
-            ledger, counters = self.ledgers[client], self.counters[client]
-            seen, memory = self.service.seen[client], self.service.memories[client]
-            rows.append(
-                GuestSummary(
-                    name=guest.vm.name,
-                    hypervisor=guest.vm.hypervisor.name,
-                    vmid=client,
-                    calls=counters.calls,
-                    invokes=guest.report.invokes,
-                    rpcs=counters.rpcs,
-                    denied=counters.denied,
-                    refused=counters.refused,
-                    rejected=counters.rejected,
-                    errors=guest.report.errors,
-                    pages_pinned_peak=ledger.pages_peak,
-                    ended=guest.ended,
-                    pages_translated=memory.pages,
-                    pages_identical=memory.identical,
-                    reserved_offered=client in self.world.reserved_offered,
-                    reserved_seen=seen.reserved_seen,
-                    forged_ids=seen.forged,
-                    quota_refusals=guest.report.refusals["quota"],
-                    notes=tuple(guest.report.notes),
-                )
-            )
-        clients = {guest.vm.client_id for guest in self.guests}
+        rows = [
+            guest.row(offered=guest.accounts.client_id in self.world.reserved_offered)
+            for guest in self.guests
+            if guest.accounts is not None
+        ]
+        clients = self.clients
         strangers = sum(count for (_, client), count in inbox.items() if client and client not in clients)
-        pins = sum(self.machine.pins().values())
+        pins = sum(self.machine.pinned_frames().values())
         return Summary(
             guests=tuple(rows),
             strangers=strangers,

@@ -1,0 +1,136 @@
+"""One guest in an OS process of its own: a small VMM that owns the RAM, and the guest in it.
+
+It is told what to run by `Settings`, reaches the mediator over a link, and reports over another socket: JSON records
+with the counters of its workload, the last of which says how it ended.
+"""
+
+import json
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+from uuid import UUID
+
+import trio
+
+import guests
+from guests.workloads import WORKLOADS, Report
+from hv_models.conduit import ConduitClosed
+from hv_models.link import Flavour, LinkError
+from hv_models.memory import PAGE_SIZE, GuestRam, PageStore
+from hv_models.socket_conduit import LinkRefused, open_conduit
+
+MAX_REPORT: Final = 16384
+"""Bytes of a report: the reader has room for no more."""
+STOP: Final = b"stop"
+"""What the other side sends to have the guest end in order."""
+REPORT_SECONDS: Final = 0.25
+"""Between two reports."""
+FIRST_REPORT_SECONDS: Final = 0.02
+"""Between two looks at whether the first invocation was answered."""
+_NOTE: Final = 200
+_METHODS: Final = {"kvm": guests.ConduitMethod.SMC, "xen": guests.ConduitMethod.HVC}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a guest process is to be. ram: bytes; base: IPA of the RAM."""
+
+    name: str
+    hypervisor: str
+    workload: str
+    ram: int
+    base: int
+    vcpus: int
+
+
+class _Reporter:
+    """Tells the other side how the workload gets on."""
+
+    def __init__(self, sock: trio.socket.SocketType, report: Report) -> None:
+        self._socket = sock
+        self._report = report
+
+    async def run(self) -> None:
+        """Report as soon as the first invocation was answered, then regularly."""
+        while True:
+            up = self._report.invokes > 0
+            if up:
+                await self.send()
+            await trio.sleep(REPORT_SECONDS if up else FIRST_REPORT_SECONDS)
+
+    async def send(self, ended: str = "") -> None:
+        """Send the counters as they are now."""
+        report = self._report
+        data: dict[str, Any] = {
+            "invokes": report.invokes,
+            "errors": report.errors,
+            "quota": report.refusals["quota"],
+            "notes": [note[:_NOTE] for note in report.notes],
+            "ended": ended,
+        }
+        try:
+            await self._socket.send(json.dumps(data).encode())
+        except OSError:
+            return  # nobody listens any more
+
+
+async def run_guest(
+    settings: Settings,
+    link: trio.socket.SocketType,
+    reports: trio.socket.SocketType,
+    images: Mapping[UUID, bytes],
+    ta_directory: Path | None = None,
+) -> None:
+    """Boot a guest, run its workload until it is done or told to stop, and end the VM in order."""
+    report = Report()
+    reporter = _Reporter(reports, report)
+    store = PageStore(settings.name, settings.ram // PAGE_SIZE)
+    ram = GuestRam(store, settings.base)
+    work = trio.CancelScope()
+    flavour = Flavour[settings.hypervisor.upper()]
+    supplicant = guests.Supplicant(images, ta_directory=ta_directory)
+    method = _METHODS[settings.hypervisor]
+    ended = "failed"
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reporter.run)
+            nursery.start_soon(_wait_for_stop, reports, work)
+            async with open_conduit(link, flavour, settings.name, settings.vcpus, [ram]) as conduit:
+                async with guests.open(
+                    ram, conduit, name=settings.name, vcpus=settings.vcpus, method=method, supplicant=supplicant
+                ) as guest:
+                    with work:
+                        await WORKLOADS[settings.workload](guest, report)
+                await conduit.stop()
+            ended = "finished"
+            nursery.cancel_scope.cancel()
+    except* (guests.GuestError, ConduitClosed, LinkRefused, LinkError) as group:
+        for error in _leaves(group):
+            report.unexpected(f"{type(error).__name__}: {error}")
+    await reporter.send(ended)
+
+
+async def _wait_for_stop(reports: trio.socket.SocketType, work: trio.CancelScope) -> None:
+    """A word, or the end of who would read the reports: either way the work is over."""
+    with suppress(OSError):
+        await reports.recv(len(STOP))
+    work.cancel()
+
+
+def _leaves(group: BaseExceptionGroup[Any]) -> list[BaseException]:
+    found: list[BaseException] = []
+    for error in group.exceptions:
+        found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return found
+
+
+def run(settings: Settings, link: socket.socket, reports: socket.socket, images: Mapping[UUID, bytes]) -> None:
+    """Be a guest process: returns when the guest has ended."""
+
+    async def main() -> None:
+        await run_guest(settings, trio.socket.from_stdlib_socket(link), trio.socket.from_stdlib_socket(reports), images)
+
+    trio.run(main)

@@ -1,0 +1,134 @@
+"""`mediator serve` with guests in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import trio
+
+from mediator.policies import load_policy
+from mediator.service.options import ServeOptions
+from mediator.service.serve import Bench
+from mediator.service.summary import Summary
+
+NOTHING_LEFT = {"pages": 0, "calls": 0, "buffers": 0, "rpc_arguments": 0}
+TOP = Path(__file__).parent.parent.parent
+Act = Callable[[Bench], Awaitable[None]]
+
+
+def run(act: Act, **options: Any) -> tuple[Bench, Summary]:
+    """Run guest processes until `act` has returned; every step is checked."""
+    chosen = ServeOptions(**{"workload": "hello", "check": True, "in_process": False, **options})
+    bench = Bench(chosen, load_policy(chosen.policy))
+    found: list[Summary] = []
+
+    async def main() -> None:
+        async def whole() -> None:
+            found.append(await bench.run())
+
+        with trio.fail_after(100):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(whole)
+                await act(bench)
+                bench.stop()
+
+    try:
+        trio.run(main)
+    finally:
+        bench.machine.close()
+    return bench, found[0]
+
+
+async def _wait_until_up(bench: Bench) -> None:
+    await bench.wait_until_up()
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("workload", ["hello", "mixed", "shm"])
+def test_guests_in_processes_are_served_and_leave_nothing(workload: str) -> None:
+    bench, summary = run(_wait_until_up, workload=workload)
+    assert [(guest.name, guest.vmid, guest.ended) for guest in summary.guests] == [
+        ("kvm-1", 1, "finished"),
+        ("xen-2", 2, "finished"),
+        ("kvm-3", 3, "finished"),
+        ("xen-4", 4, "finished"),
+    ]
+    for guest in summary.guests:
+        assert (guest.errors, guest.notes) == (0, ())
+        assert guest.invokes and guest.rpcs and guest.pages_pinned_peak
+    assert summary.violations == [] and summary.left == NOTHING_LEFT and summary.good
+    assert 0 < summary.up_seconds <= summary.seconds
+    assert not any(_alive(guest.process.pid) for guest in bench.guests if guest.process)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_guest_process_that_is_killed_disturbs_nobody(seed: int) -> None:
+    """At any moment: the VM is destroyed, everything of it is given back, and the others go on."""
+    choose = Random(seed)
+
+    async def act(bench: Bench) -> None:
+        await bench.wait_until_up()
+        victim = choose.choice(bench.guests)
+        assert victim.process is not None and victim.accounts is not None
+        for _ in range(choose.randrange(1, 300)):
+            await trio.lowlevel.checkpoint()
+        os.kill(victim.process.pid, signal.SIGKILL)
+        while victim.vm is not None:
+            await trio.lowlevel.checkpoint()
+        assert set(victim.accounts.ledger.sums().values()) == {0}
+        others = [guest for guest in bench.guests if guest is not victim]
+        before = [guest.status().calls for guest in others]
+        while any(guest.status().calls == calls for guest, calls in zip(others, before, strict=True)):
+            await trio.lowlevel.checkpoint()
+
+    _, summary = run(act, guests=3, workload=choose.choice(("hello", "mixed", "shm")))
+    assert sorted(guest.ended for guest in summary.guests) == ["finished", "finished", "killed"]
+    assert summary.violations == [] and summary.left == NOTHING_LEFT
+    assert sum(guest.errors for guest in summary.guests) == 0 and summary.good
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("flags", [(), ("--in-process",)], ids=["processes", "in process"])
+def test_a_signal_ends_the_program_in_order(name: str, flags: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "mediator", "serve", "--guests", "2", "--workload", "hello", "--json", *flags]
+    process = subprocess.Popen(
+        command, cwd=TOP, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stderr is not None and "2 guests are up" in process.stderr.readline()
+    if name == "SIGINT":
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
+    else:
+        process.terminate()
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    told = json.loads(out)
+    assert [guest["ended"] for guest in told["guests"]] == ["finished", "finished"]
+    assert told["left"] == NOTHING_LEFT and told["violations"] is None
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
+def test_a_mediator_that_is_killed_takes_its_guests_along() -> None:
+    command = [sys.executable, "-m", "mediator", "serve", "--guests", "2", "--workload", "hello"]
+    process = subprocess.Popen(command, cwd=TOP, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stderr is not None and "2 guests are up" in process.stderr.readline()
+    process.kill()
+    process.stderr.read()  # until nobody is left that has it
+    process.wait()
+    process.stderr.close()
