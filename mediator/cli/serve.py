@@ -2,7 +2,8 @@
 
 import sys
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -11,6 +12,10 @@ from mediator.cli.output import BadInput, emit_json, note, show, table, verdict
 
 if TYPE_CHECKING:
     from mediator.service.summary import Summary
+
+
+DEFAULT_GUESTS: Final = 4
+"""Two of each flavour."""
 
 
 class Hypervisor(StrEnum):
@@ -22,7 +27,9 @@ class Hypervisor(StrEnum):
 
 
 def serve(
-    guests: Annotated[int, typer.Option(min=1, max=1000, metavar="N", help="How many VMs.")] = 4,
+    guests: Annotated[
+        int | None, typer.Option(min=0, max=1000, metavar="N", help="How many VMs; 4, or 0 with --external.")
+    ] = None,
     hypervisor: Annotated[Hypervisor, typer.Option(help="Their flavour; mixed: in turn.")] = Hypervisor.MIXED,
     policy: PolicyName = "default",
     workload: Annotated[str, typer.Option(metavar="NAME", help="What the guests do.")] = "mixed",
@@ -31,12 +38,23 @@ def serve(
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Check the invariants at every step.")] = False,
     in_process: Annotated[bool, typer.Option("--in-process", help="Run the guests in this process.")] = False,
+    external: Annotated[bool, typer.Option("--external", help="Let VMs of others come by --socket.")] = False,
+    socket: Annotated[Path | None, typer.Option("--socket", metavar="PATH", help="Socket for VMs of others.")] = None,
+    control: Annotated[Path | None, typer.Option("--control", metavar="PATH", help="Socket for mediator ctl.")] = None,
+    host_client: Annotated[bool, typer.Option("--host-client", help="The host's own driver is a client, too.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of everything random in the models.")] = 0,
     json: Json = False,
 ) -> int:
     """Run the mediator with simulated guests in front of it and OP-TEE's model behind."""
     if sys.platform != "linux":
         raise BadInput("serve: needs Linux (sealed memfds, SOCK_SEQPACKET, SCM_RIGHTS)")
+    if external != (socket is not None):
+        raise BadInput("serve: --external and --socket PATH belong together")
+    if guests is None:
+        guests = 0 if external else DEFAULT_GUESTS
+    if not guests and not external:
+        raise BadInput("serve: --guests 0 leaves nobody to serve, but for --external")
+    _raise_file_limit()
     import structlog
 
     from guests.workloads import WORKLOADS
@@ -46,13 +64,34 @@ def serve(
     if workload not in WORKLOADS:
         raise BadInput(f"serve: the workload {workload!r} is none of {', '.join(WORKLOADS)}")
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
-    options = ServeOptions(guests, hypervisor.value, policy, workload, duration, check, json, seed, in_process)
+    options = ServeOptions(
+        guests=guests,
+        hypervisor=hypervisor.value,
+        policy=policy,
+        workload=workload,
+        duration=duration,
+        check=check,
+        json=json,
+        seed=seed,
+        in_process=in_process,
+        external=socket,
+        control=control,
+        host_client=host_client,
+    )
     summary = run_bench(options)
     if json:
         emit_json(summary.as_data())
     else:
         _show(summary)
     return verdict(summary.good)
+
+
+def _raise_file_limit() -> None:
+    """A guest process takes four file descriptors of ours."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _show(summary: "Summary") -> None:

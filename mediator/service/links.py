@@ -7,7 +7,6 @@ nobody else notices. What a link may hold is bounded by the constants of `hv_mod
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable
 from enum import StrEnum
 from typing import Final
@@ -27,8 +26,6 @@ HANDSHAKE_SECONDS: Final = 10.0
 """From connection to START. Stops idle connections from holding our file descriptors for ever."""
 FAREWELL_SECONDS: Final = 1.0
 """For the last line to a peer. Stops one that does not read from keeping its link open."""
-MAX_LINKS: Final = 1024
-"""Connections at once. Stops a peer from using up our file descriptors by connecting over and over."""
 _ASKED: Final = (
     Request.GET_FEATURES, Request.SET_FEATURES, Request.SET_VM, Request.SET_MEM_TABLE, Request.START
 )  # fmt: skip
@@ -231,9 +228,3 @@ def _attach(message: Message, regions: list[MemoryRegion]) -> list[RamBlock]:
                 block.store.close()
         raise LinkError(f"SET_MEM_TABLE: {error}") from None
     return blocks
-
-
-def same_user(sock: trio.socket.SocketType) -> bool:
-    """Whether the process at the other end is of this user (SO_PEERCRED)."""
-    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    return int.from_bytes(credentials[4:8], "little") in (os.geteuid(), 0)

@@ -1,6 +1,7 @@
 """What `mediator serve` was asked for."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -9,6 +10,8 @@ class ServeOptions:
 
     duration: seconds of workload, None until it is interrupted; check: look at every step with the invariant
     checker; seed: of everything random in the models; in_process: guests are tasks, not processes of their own.
+    external: the socket for VMs of others; control: the socket for `mediator ctl`; host_client: the host's own driver
+    is a guest as well.
     """
 
     guests: int = 4
@@ -20,3 +23,6 @@ class ServeOptions:
     json: bool = False
     seed: int = 0
     in_process: bool = True
+    external: Path | None = None
+    control: Path | None = None
+    host_client: bool = False

@@ -1,6 +1,7 @@
 """`mediator serve`: a machine, OP-TEE, and simulated guests that use it through the mediator."""
 
 import signal
+import socket
 import sys
 from contextlib import AsyncExitStack
 from typing import Any, Final
@@ -16,12 +17,14 @@ from hv_models.machine import DEFAULT_RAM, DEFAULT_VCPUS, RAM_BASE, Machine
 from hv_models.vm import VirtualMachine
 from mediator.core.mediator import Mediator
 from mediator.core.policy import Policy
-from mediator.core.steps import Event
 from mediator.documents import DocumentError
 from mediator.invariants import Checker
 from mediator.policies import load_policy
+from mediator.service.control import Control
 from mediator.service.display import display
 from mediator.service.links import Ending, Link
+from mediator.service.listener import listening
+from mediator.service.log import EventLog
 from mediator.service.options import ServeOptions
 from mediator.service.processes import GuestProcess, WarmParent, open_warm_parent
 from mediator.service.served import ServedGuest
@@ -39,6 +42,8 @@ LAST_WORDS_SECONDS: Final = 5.0
 """What a guest process gets from the end of its VM to its last report."""
 UP_SECONDS: Final = 60.0
 """What guest processes get to come up before the time of `--duration` begins."""
+EXTERNAL_ROOM: Final = 64
+"""VMs of others that OP-TEE's board is sized for."""
 UP_POLL_SECONDS: Final = 0.02
 """Between two looks at whether all guests are up."""
 
@@ -57,13 +62,15 @@ class Bench:
     def __init__(self, options: ServeOptions, policy: Policy) -> None:
         self.options = options
         self.machine = Machine()
-        config = Config(guests=max(options.guests, 1), early_tas=frozenset(), seed=options.seed)
+        room = options.guests + options.host_client + (EXTERNAL_ROOM if options.external is not None else 0)
+        config = Config(guests=max(room, 1), early_tas=frozenset(), seed=options.seed)
         self.model = SecureWorld(self.machine.memory, config)
         self.world = LocalSecureWorld(self.machine, self.model)
         self.core = Mediator(policy, self.world)
         self.checker = Checker(self.core, self.world, self.model.threads_held) if options.check else None
         self.log = structlog.get_logger()
-        self.service = Service(self.checker or self.core, self.world, self._event)
+        events = EventLog(trio.current_time, lambda: self.core.tracing)
+        self.service = Service(self.checker or self.core, self.world, events)
         self.model.on_notification = self.service.notify
         self.guests: list[ServedGuest] = []
         self.clients: set[int] = set()
@@ -74,27 +81,19 @@ class Bench:
         self._cut = trio.Event()
         self._is_up = trio.Event()
 
-    def _event(self, event: Event) -> None:
-        if event.level == "error":
-            self.log.error(event.name, guest=event.vm, **event.detail)
-
     async def run(self) -> Summary:
         """Up, work, down; whatever happens, everything is given back."""
         started = trio.current_time()
         if not await self.service.start():
             raise DocumentError(["OP-TEE does not know virtualization"])
-        async with AsyncExitStack() as stack, trio.open_nursery() as nursery:
-            parent = await self._warm_parent(stack)
-            nursery.start_soon(self._stop_on_signal)
-            nursery.start_soon(display, self.guests, self.options.duration)
-            nursery.start_soon(self._watch_up, started)
-            async with trio.open_nursery() as running:
-                nursery.start_soon(self._cut_power, running.cancel_scope)
-                for index in range(self.options.guests):
-                    await self._start_guest(index, parent, running)
-                if self.options.duration is not None:
-                    running.start_soon(self._stop_after, self.options.duration)
-            nursery.cancel_scope.cancel()
+        async with AsyncExitStack() as stack:
+            if self.options.external is not None:
+                door = listening(self.options.external, socket.SOCK_SEQPACKET, self._serve_external)
+                await stack.enter_async_context(door)
+            if self.options.control is not None:
+                control = listening(self.options.control, socket.SOCK_STREAM, Control(self).serve)
+                await stack.enter_async_context(control)
+            await self._work(await self._warm_parent(stack), started)
         for guest in self.guests:
             await self._remove(guest)
         if self.checker is not None:
@@ -102,21 +101,42 @@ class Bench:
         seconds = trio.current_time() - started
         return self._summary(seconds if self.up is None else self.up, seconds)
 
+    async def _work(self, parent: WarmParent | None, started: float) -> None:
+        """Start the guests, and wait until they have ended and nobody else is wanted."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._stop_on_signal)
+            nursery.start_soon(display, self.guests, self.options.duration)
+            nursery.start_soon(self._watch_up, started)
+            async with trio.open_nursery() as running:
+                nursery.start_soon(self._cut_power, running.cancel_scope)
+                if self.options.host_client:
+                    await self._start_in_process(ServedGuest("host", _flavour(self.options.hypervisor, 0)), running)
+                for index in range(self.options.guests):
+                    flavour = _flavour(self.options.hypervisor, index)
+                    guest = ServedGuest(f"{flavour}-{index + 1}", flavour)
+                    if parent is None:
+                        await self._start_in_process(guest, running)
+                    else:
+                        await self._start_process(guest, parent, running)
+                if self.options.external is not None:
+                    running.start_soon(self._stopping.wait)
+                if self.options.duration is not None:
+                    running.start_soon(self._stop_after, self.options.duration)
+            nursery.cancel_scope.cancel()
+
     async def _warm_parent(self, stack: AsyncExitStack) -> WarmParent | None:
         if self.options.in_process or not self.options.guests:
             return None
         return await stack.enter_async_context(open_warm_parent(self.images))
 
-    async def _start_guest(self, index: int, parent: WarmParent | None, running: trio.Nursery) -> None:
-        flavour = _flavour(self.options.hypervisor, index)
-        guest = ServedGuest(f"{flavour}-{index + 1}", flavour)
-        if parent is not None:
-            self.guests.append(guest)
-            settings = Settings(guest.name, flavour, self.options.workload, DEFAULT_RAM, RAM_BASE, DEFAULT_VCPUS)
-            guest.process = await parent.spawn(settings)
-            running.start_soon(self._run_process, guest, guest.process, index + 1)
-            return
-        create = self.machine.create_kvm if flavour == "kvm" else self.machine.create_xen
+    async def _start_process(self, guest: ServedGuest, parent: WarmParent, running: trio.Nursery) -> None:
+        self.guests.append(guest)
+        settings = Settings(guest.name, guest.hypervisor, self.options.workload, DEFAULT_RAM, RAM_BASE, DEFAULT_VCPUS)
+        guest.process = await parent.spawn(settings)
+        running.start_soon(self._run_process, guest, guest.process, len(self.guests))
+
+    async def _start_in_process(self, guest: ServedGuest, running: trio.Nursery) -> None:
+        create = self.machine.create_kvm if guest.hypervisor == "kvm" else self.machine.create_xen
         vm = create(guest.name)
         if await self.service.add(vm):
             self._born(guest, vm)
@@ -132,11 +152,11 @@ class Bench:
 
     async def _remove(self, guest: ServedGuest) -> None:
         """Take a guest's VM away; pins that are left then show in the summary."""
-        vm, guest.vm = guest.vm, None
-        if vm is not None:
+        if guest.vm is not None:
             with trio.CancelScope(shield=True):
-                await self.service.remove(vm)
-            self.machine.destroy(vm, force=True)
+                await self.service.remove(guest.vm)
+            self.machine.destroy(guest.vm, force=True)
+            guest.vm = None
 
     async def _run_in_process(self, guest: ServedGuest, vm: VirtualMachine) -> None:
         conduit = InProcessConduit(vm, self.service.mediate)
@@ -156,6 +176,7 @@ class Bench:
             guest.report.unexpected(f"{type(error).__name__}: {error}")
         finally:
             guest.ended = guest.ended or "killed"
+            await self._remove(guest)
 
     async def _run_process(self, guest: ServedGuest, process: GuestProcess, client_id: int) -> None:
         """Serve a guest process until it and its VM have ended; the death of either is that of the other."""
@@ -184,6 +205,29 @@ class Bench:
             if guest.accounts is None:
                 self.guests.remove(guest)
                 self.refused_guests.append(guest.name)
+
+    async def _serve_external(self, sock: trio.socket.SocketType) -> None:
+        """Serve a VM that somebody else started."""
+        link = Link(self.service, self.machine, sock)
+        guest: ServedGuest | None = None
+
+        def born(vm: VirtualMachine) -> None:
+            nonlocal guest
+            guest = ServedGuest(vm.name, vm.hypervisor.name, life=life)
+            self._born(guest, vm)
+            self.guests.append(guest)
+
+        ending = Ending.KILLED
+        try:
+            with trio.CancelScope() as life:
+                ending = await link.serve(born)
+        finally:
+            if guest is not None:
+                guest.ended = str(ending)
+                await self._remove(guest)
+        if ending is Ending.FAILED:
+            name = "a connection" if guest is None else guest.name
+            self.log.warning("link_ended", guest=name, why=link.reason)
 
     async def _stop_after(self, seconds: float) -> None:
         if not self.options.in_process:
@@ -216,7 +260,8 @@ class Bench:
     async def _watch_up(self, started: float) -> None:
         """Note when the first invocation of every guest was answered."""
         while True:
-            started_all = len(self.guests) + len(self.refused_guests) >= self.options.guests
+            wanted = self.options.guests + self.options.host_client
+            started_all = len(self.guests) + len(self.refused_guests) >= wanted
             if started_all and all(guest.up for guest in self.guests):
                 break
             await trio.sleep(UP_POLL_SECONDS)

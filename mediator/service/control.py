@@ -1,0 +1,122 @@
+"""The control socket of a running `serve`: one line of JSON asks, one line answers, and the connection ends.
+
+    {"ask": "status"}
+    {"ask": "destroy", "guest": "kvm-1"}
+    {"ask": "trace", "on": true}
+    {"ask": "translate", "guest": "kvm-1", "address": 1073741824, "pa": false}
+
+An answer has `error`, or what was asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Final
+
+import trio
+
+from hv_models.vm import VirtualMachine
+from mediator.service.served import ServedGuest
+
+if TYPE_CHECKING:
+    from mediator.service.serve import Bench
+
+FORMAT: Final = "mediator-status/1"
+MAX_REQUEST: Final = 4096
+"""Bytes of a request. Stops a peer from filling memory with a line that never ends."""
+REQUEST_SECONDS: Final = 10.0
+"""From connection to the last byte of the answer. Stops idle connections from piling up."""
+
+
+class Control:
+    """Answers what is asked on the control socket."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench = bench
+
+    async def serve(self, sock: trio.socket.SocketType) -> None:
+        """Answer one request."""
+        with trio.move_on_after(REQUEST_SECONDS):
+            stream = trio.SocketStream(sock)
+            try:
+                answer = self.answer(await _line(stream))
+                await stream.send_all(json.dumps(answer).encode() + b"\n")
+            except trio.BrokenResourceError:
+                return  # whoever asked does not listen
+
+    def answer(self, line: bytes) -> dict[str, Any]:
+        """The answer to a request."""
+        try:
+            request = json.loads(line)
+        except (ValueError, RecursionError):
+            return {"error": "not JSON"}
+        if not isinstance(request, dict):
+            return {"error": "an object is wanted"}
+        match request:
+            case {"ask": "status"}:
+                return self._status()
+            case {"ask": "trace", "on": bool(on)}:
+                self._bench.core.tracing = on
+                return {"tracing": on}
+            case {"ask": "destroy", "guest": str(name)}:
+                return self._destroy(name)
+            case {"ask": "translate", "guest": str(name), "address": int(address), "pa": bool(physical)}:
+                return self._translate(name, address, physical=physical)
+        return {"error": "unknown request"}
+
+    def _find(self, name: str) -> ServedGuest | None:
+        """The running guest with that name or client id."""
+        for guest in reversed(self._bench.guests):
+            if guest.vm is not None and name in (guest.name, str(guest.vm.client_id)):
+                return guest
+        return None
+
+    def _status(self) -> dict[str, Any]:
+        bench = self._bench
+        return {
+            "format": FORMAT,
+            "policy": bench.core.policy.name,
+            "tracing": bench.core.tracing,
+            "guests": [asdict(guest.status()) for guest in bench.guests],
+        }
+
+    def _destroy(self, name: str) -> dict[str, Any]:
+        guest = self._find(name)
+        if guest is None:
+            return {"error": f"no guest {name} runs"}
+        guest.life.cancel()
+        return {"destroyed": guest.name}
+
+    def _translate(self, name: str, address: int, *, physical: bool) -> dict[str, Any]:
+        guest = self._find(name)
+        if guest is None or guest.vm is None:
+            return {"error": f"no guest {name} runs"}
+        if not 0 <= address < 1 << 64:
+            return {"error": "an address has 64 bits"}
+        if not physical:
+            return {"lines": _forth_and_back(guest.vm, address, self._bench)}
+        ipa = guest.vm.find(address)
+        if ipa is None:
+            return {"lines": [f"PA {address:#x} is not {guest.name}'s: {self._bench.machine.describe(address)}"]}
+        return {
+            "lines": [f"PA {address:#x} is IPA {ipa:#x} of {guest.name}", *str(guest.vm.stage2.walk(ipa)).split("\n")]
+        }
+
+
+def _forth_and_back(vm: VirtualMachine, ipa: int, bench: Bench) -> list[str]:
+    walk = vm.stage2.walk(ipa)
+    lines = str(walk).split("\n")
+    if walk.pa is not None:
+        lines.append(f"back: PA {walk.pa:#x} is {bench.machine.describe(walk.pa)}")
+    return lines
+
+
+async def _line(stream: trio.SocketStream) -> bytes:
+    data = b""
+    while b"\n" not in data and len(data) < MAX_REQUEST:
+        part = await stream.receive_some(MAX_REQUEST - len(data))
+        if not part:
+            break
+        data += part
+    return data

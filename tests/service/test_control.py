@@ -1,0 +1,184 @@
+"""`mediator ctl` against a bench that runs, and the control socket against those who misuse it."""
+
+from __future__ import annotations
+
+import json
+import socket
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from hv_models.machine import RAM_BASE
+from mediator.cli import ctl, run
+from mediator.documents import DocumentError
+from mediator.policies import load_policy
+from mediator.service.control import MAX_REQUEST, Control
+from mediator.service.listener import listening
+from mediator.service.options import ServeOptions
+from mediator.service.serve import Bench
+from mediator.service.summary import Summary
+
+Capture = pytest.CaptureFixture[str]
+
+
+class Running:
+    """A bench of two guests in this process, and a way to ask it."""
+
+    def __init__(self, path: Path, **options: Any) -> None:
+        chosen = ServeOptions(guests=2, workload="hello", check=True, control=path, **options)
+        self.bench = Bench(chosen, load_policy("default"))
+        self.summary: Summary | None = None
+        self._path = path
+
+    async def whole(self) -> None:
+        self.summary = await self.bench.run()
+
+    async def ask(self, line: bytes) -> dict[str, Any]:
+        stream = await trio.open_unix_socket(self._path)
+        async with stream:
+            await stream.send_all(line)
+            data = b"".join([part async for part in stream])
+        answer: dict[str, Any] = json.loads(data)
+        return answer
+
+    async def request(self, **request: Any) -> dict[str, Any]:
+        return await self.ask(json.dumps(request).encode() + b"\n")
+
+
+@pytest.fixture
+async def running(tmp_path: Path):
+    path = tmp_path / "control"
+    bench = Running(path)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(bench.whole)
+        await bench.bench.wait_until_up()
+        yield bench
+        bench.bench.stop()
+    bench.bench.machine.close()
+    assert not path.exists()
+    assert bench.summary is not None and bench.summary.good and not any(bench.summary.left.values())
+
+
+async def test_status(running: Running, tmp_path: Path) -> None:
+    assert stat.S_IMODE((tmp_path / "control").stat().st_mode) == 0o600
+    found = await running.request(ask="status")
+    assert found["format"] == "mediator-status/1" and found["policy"] == "default" and not found["tracing"]
+    assert [(guest["name"], guest["hypervisor"], guest["vmid"]) for guest in found["guests"]] == [
+        ("kvm-1", "kvm", 1),
+        ("xen-2", "xen", 2),
+    ]
+    for guest in found["guests"]:
+        assert guest["calls"] and guest["invokes"] and guest["pages_quota"] == 65536 and guest["ended"] == ""
+    assert ctl._table(found).row_count == 2
+
+
+@pytest.mark.parametrize("name", ["kvm-1", "1"])
+async def test_destroy_cuts_one_guests_power(running: Running, name: str) -> None:
+    assert await running.request(ask="destroy", guest=name) == {"destroyed": "kvm-1"}
+    first, second = running.bench.guests
+    while first.vm is not None:
+        await trio.lowlevel.checkpoint()
+    assert first.ended == "killed" and first.accounts is not None
+    assert set(first.accounts.ledger.sums().values()) == {0}
+    before = second.status().calls
+    while second.status().calls == before:
+        await trio.lowlevel.checkpoint()
+    assert await running.request(ask="destroy", guest=name) == {"error": f"no guest {name} runs"}
+
+
+async def test_trace_logs_every_event_but_not_endlessly(running: Running, capsys: Capture) -> None:
+    assert await running.request(ask="trace", on=True) == {"tracing": True}
+    assert running.bench.core.tracing
+    assert await running.request(ask="trace", on=False) == {"tracing": False}
+    assert not running.bench.core.tracing
+
+
+async def test_translate_walks_forth_and_back(running: Running) -> None:
+    for guest in running.bench.guests:
+        assert guest.vm is not None
+        guest.vm.touch(RAM_BASE + 0x1008, 8, write=True)  # as the guest's own access does: KVM maps the page then
+        found = await running.request(ask="translate", guest=guest.name, address=RAM_BASE + 0x1008, pa=False)
+        first, *levels, result, back = found["lines"]
+        assert first == f"IPA {RAM_BASE + 0x1008:#x}"
+        assert [line.split(":")[0].strip() for line in levels] == ["level 1", "level 2", "level 3"][: len(levels)]
+        assert "RAM_RW" in result
+        pa = guest.vm.stage2.walk(RAM_BASE + 0x1008).pa
+        assert back == f"back: PA {pa:#x} is IPA {RAM_BASE + 0x1008:#x} of {guest.name}"
+        again = await running.request(ask="translate", guest=guest.name, address=pa, pa=True)
+        assert again["lines"][0] == f"PA {pa:#x} is IPA {RAM_BASE + 0x1008:#x} of {guest.name}"
+        assert again["lines"][1:] == found["lines"][:-1]
+        hole = await running.request(ask="translate", guest=guest.name, address=0x1_0000_0000, pa=False)
+        assert "translation fault, level" in hole["lines"][-1]
+    one, other = running.bench.guests
+    assert one.vm is not None and other.vm is not None
+    pa = one.vm.stage2.walk(RAM_BASE + 0x1008).pa
+    foreign = await running.request(ask="translate", guest=other.name, address=pa, pa=True)
+    assert foreign["lines"] == [f"PA {pa:#x} is not xen-2's: IPA {RAM_BASE + 0x1008:#x} of kvm-1"]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b"\n", "not JSON"),
+        (b"{\n", "not JSON"),
+        (b"[" * 4000 + b"\n", "not JSON"),
+        (b"\xff\n", "not JSON"),
+        (b"[]\n", "an object is wanted"),
+        (b"{}\n", "unknown request"),
+        (b'{"ask": "destroy"}\n', "unknown request"),
+        (b'{"ask": "destroy", "guest": 1}\n', "unknown request"),
+        (b'{"ask": "trace", "on": 1}\n', "unknown request"),
+        (b'{"ask": "translate", "guest": "1", "address": -1, "pa": false}\n', "an address has 64 bits"),
+        (b'{"ask": "translate", "guest": "7", "address": 1, "pa": false}\n', "no guest 7 runs"),
+        (b"x" * MAX_REQUEST, "not JSON"),
+    ],
+)
+async def test_a_bad_request_is_answered(running: Running, line: bytes, words: str) -> None:
+    assert words in (await running.ask(line))["error"]
+
+
+async def test_who_says_nothing_is_dropped(autojump_clock: trio.testing.MockClock) -> None:
+    chosen = ServeOptions(guests=0)
+    bench = Bench(chosen, load_policy("default"))
+    ours, theirs = trio.socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with ours, theirs:
+        await Control(bench).serve(ours)
+    bench.machine.close()
+
+
+async def test_a_socket_that_is_served_is_not_taken_away(tmp_path: Path) -> None:
+    path = tmp_path / "control"
+
+    async def ignore(sock: trio.socket.SocketType) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async with listening(path, socket.SOCK_STREAM, ignore):
+        with pytest.raises(DocumentError, match="in use"):
+            async with listening(path, socket.SOCK_STREAM, ignore):
+                pass
+    assert not path.exists()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stale:
+        stale.bind(str(path))
+    async with listening(path, socket.SOCK_STREAM, ignore):
+        assert path.is_socket()
+    path.write_text("not a socket")
+    with pytest.raises(DocumentError, match="in use"):
+        async with listening(path, socket.SOCK_STREAM, ignore):
+            pass
+    assert path.read_text() == "not a socket"
+
+
+@pytest.mark.parametrize("command", ["status", "destroy kvm-1", "trace on", "translate kvm-1 0x40000000"])
+def test_ctl_without_a_serve_is_one_line(command: str, tmp_path: Path, capsys: Capture) -> None:
+    name, *rest = command.split()
+    assert run(["ctl", name, "--control", str(tmp_path / "none"), *rest]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_ctl_wants_an_address(tmp_path: Path, capsys: Capture) -> None:
+    assert run(["ctl", "translate", "--control", str(tmp_path / "none"), "kvm-1", "0x"]) == 2
+    assert "no address" in capsys.readouterr().err
