@@ -22,7 +22,7 @@ from mediator.service.served import ServedGuest
 if TYPE_CHECKING:
     from mediator.service.serve import Bench
 
-FORMAT: Final = "mediator-status/1"
+FORMAT: Final = "mediator-ctl/1"
 MAX_REQUEST: Final = 4096
 """Bytes of a request. Stops a peer from filling memory with a line that never ends."""
 REQUEST_SECONDS: Final = 10.0

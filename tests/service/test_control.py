@@ -66,7 +66,7 @@ async def running(tmp_path: Path):
 async def test_status(running: Running, tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "control").stat().st_mode) == 0o600
     found = await running.request(ask="status")
-    assert found["format"] == "mediator-status/1" and found["policy"] == "default" and not found["tracing"]
+    assert found["format"] == "mediator-ctl/1" and found["policy"] == "default" and not found["tracing"]
     assert [(guest["name"], guest["hypervisor"], guest["vmid"]) for guest in found["guests"]] == [
         ("kvm-1", "kvm", 1),
         ("xen-2", "xen", 2),
