@@ -25,7 +25,7 @@ from guests.vcpus import Vcpus
 from hv_models.conduit import Conduit
 from hv_models.memory import PAGE_SIZE, GuestRam
 from optee.abi.message import META, Command, Login, Param, ParamType
-from optee.abi.results import Result
+from optee.abi.results import Origin, Result
 from optee.abi.smc import (
     API_REVISION,
     API_UID,
@@ -85,6 +85,9 @@ class Driver:
         self.capabilities = SecCapability(0)
         self.revision: Registers = (0, 0)
         self.devices: list[UUID] = []
+        self.invokes = 0
+        """Commands that reached a TA, as far as their answers tell."""
+        self._dead: set[int] = set()
         self._shms = SharedMemoryTable()
         self._conduit = conduit
         self._vcpus = Vcpus(conduit, vcpus, self.uninterruptible)
@@ -241,10 +244,18 @@ class Driver:
 
     async def invoke(self, session: int, function: int, params: Sequence[Param] = (), *, cancel_id: int = 0) -> Answer:
         """Invoke a TA's command (at most four parameters)."""
-        return await self._caller.message(Command.INVOKE_COMMAND, function, session, cancel_id, params)
+        answer = await self._caller.message(Command.INVOKE_COMMAND, function, session, cancel_id, params)
+        if answer.origin == Origin.TRUSTED_APP:
+            self.invokes += 1
+        elif answer.ret == Result.TARGET_DEAD and answer.origin == Origin.TEE and session not in self._dead:
+            # The command in which the TA panicked reached it; those after it do not.
+            self._dead.add(session)
+            self.invokes += 1
+        return answer
 
     async def close_session(self, session: int) -> Answer:
         """Close a session."""
+        self._dead.discard(session)
         return await self._caller.message(Command.CLOSE_SESSION, session=session)
 
     async def cancel(self, session: int, *, cancel_id: int = 0) -> Answer:

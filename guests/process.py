@@ -52,6 +52,7 @@ class _Reporter:
     def __init__(self, sock: trio.socket.SocketType, report: Report) -> None:
         self._socket = sock
         self._report = report
+        self.driver: guests.Driver | None = None
 
     async def run(self) -> None:
         """Report as soon as the first invocation was answered, then regularly."""
@@ -65,7 +66,7 @@ class _Reporter:
         """Send the counters as they are now."""
         report = self._report
         data: dict[str, Any] = {
-            "invokes": report.invokes,
+            "invokes": 0 if self.driver is None else self.driver.invokes,
             "errors": report.errors,
             "quota": report.refusals["quota"],
             "notes": [note[:_NOTE] for note in report.notes],
@@ -102,6 +103,7 @@ async def run_guest(
                 async with guests.open(
                     ram, conduit, name=settings.name, vcpus=settings.vcpus, method=method, supplicant=supplicant
                 ) as guest:
+                    reporter.driver = guest.driver
                     with work:
                         await WORKLOADS[settings.workload](guest, report)
                 await conduit.stop()

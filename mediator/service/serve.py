@@ -168,6 +168,7 @@ class Bench:
                 async with guests.open(
                     vm.ram[0], conduit, name=vm.name, vcpus=len(vm.vcpus), method=method, supplicant=supplicant
                 ) as running:
+                    guest.driver = running.driver
                     with guest.work:
                         await workload(running, guest.report)
                 guest.ended = "finished"
@@ -298,7 +299,7 @@ class Bench:
             ta_invokes=self.model.ta_invokes,
             panics=self.model.panics,
             cancels=self.model.cancels,
-            thread_limits=self.model.thread_limits,
+            thread_limits=sum(guest.accounts.seen.thread_limits for guest in self.guests if guest.accounts is not None),
             up_seconds=up,
             seconds=seconds,
             refused_guests=tuple(self.refused_guests),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import trio
 
+from guests import Driver
 from guests.workloads import Report
 from hv_models.vm import VirtualMachine
 from mediator.core.ledger import Ledger
@@ -57,6 +58,8 @@ class ServedGuest:
     accounts: Accounts | None = None
     process: GuestProcess | None = None
     report: Report = field(default_factory=Report)
+    driver: Driver | None = None
+    """of a guest in this process"""
     ended: str = ""
     """finished, killed or failed; empty while it runs"""
     work: trio.CancelScope = field(default_factory=trio.CancelScope)
@@ -68,6 +71,11 @@ class ServedGuest:
     def up(self) -> bool:
         """Whether its first invocation was answered (or it has ended)."""
         return bool(self.report.invokes or self.ended)
+
+    @property
+    def invokes(self) -> int:
+        """Commands that reached a TA, as the guest knows it."""
+        return self.report.invokes if self.driver is None else self.driver.invokes
 
     def born(self, vm: VirtualMachine, mediator: Mediator, service: Service) -> None:
         """OP-TEE knows the VM now."""
@@ -88,7 +96,7 @@ class ServedGuest:
             hypervisor=self.hypervisor,
             vmid=accounts.client_id,
             calls=counters.calls,
-            invokes=report.invokes,
+            invokes=self.invokes,
             rpcs=counters.rpcs,
             denied=counters.denied,
             refused=counters.refused,
@@ -110,7 +118,7 @@ class ServedGuest:
             hypervisor=self.hypervisor,
             vmid=accounts.client_id,
             calls=counters.calls,
-            invokes=report.invokes,
+            invokes=self.invokes,
             rpcs=counters.rpcs,
             denied=counters.denied,
             refused=counters.refused,

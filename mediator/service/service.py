@@ -16,6 +16,7 @@ from mediator.invariants import Checker
 from optee.abi.smc import Function, ReturnCode, SecCapability, VmId
 
 _LOW = 0xFFFFFFFF
+_FAST = 1 << 31
 NOTIFICATION_INTERRUPT = 219
 """The SPI that guests get for a pending notification: interrupt 187 of QEMU's virt board, counted from 32."""
 
@@ -48,12 +49,13 @@ class GuestMemoryCount:
 class Seen:
     """What one guest tried and was told, as seen at its conduit."""
 
-    __slots__ = ("answers", "forged", "reserved_seen", "shm_config_refused")
+    __slots__ = ("answers", "forged", "reserved_seen", "shm_config_refused", "thread_limits")
 
     def __init__(self) -> None:
         self.forged = 0
         self.reserved_seen = 0
         self.shm_config_refused = 0
+        self.thread_limits = 0
         self.answers: Counter[int] = Counter()
 
 
@@ -123,6 +125,8 @@ class Service:
                 seen.forged += 1
             if function == Function.EXCHANGE_CAPABILITIES and answer[0] == 0:
                 seen.reserved_seen += bool(answer[1] & SecCapability.HAVE_RESERVED_SHM)
+            elif answer[0] == ReturnCode.ETHREAD_LIMIT and not function & _FAST:
+                seen.thread_limits += 1
             elif function == Function.GET_SHM_CONFIG:
                 seen.shm_config_refused += answer[0] == ReturnCode.ENOTAVAIL
         return answer

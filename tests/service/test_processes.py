@@ -73,6 +73,7 @@ def test_guests_in_processes_are_served_and_leave_nothing(workload: str) -> None
         assert (guest.errors, guest.notes) == (0, ())
         assert guest.invokes and guest.rpcs and guest.pages_pinned_peak
     assert summary.violations == [] and summary.left == NOTHING_LEFT and summary.good
+    assert sum(guest.invokes for guest in summary.guests) == summary.ta_invokes
     assert 0 < summary.up_seconds <= summary.seconds
     assert not any(_alive(guest.process.pid) for guest in bench.guests if guest.process)
 
@@ -132,3 +133,26 @@ def test_a_mediator_that_is_killed_takes_its_guests_along() -> None:
     process.stderr.read()  # until nobody is left that has it
     process.wait()
     process.stderr.close()
+
+
+@pytest.mark.parametrize("hypervisor", ["kvm", "xen", "mixed"])
+@pytest.mark.parametrize("in_process", [True, False])
+def test_the_host_can_be_a_client(hypervisor: str, in_process: bool) -> None:
+    _, summary = run(_wait_until_up, guests=1, hypervisor=hypervisor, in_process=in_process, host_client=True)
+    host, guest = summary.guests
+    assert (host.name, host.vmid, host.errors, host.ended) == ("host", 1, 0, "finished")
+    assert (guest.vmid, guest.errors, guest.ended) == (2, 0, "finished")
+    assert host.invokes and guest.invokes and summary.good and summary.violations == []
+    assert host.invokes + guest.invokes == summary.ta_invokes
+
+
+def test_thread_limits_are_those_that_guests_saw() -> None:
+    """Twelve clients share eight threads; the mediator answers for OP-TEE."""
+
+    async def act(bench: Bench) -> None:
+        await bench.wait_until_up()
+        while not any(guest.accounts and guest.accounts.seen.thread_limits for guest in bench.guests):
+            await trio.lowlevel.checkpoint()
+
+    _, summary = run(act, guests=1, workload="mixed")
+    assert summary.thread_limits and summary.panics and summary.cancels and summary.good
