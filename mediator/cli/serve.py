@@ -63,7 +63,7 @@ def serve(
 
     if workload not in WORKLOADS:
         raise BadInput(f"serve: the workload {workload!r} is none of {', '.join(WORKLOADS)}")
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    structlog.configure(logger_factory=lambda: structlog.PrintLogger(sys.stderr))
     options = ServeOptions(
         guests=guests,
         hypervisor=hypervisor.value,

@@ -11,6 +11,8 @@ from mediator.core.steps import Event
 
 LINES_PER_SECOND: Final = 20
 """Lines that one guest can cause. Stops a hostile guest from filling the log, and from slowing the others down."""
+_STRANGERS: Final = 0
+"""No guest has this client id."""
 
 
 class EventLog:
@@ -31,6 +33,11 @@ class EventLog:
         elif self._everything() and self._room(event.vm):
             log = self._log.info if event.level == "info" else self._log.debug
             log(event.name, guest=event.vm, **event.detail)
+
+    def link_ended(self, guest: str, why: str) -> None:
+        """Log why a link of somebody else's VMM was ended; all of them together are bounded like one guest."""
+        if self._room(_STRANGERS):
+            self._log.warning("link_ended", guest=guest, why=why)
 
     def _room(self, guest: int) -> bool:
         now = self._clock()

@@ -3,10 +3,10 @@
 import signal
 import socket
 import sys
+from collections import deque
 from contextlib import AsyncExitStack
 from typing import Any, Final
 
-import structlog
 import trio
 
 import guests
@@ -44,6 +44,8 @@ UP_SECONDS: Final = 60.0
 """What guest processes get to come up before the time of `--duration` begins."""
 EXTERNAL_ROOM: Final = 64
 """VMs of others that OP-TEE's board is sized for."""
+MAX_STRANGERS: Final = 1024
+"""VMs of others that have ended and are kept for the summary. Stops one that comes and goes from filling memory."""
 UP_POLL_SECONDS: Final = 0.02
 """Between two looks at whether all guests are up."""
 
@@ -68,12 +70,12 @@ class Bench:
         self.world = LocalSecureWorld(self.machine, self.model)
         self.core = Mediator(policy, self.world)
         self.checker = Checker(self.core, self.world, self.model.threads_held) if options.check else None
-        self.log = structlog.get_logger()
-        events = EventLog(trio.current_time, lambda: self.core.tracing)
-        self.service = Service(self.checker or self.core, self.world, events)
+        self._events = EventLog(trio.current_time, lambda: self.core.tracing)
+        self.service = Service(self.checker or self.core, self.world, self._events)
         self.model.on_notification = self.service.notify
         self.guests: list[ServedGuest] = []
         self.clients: set[int] = set()
+        self._strangers: deque[ServedGuest] = deque()
         self.images = _images()
         self.refused_guests: list[str] = []
         self.up: float | None = None
@@ -156,7 +158,7 @@ class Bench:
             with trio.CancelScope(shield=True):
                 await self.service.remove(guest.vm)
             self.machine.destroy(guest.vm, force=True)
-            guest.vm = None
+            guest.buried()
 
     async def _run_in_process(self, guest: ServedGuest, vm: VirtualMachine) -> None:
         conduit = InProcessConduit(vm, self.service.mediate)
@@ -226,9 +228,12 @@ class Bench:
             if guest is not None:
                 guest.ended = str(ending)
                 await self._remove(guest)
+                self._strangers.append(guest)
+                if len(self._strangers) > MAX_STRANGERS:
+                    self.guests.remove(self._strangers.popleft())
         if ending is Ending.FAILED:
             name = "a connection" if guest is None else guest.name
-            self.log.warning("link_ended", guest=name, why=link.reason)
+            self._events.link_ended(name, link.reason)
 
     async def _stop_after(self, seconds: float) -> None:
         if not self.options.in_process:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import trio
 
@@ -17,6 +18,13 @@ from mediator.service.service import GuestMemoryCount, Seen, Service
 from mediator.service.summary import GuestSummary
 
 
+class Translated(NamedTuple):
+    """What remains of a `GuestMemoryCount` when its VM is gone."""
+
+    pages: int
+    identical: int
+
+
 @dataclass(frozen=True, slots=True)
 class Accounts:
     """What is counted for one VM; it outlives the VM."""
@@ -25,7 +33,7 @@ class Accounts:
     ledger: Ledger
     counters: Counters
     seen: Seen
-    memory: GuestMemoryCount
+    memory: GuestMemoryCount | Translated
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +79,13 @@ class ServedGuest:
     def up(self) -> bool:
         """Whether its first invocation was answered (or it has ended)."""
         return bool(self.report.invokes or self.ended)
+
+    def buried(self) -> None:
+        """The VM is gone: keep what was counted, and nothing of the VM itself."""
+        self.vm = None
+        if self.accounts is not None:
+            memory = self.accounts.memory
+            self.accounts = replace(self.accounts, memory=Translated(memory.pages, memory.identical))
 
     @property
     def invokes(self) -> int:
