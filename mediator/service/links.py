@@ -195,10 +195,12 @@ class Link:
                     return
 
     async def _bury(self) -> None:
-        """End the VM for OP-TEE; taking it off the machine is left to whoever serves the link."""
+        """End the VM for OP-TEE and for the machine; pages that stay pinned stay part of physical memory."""
         if self.vm is not None:
             self.vm.on_interrupt = None
             await self._service.remove(self.vm)
+            if self.vm.alive:
+                self._machine.destroy(self.vm, force=True)
 
     async def _say_farewell(self, stopped: bool) -> None:
         try:

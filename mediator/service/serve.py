@@ -158,7 +158,7 @@ class Bench:
             with trio.CancelScope(shield=True):
                 await self.service.remove(guest.vm)
             self.machine.destroy(guest.vm, force=True)
-            guest.buried()
+        guest.buried()
 
     async def _run_in_process(self, guest: ServedGuest, vm: VirtualMachine) -> None:
         conduit = InProcessConduit(vm, self.service.mediate)
@@ -204,10 +204,11 @@ class Bench:
             with trio.CancelScope(shield=True):
                 await process.wait()
             process.close()
-            await self._remove(guest)
-            if guest.accounts is None:
+            guest.buried()
+            if guest.accounts is None:  # OP-TEE never knew it
                 self.guests.remove(guest)
-                self.refused_guests.append(guest.name)
+                if guest.ended == "failed":
+                    self.refused_guests.append(guest.name)
 
     async def _serve_external(self, sock: trio.socket.SocketType) -> None:
         """Serve a VM that somebody else started."""
@@ -227,7 +228,7 @@ class Bench:
         finally:
             if guest is not None:
                 guest.ended = str(ending)
-                await self._remove(guest)
+                guest.buried()
                 self._strangers.append(guest)
                 if len(self._strangers) > MAX_STRANGERS:
                     self.guests.remove(self._strangers.popleft())

@@ -46,7 +46,7 @@ async def vm_by_socket(board: Board, flavour: str) -> AsyncIterator[tuple[Virtua
             yield served.vm, ram, conduit
             await conduit.stop()
     assert endings == [Ending.FINISHED] and served.reason == ""
-    board.machine.destroy(served.vm)
+    assert not board.machine.vms
 
 
 @asynccontextmanager

@@ -265,6 +265,20 @@ async def test_a_peer_that_goes_at_any_stage(stage: int, half: bool, nursery: tr
                 peer.socket.close()
             await trio.testing.wait_all_tasks_blocked()
             assert peer.endings == [Ending.KILLED] and peer.link.reason == "the peer is gone"
+            assert len(board.machine.vms) == 1
+        assert board.left() == NOTHING_LEFT
+
+
+async def test_a_peer_that_goes_before_it_learns_of_its_vm(nursery: trio.Nursery) -> None:
+    """START is done, and its answer finds nobody: the VM ends nevertheless."""
+    async with Board() as board:
+        async with bystander(board, nursery):
+            peer = Peer(board, nursery)
+            await peer.hello(4)
+            await peer.send(HELLO[4][0])
+            peer.socket.close()
+            await trio.testing.wait_all_tasks_blocked()
+            assert peer.endings == [Ending.KILLED] and len(board.machine.vms) == 1
         assert board.left() == NOTHING_LEFT
 
 
@@ -277,7 +291,7 @@ async def test_a_guest_that_dies_leaves_its_id_to_the_next(nursery: trio.Nursery
             await peer.send(CALL)
             peer.socket.close()
             await trio.testing.wait_all_tasks_blocked()
-            board.machine.destroy(peer.link.vm)
+            assert not board.machine.vms
 
 
 async def test_a_peer_that_does_not_read_keeps_nobody_waiting(nursery: trio.Nursery) -> None:
