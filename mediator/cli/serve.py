@@ -100,7 +100,10 @@ def _show(summary: "Summary") -> None:
     for guest in summary.guests:
         numbers = (guest.vmid, guest.calls, guest.invokes, guest.rpcs, guest.denied, guest.refused, guest.rejected)
         guests.add_row(guest.name, *map(str, numbers), str(guest.errors), str(guest.pages_pinned_peak), guest.ended)
-    show(guests, "\n".join(summary.mission()))
+    lines = summary.mission()
+    if len({guest.hypervisor for guest in summary.guests}) > 1:
+        lines.append("machine: KVM and Xen on one host is a convenience of this bench; --hypervisor kvm or xen exists")
+    show(guests, "\n".join(lines))
     for guest in summary.guests:
         for text in guest.notes:
             note(f"{guest.name}: {text}")

@@ -156,3 +156,27 @@ def test_thread_limits_are_those_that_guests_saw() -> None:
 
     _, summary = run(act, guests=1, workload="mixed")
     assert summary.thread_limits and summary.panics and summary.cancels and summary.good
+
+
+def test_the_id_of_a_guest_that_was_killed_is_the_next_ones(tmp_path: Path) -> None:
+    """A stranger gets the freed id, and runs clean."""
+    door = tmp_path / "door"
+
+    async def act(bench: Bench) -> None:
+        await bench.wait_until_up()
+        first = bench.guests[0]
+        assert first.process is not None
+        os.kill(first.process.pid, signal.SIGKILL)
+        while not first.ended:
+            await trio.lowlevel.checkpoint()
+        client = [sys.executable, "-I", str(TOP / "docs" / "how-to" / "attach_client.py"), str(door)]
+        ended = await trio.run_process(client, capture_stdout=True)
+        assert b"client id: 1\n" in ended.stdout and b"close session: 0x0\n" in ended.stdout
+
+    _, summary = run(act, guests=2, external=door)
+    assert [(guest.name, guest.vmid, guest.ended) for guest in summary.guests] == [
+        ("kvm-1", 1, "killed"),
+        ("xen-2", 2, "finished"),
+        ("by-hand", 1, "finished"),
+    ]
+    assert summary.good and summary.violations == [] and summary.left == NOTHING_LEFT
