@@ -167,7 +167,7 @@ def measure_case(policy: Policy, case: EndToEndCase, batches: int) -> EndToEnd:
 
 
 def price_of_no_reserved_memory(policy: Policy, batches: int) -> list[Price]:
-    """Measure an invoke with a buffer that its TA only looks at the size of: temporary, registered once, allocated once.
+    """Measure an invoke with a buffer that its TA leaves alone: temporary, registered once, allocated once.
 
     Reserved memory would cost a copy and no call. Without it the buffer is registered: for each call if it is
     temporary, once for all if not.

@@ -196,7 +196,21 @@ class StoreReader:
                 damages.append(Damage(DIRECTORY_NAME, f"entry {index}", f"object id of {entry.id_size} bytes"))
             else:
                 objects.append(StoredObject(self, index, entry))
+        damages += self._twice(objects)
         return OpenedDirectory(objects, free, damages)
+
+    @staticmethod
+    def _twice(objects: list[StoredObject]) -> list[Damage]:
+        """Entries that share their object or their file with an earlier one."""
+        found = []
+        seen: dict[object, int] = {}
+        for stored in objects:
+            entry = stored.entry
+            for what, key in (("object", (entry.owner, entry.object_id)), ("file", entry.number)):
+                first = seen.setdefault(key, stored.index)
+                if first != stored.index:
+                    found.append(Damage(DIRECTORY_NAME, f"entry {stored.index}", f"the same {what} as entry {first}"))
+        return found
 
     @property
     def objects(self) -> list[StoredObject]:
