@@ -1,5 +1,6 @@
 """Any sequence of operations: a dictionary says what must come of it, a second reader what is on the disk."""
 
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
@@ -151,3 +152,5 @@ class Storage(RuleBasedStateMachine):
 
 
 TestSequences = Storage.TestCase
+TestSequences.settings = settings(max_examples=settings.default.max_examples // 4, stateful_step_count=30)
+"""A sequence takes as long as several examples of other tests."""
