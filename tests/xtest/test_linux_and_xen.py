@@ -174,7 +174,7 @@ async def test_a_long_call_comes_back_for_every_interrupt(policy: str) -> None:
             board.model.interrupt_pending = lambda _: True
             before = guest.driver.statistics().foreign_interrupts
             await session.invoke(6, Value(50, 0, Direction.INPUT))
-            assert guest.driver.statistics().foreign_interrupts - before == 50
+            assert guest.driver.statistics().foreign_interrupts - before >= 50
         async with await context.open_session(HELLO_WORLD) as session:
             await session.invoke(HelloWorld.INC_VALUE, Value(1))
     assert board.violations == []
