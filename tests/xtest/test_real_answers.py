@@ -67,5 +67,5 @@ async def test_the_rpc_argument_stands_behind_its_own_message() -> None:
             answer = await guest.smc(Function.CALL_WITH_RPC_ARG, *to_pair(ipa))
             assert answer[0] == RpcReturn.CMD
             mediated = Message.unpack(guest.ram.read(ipa + at, 64))
-        assert (asked.command, asked.params) == (mediated.command, mediated.params)
+        assert (asked.cmd, asked.params) == (mediated.cmd, mediated.params)
         assert asked.params[0].b > 0
