@@ -77,6 +77,8 @@ class SharedMemory:
         self._context = context
         self._shm: KernelMemory | None = shm
         self._allocated = allocated
+        self._users = 0
+        self._unused = trio.lowlevel.ParkingLot()
         self.direction = direction
         self.size = size
 
@@ -95,14 +97,30 @@ class SharedMemory:
         """Copy bytes in. Raises ValueError outside the buffer."""
         self.kernel_memory.buffer.write(data, offset)
 
+    def begin_use(self) -> None:
+        """Keep the memory until `end_use`: an operation names it."""
+        self._users += 1
+
+    def end_use(self) -> None:
+        """Note that an operation is over."""
+        self._users -= 1
+        if not self._users:
+            self._unused.unpark_all()
+
     async def release(self) -> None:
-        """Take the memory back (TEEC_ReleaseSharedMemory): waits for operations that use it; twice is allowed."""
+        """Take the memory back (TEEC_ReleaseSharedMemory): waits for operations that use it; twice is allowed.
+
+        As in Linux, whose operations hold references: UNREGISTER_SHM is sent when none is left. Its cookie may be
+        another buffer's at once.
+        """
         shm, self._shm = self._shm, None
         if shm is None:
             return
         self._context.forget(self)
         driver = self._context.driver
         with driver.uninterruptible.scope():
+            if self._users:
+                await self._unused.park()
             await driver.unregister(shm)
         if self._allocated:
             driver.allocator.release(shm.buffer.pages)
@@ -125,11 +143,14 @@ class _Operation:
         self._driver = driver
         self._parameters = parameters
         self._buffers: dict[int, KernelMemory] = {}
+        self._used: list[SharedMemory] = []
         self.params: list[Param] = []
-        self.temporary = False
+        self.has_memory = False
         for parameter in parameters:
             self.params.append(self._encode(parameter))
         self.params += [NO_PARAM] * (MAX_PARAMETERS - len(parameters))
+        for memory in self._used:
+            memory.begin_use()
 
     def _encode(self, parameter: Parameter) -> Param:
         match parameter:
@@ -140,21 +161,28 @@ class _Operation:
             case Null():
                 if SecCapability.MEMREF_NULL in self._driver.capabilities:
                     return encode_null(parameter)
-                self.temporary = True
+                self.has_memory = True
                 return NO_PARAM
             case Temporary():
-                self.temporary = True
+                self.has_memory = True
                 return NO_PARAM
             case Whole():
                 memory = parameter.memory
-                cookie = memory.kernel_memory.cookie
+                cookie = self._use(memory)
                 return encode_registered(memory.direction, cookie, 0, memory.size)
             case Partial():
                 memory, offset, size = parameter.memory, parameter.offset, parameter.size
                 inside = min(offset, size) >= 0 and offset + size <= memory.size
                 if not inside or parameter.direction & ~memory.direction:
                     raise TeeError(Result.BAD_PARAMETERS, Origin.API)
-                return encode_registered(parameter.direction, memory.kernel_memory.cookie, offset, size)
+                return encode_registered(parameter.direction, self._use(memory), offset, size)
+
+    def _use(self, memory: SharedMemory) -> int:
+        """Return the cookie of shared memory, which stays until `release`. Raises ValueError."""
+        cookie = memory.kernel_memory.cookie
+        self.has_memory = True
+        self._used.append(memory)
+        return cookie
 
     async def register(self) -> None:
         """Register temporary memory; where one is refused, those before it are taken back."""
@@ -172,7 +200,11 @@ class _Operation:
             self.params[index] = encode_registered(parameter.direction, shm.cookie, 0, size)
 
     async def release(self) -> None:
-        """Take temporary memory back; a signal does not prevent it."""
+        """Let go of shared memory and take temporary memory back; a signal does not prevent it."""
+        for memory in self._used:
+            memory.end_use()
+        if not self._buffers:
+            return
         driver = self._driver
         with driver.uninterruptible.scope():
             for shm in self._buffers.values():
@@ -238,7 +270,7 @@ class Session:
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         operation = _Operation(self._driver, parameters)
-        if not operation.temporary:
+        if not operation.has_memory:
             answer = await self._driver.invoke(self.identifier, command, operation.params)
             return _finish(operation, answer)
         try:
@@ -308,12 +340,12 @@ class Context:
         operation = _Operation(self.driver, parameters)
         client = self._identity(login, self.gid if group is None else group)
         try:
-            if operation.temporary:
+            if operation.has_memory:
                 await operation.register()
             answer = await self.driver.open_session(ta, operation.params, login=login, client=client)
             session = Session(self, answer.session, _finish(operation, answer))
         finally:
-            if operation.temporary:
+            if operation.has_memory:
                 await operation.release()
         self._sessions[session] = None
         return session

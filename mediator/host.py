@@ -1,11 +1,12 @@
 """The mediator's own end of a simulated machine: its pages, and what the checker counts there."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from hv_models.machine import Machine
 from hv_models.pages import Page
+from hv_models.vm import VirtualMachine
 from mediator.core.ports import SharedPage
-from mediator.invariants import pins_by_frame
 
 
 class Host:
@@ -49,3 +50,13 @@ class Host:
         """Where the mediator's pages and the frames of guests lie; a guest can name none of these."""
         banks = self.machine.memory.banks
         return [(bank.frames.base, bank.frames.end) for bank in banks]
+
+
+def pins_by_frame(vm: VirtualMachine) -> dict[int, int]:
+    """References per physical page of a VM's RAM, counted where the hypervisor keeps them."""
+    pins: Counter[int] = Counter()
+    for region in vm.regions:
+        bank = region.bank
+        for page, count in bank.pinned().items():
+            pins[int(bank.pa[page])] += count
+    return pins

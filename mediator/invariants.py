@@ -12,11 +12,8 @@ from itertools import pairwise
 from typing import Any, Final, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from hv_models.memory import PAGE_SIZE, Ipa
-from hv_models.stage2 import Pinned
-from hv_models.vm import VirtualMachine
+from hv_models.memory import PAGE_SIZE
 from mediator.core.ledger import Ledger
 from mediator.core.mediator import Lifecycle, Mediator
 from mediator.core.policy import Policy
@@ -35,14 +32,13 @@ from mediator.core.steps import (
     Step,
     Ticket,
 )
+from mediator.watched import WatchedMemory, words
 from optee.abi.message import (
     ENTRIES_PER_PAGE,
     HEADER,
     HEADER_SIZE,
     MAX_PARAMS,
     NONCONTIG,
-    OFFSET_RET,
-    OFFSET_SESSION,
     PARAM,
     PARAM_SIZE,
     TYPE_MASK,
@@ -76,8 +72,6 @@ TITLES: Final = {
 _SERVED: Final = (GuestState.LIVE, GuestState.PAUSED)
 _LOW: Final = 0xFFFFFFFF
 _TMEM: Final = range(int(ParamType.TMEM_INPUT), int(ParamType.TMEM_INOUT) + 1)
-_VALUE_OUTPUTS: Final = (ParamType.VALUE_OUTPUT, ParamType.VALUE_INOUT)
-_SIZE_OUTPUTS: Final = (ParamType.RMEM_OUTPUT, ParamType.RMEM_INOUT, ParamType.TMEM_OUTPUT, ParamType.TMEM_INOUT)
 _WITH_MESSAGE: Final = frozenset({int(Function.CALL_WITH_ARG), int(Function.CALL_WITH_RPC_ARG)})
 _OF_THE_HOST: Final = frozenset(
     {int(Function.CALLS_UID), int(Function.GET_THREAD_COUNT), int(Function.VM_CREATED), int(Function.VM_DESTROYED)}
@@ -134,69 +128,6 @@ class Violation:
         }
 
 
-class _Watched:
-    """A guest's memory that notes what the mediator reads and writes of it."""
-
-    def __init__(self, checker: "Checker", vm: VmId, memory: GuestMemory) -> None:
-        self.checker = checker
-        self.vm = vm
-        self.memory = memory
-        self.reads: list[tuple[int, int]] = []
-        self.loads: list[tuple[int, int, int]] = []
-        self.outputs: dict[int, list[tuple[int, int]]] = {}
-        """By IPA of a message: the fields (start, stop) of it that the guest gets back."""
-        self.words: set[int] = set()
-        """What the guest itself wrote in live messages, word by word."""
-        self.writes: list[tuple[int, bytes]] = []
-        self.accesses = 0
-        self.pages = 0
-
-    def begin(self) -> None:
-        self.reads.clear()
-        self.loads.clear()
-        self.writes.clear()
-        self.accesses = 0
-        self.pages = 0
-
-    def read(self, ipa: Ipa, size: int, *, writable: bool = False) -> bytes:
-        self.accesses += 1
-        data = self.memory.read(ipa, size, writable=writable)
-        if not writable:
-            # Messages and RPC arguments; each list page is a stage of its own, whatever page it names.
-            self.reads.append((ipa, size))
-            if size == PAGE_SIZE:
-                # Two live calls may have their messages in one page.
-                self.outputs.setdefault(ipa, []).extend(_output_fields(data))
-                self.words.update(_words(data))
-        return data
-
-    def write_fields(self, ipa: Ipa, fields: Sequence[tuple[int, bytes]]) -> None:
-        self.accesses += 1
-        self.memory.write_fields(ipa, fields)
-        self.writes.extend((ipa + offset, data) for offset, data in fields)
-
-    def pin(self, ipas: npt.NDArray[np.uint64]) -> Pinned:
-        self.accesses += 1
-        self.pages += len(ipas)
-        return self.memory.pin(ipas)
-
-    def unpin(self, pinned: Pinned) -> None:
-        self.memory.unpin(pinned)
-
-    def load(self, pinned: Pinned, offset: int, size: int) -> bytes:
-        self.accesses += 1
-        self.loads.append((id(pinned), offset, size))
-        return self.memory.load(pinned, offset, size)
-
-    def store_fields(self, pinned: Pinned, base: int, fields: Sequence[tuple[int, bytes]]) -> None:
-        self.accesses += 1
-        self.memory.store_fields(pinned, base, fields)
-        self.writes.extend((-1, data) for _, data in fields)
-
-    def mark_dirty(self, pinned: Pinned) -> None:
-        self.memory.mark_dirty(pinned)
-
-
 class Checker:
     """A `Mediator` with somebody looking over its shoulder: the same requests, and `violations`.
 
@@ -212,7 +143,7 @@ class Checker:
         self.translated = 0
         self.untranslated = 0
         self._threads_held = threads_held
-        self._watched: dict[VmId, _Watched] = {}
+        self._watched: dict[VmId, WatchedMemory] = {}
         self._ledgers: dict[VmId, Ledger] = {}
         self._open: Counter[VmId] = Counter()
         self._with_optee: dict[int, VmId] = {}
@@ -230,7 +161,7 @@ class Checker:
 
     def create(self, vm: VmId, memory: GuestMemory) -> Step:
         """See `Mediator.create`."""
-        watched = _Watched(self, vm, memory)
+        watched = WatchedMemory(memory)
         known = vm in self.mediator.guests
         step = self.mediator.create(vm, watched)
         if not known:
@@ -380,7 +311,7 @@ class Checker:
         if watched is not None:
             self._check_accesses(vm, guest, watched)
 
-    def _check_accesses(self, vm: VmId, guest: Guest, watched: _Watched) -> None:
+    def _check_accesses(self, vm: VmId, guest: Guest, watched: WatchedMemory) -> None:
         end = -1
         for start, size in sorted(watched.reads):
             if start < end:
@@ -403,7 +334,7 @@ class Checker:
             written = offset + len(data)
             if at >= 0 and page not in arguments and not any(a <= offset and written <= b for a, b in fields):
                 self._report(8, vm, "writes of outputs only", f"{len(data)} bytes at {at:#x}")
-            for word in _words(data):
+            for word in words(data):
                 if word not in watched.words and any(first <= word < end for first, end in ranges):
                     self._report(4, vm, "no host address in guest memory", f"{word:#x} at {at:#x}")
 
@@ -512,21 +443,6 @@ class Checker:
             page = int(words[ENTRIES_PER_PAGE])
 
 
-def _output_fields(message: bytes) -> list[tuple[int, int]]:
-    """What the guest gets back of a message: session, ret, origin, outputs, and what stands behind it."""
-    count = min(HEADER.unpack_from(message)[7], MAX_PARAMS)
-    fields = [(OFFSET_SESSION, OFFSET_SESSION + 4), (OFFSET_RET, OFFSET_RET + 8)]
-    at = HEADER_SIZE
-    for attribute, _, _, _ in PARAM.iter_unpack(message[HEADER_SIZE : HEADER_SIZE + PARAM_SIZE * count]):
-        kind = attribute & TYPE_MASK
-        if kind in _VALUE_OUTPUTS:
-            fields.append((at + 8, at + 32))
-        elif kind in _SIZE_OUTPUTS:
-            fields.append((at + 16, at + 24))
-        at += PARAM_SIZE
-    return [*fields, (at, PAGE_SIZE)]
-
-
 def _asked(ticket: Ticket) -> Regs | None:
     """The registers of the guest's call that a ticket stands for; None for a request of the host."""
     regs: Regs | None = getattr(ticket, "regs", None)
@@ -536,20 +452,3 @@ def _asked(ticket: Ticket) -> Regs | None:
 def _groups(guest: Guest) -> list[Pins]:
     """What was pinned for the live buffers, each pin once."""
     return list({id(pins): pins for buffer in guest.buffers.values() for pins in buffer.pins}.values())
-
-
-def pins_by_frame(vm: VirtualMachine) -> dict[int, int]:
-    """References per physical page of a VM's RAM, counted where the hypervisor keeps them."""
-    pins: Counter[int] = Counter()
-    for region in vm.regions:
-        bank = region.bank
-        for page, count in bank.pinned().items():
-            pins[int(bank.pa[page])] += count
-    return pins
-
-
-def _words(data: bytes) -> list[int]:
-    """The 64-bit words of what was written, at the alignment of the fields that hold addresses."""
-    whole = len(data) - len(data) % 8
-    words: list[int] = np.frombuffer(data[:whole], "<u8").tolist()
-    return words

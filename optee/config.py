@@ -44,7 +44,8 @@ class Config:
     """PA and bytes of static shared memory: announced and accepted only without virtualization."""
 
     core_heap_size: int = 4 << 20
-    """CFG_CORE_HEAP_SIZE in bytes. As yet only a page list that alone would not fit is refused."""
+    """CFG_CORE_HEAP_SIZE in bytes. As yet it bounds two things, each alone: a page list, and the nodes of open
+    files of secure storage."""
 
     early_tas: frozenset[UUID] | None = None
     """CFG_EARLY_TA: user TAs inside the OP-TEE image. None: all that the model knows. Others come from the

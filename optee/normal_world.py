@@ -48,11 +48,11 @@ class NormalWorld:
         """`is_page` for each of them."""
         if len(pages) >= _MANY_PAGES and self.is_page(pages[0]):
             addresses = np.array(pages, dtype=np.uint64)
-            bank, _ = self.memory.find(pages[0])
+            frames = self.memory.find(pages[0])[0].frames
             if (
-                not (addresses & np.uint64(PAGE_MASK)).any()
-                and (bank.frames.find(addresses) >= 0).all()
-                and not any(((addresses >= base) & (addresses < end)).any() for base, end in self._secure)
+                not any(base < frames.end and frames.base < end for base, end in self._secure)
+                and not np.bitwise_or.reduce(addresses) & PAGE_MASK
+                and (frames.find(addresses) >= 0).all()
             ):
                 return True
         return all(map(self.is_page, pages))

@@ -11,7 +11,7 @@ from uuid import UUID
 
 from optee.abi.results import TaFlag
 from optee.parameters import Params
-from optee.storage.objects import Handles
+from optee.storage.handles import Handles
 from optee.ta_memory import TaMemory
 from optee.tee import Tee
 from optee.threads import Thread

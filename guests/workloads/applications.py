@@ -44,7 +44,11 @@ class InvokeTests(IntEnum):
 
 
 class Exercise(IntEnum):
-    """Commands of the test TA: panic with a code; wait for milliseconds, cancellable if the second number says so."""
+    """Commands of the test TA.
+
+    Panic with a code; wait for milliseconds, cancellable if the second number says so; take a buffer and do nothing.
+    """
 
     PANIC = 0
     WAIT = 1
+    TAKE = 13

@@ -1,4 +1,4 @@
-"""Benchmarks of the mediator's core: one guest, real memory, a secure world that answers from a script."""
+"""Benchmarks: the core alone, with a secure world that answers from a script; and whole calls end to end."""
 
 import os
 import platform
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from mediator.bench.cases import CASES, Case
+from mediator.bench.end_to_end import END_TO_END, PRICE, EndToEnd, Price, measure_case, price_of_no_reserved_memory
 from mediator.bench.measure import Timing, batch, measure, undone
 from mediator.bench.memory import Growth, growth
 from mediator.bench.stand import Stand
@@ -16,7 +17,7 @@ __all__ = ["BATCHES", "CALLS", "FORMAT", "MEMORY", "NAMES", "Bench", "Measured",
 
 FORMAT: Final = "mediator-bench/1"
 MEMORY: Final = "memory"
-NAMES: Final = (*(case.name for case in CASES), MEMORY)
+NAMES: Final = (*(case.name for case in CASES), MEMORY, *(case.name for case in END_TO_END), PRICE)
 BATCHES: Final = 400
 """Samples of each measurement. Many short ones: what else the machine does then spoils a few, not the median."""
 CALLS: Final = 200_000
@@ -66,6 +67,8 @@ class Bench:
 
     cases: list[Measured] = field(default_factory=list)
     memory: Growth | None = None
+    end_to_end: list[EndToEnd] = field(default_factory=list)
+    prices: list[Price] = field(default_factory=list)
 
     def as_data(self) -> dict[str, Any]:
         """The JSON document of `mediator bench`."""
@@ -76,6 +79,8 @@ class Bench:
             "cpus": os.cpu_count(),
             "cases": [measured.as_data() for measured in self.cases],
             "memory": None if self.memory is None else self.memory.as_data(),
+            "end_to_end": [measured.as_data() for measured in self.end_to_end],
+            "price_of_no_reserved_memory": [price.as_data() for price in self.prices],
         }
 
 
@@ -94,6 +99,15 @@ def run(policy: Policy, wanted: str, progress: Progress, *, batches: int = BATCH
         finally:
             stand.close()
         progress(MEMORY, calls, calls)
+    for whole in END_TO_END:
+        if wanted in whole.name:
+            progress(whole.name, 0, 1)
+            bench.end_to_end.append(measure_case(policy, whole, batches))
+            progress(whole.name, 1, 1)
+    if wanted in PRICE:
+        progress(PRICE, 0, 1)
+        bench.prices = price_of_no_reserved_memory(policy, batches)
+        progress(PRICE, 1, 1)
     return bench
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from mediator import __version__
-from mediator.cli import bench, conform, ctl, decode, replay, serve, show, trace
+from mediator.cli import bench, conform, ctl, decode, replay, serve, show, store, trace
 from mediator.cli.output import GOOD, emit
 
 SETTINGS = {"help_option_names": ["-h", "--help"]}
@@ -43,3 +43,4 @@ app.command()(bench.bench)
 app.add_typer(ctl.app, name="ctl")
 app.add_typer(trace.app, name="trace")
 app.add_typer(show.app, name="show")
+app.add_typer(store.app, name="store")

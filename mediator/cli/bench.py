@@ -28,7 +28,7 @@ def bench(
     ] = None,
     json: Json = False,
 ) -> int:
-    """Measure the core alone, with a scripted secure world; targets are for a quiet machine with two cores."""
+    """Measure the core alone, and whole calls end to end; targets are for a quiet machine with two cores."""
     from mediator.bench import BATCHES, CALLS, NAMES, run
 
     if not any(name in known for known in NAMES):
@@ -58,6 +58,21 @@ def _show(done: "Bench") -> None:
             for name, baseline in measured.baselines.items():
                 times.add_row(f"  {name} alone", *_values(baseline), "", f"x {measured.ratio(name):.1f}")
         parts += [heading("the core, from a guest's SMC to its return"), times]
+    if done.end_to_end:
+        rates = ("", "per second", "target", "", "median (us)", "min (us)", "SMCs")
+        whole = table(*rates, right=("per second", "target", "median (us)", "min (us)", "SMCs"))
+        for entry in done.end_to_end:
+            met = "" if entry.met is None else "met" if entry.met else "not met"
+            target = "" if entry.case.target is None else f"{entry.case.target:.0f}"
+            times_of = (_us(entry.timing.median), _us(entry.timing.minimum))
+            whole.add_row(entry.case.what, f"{entry.rate:.0f}", target, met, *times_of, f"{entry.smcs:g}")
+        parts += [heading("end to end, a client in a guest to a TA and back, one process"), whole]
+    if done.prices:
+        ways = ("", "median (us)", "SMCs", "pages pinned")
+        prices = table(*ways, right=ways[1:])
+        for price in done.prices:
+            prices.add_row(price.how, _us(price.timing.median), f"{price.smcs:g}", f"{price.pages:g}")
+        parts += [heading("the price of refusing reserved memory: an invoke with a 64 KiB buffer"), prices]
     if done.memory is not None:
         memory = done.memory
         met = "met" if memory.met else "not met"

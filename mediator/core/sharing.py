@@ -77,7 +77,6 @@ class _Batch:
 
         """
         if not self.pages:
-            self.buffers.clear()
             return
         memory = self.guest.memory
         try:
@@ -93,10 +92,6 @@ class _Batch:
             page.view[:size] = octets[at : at + size]
             at += size
         self.guest.counters.translated += self.pages
-        self.entries.clear()
-        self.targets.clear()
-        self.buffers.clear()
-        self.pages = 0
 
 
 def translate(
@@ -111,7 +106,8 @@ def translate(
         MessageRejected: the first parameter that cannot be translated says why.
 
     """
-    batch = _Batch(call.guest)
+    guest = call.guest
+    batch = _Batch(guest)
     done = 0
     at = base + _BUF_PTR - PARAM_SIZE
     try:
@@ -123,13 +119,16 @@ def translate(
             if not attribute & NONCONTIG:
                 raise MessageRejected(Result.BAD_PARAMETERS, "a contiguous buffer outside reserved memory")
             offset = pointer & OFFSET_MASK
-            buffer = _open(core.world, call.guest, Cookie(cookie), offset, size, kind != TMEM_INPUT, buffers)
+            buffer = _open(core.world, guest, Cookie(cookie), offset, size, kind != TMEM_INPUT, buffers)
             source = Ipa(pointer - offset)
             filled = 0
             while filled < buffer.pages:
-                count = min(buffer.pages - filled, PAGES_PER_STEP)
+                count = buffer.pages - filled
+                if count > PAGES_PER_STEP:  # plain comparisons: `min` costs more than the rest of this loop
+                    count = PAGES_PER_STEP
                 if done and done + count > PAGES_PER_STEP:
                     batch.pin()
+                    batch = _Batch(guest)
                     yield
                     done = 0
                 source = _read_list(batch, buffer, source, filled, count)
@@ -138,11 +137,11 @@ def translate(
             list_pa = buffer.lists[0].pa | offset
             shadow.view[at : at + 8] = list_pa.to_bytes(8, "little")
             if core.tracing:
-                call.guest.events.append(
+                guest.events.append(
                     Event(
                         PAGES_PINNED,
                         "debug",
-                        call.guest.vm,
+                        guest.vm,
                         {"call": call.id, "cookie": cookie, "pages": buffer.pages, "from": pointer, "to": list_pa},
                     )
                 )

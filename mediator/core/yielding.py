@@ -1,7 +1,7 @@
 """Yielding calls: from the guest's SMC to the forward, and from OP-TEE's answer back (rules R5-R15)."""
 
 from collections.abc import Generator
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from hv_models.memory import PAGE_SIZE, Ipa
 from hv_models.stage2 import Stage2Fault
@@ -316,43 +316,25 @@ def end(core: "Mediator", call: Call, event: CallEvent) -> None:
 
 
 def refuse(core: "Mediator", guest: Guest, regs: Regs, refused: CallRefused) -> Reply:
-    """Answer an error in a0 and count it: over a limit, or malformed."""
-    if refused.limit is not None:
-        guest.counters.refused += 1
-        name = CALL_REFUSED
-    else:
-        guest.counters.rejected += 1
-        name = CALL_REJECTED
-    guest.events.append(
-        Event(
-            name,
-            "info",
-            guest.vm,
-            {"function": regs[0] & LOW, "a0": int(refused.code), "why": refused.why, "limit": refused.limit},
-        )
-    )
+    """Answer an error in a0 and count it."""
+    detail = {"function": regs[0] & LOW, "a0": int(refused.code)}
+    _count(guest, refused.why, refused.limit, detail)
     return core.local(regs, refused.code)
 
 
 def note_rejection(guest: Guest, call: Call, rejected: MessageRejected) -> None:
     """Count a rejected message."""
-    if rejected.limit is not None:
+    command = None if call.command is None else call.command.name
+    detail = {"call": call.id, "command": command, "ret": int(rejected.result)}
+    _count(guest, rejected.why, rejected.limit, detail)
+
+
+def _count(guest: Guest, why: str, limit: str | None, detail: dict[str, Any]) -> None:
+    """Something was refused: over a limit, or malformed."""
+    name = CALL_REJECTED
+    if limit is None:
+        guest.counters.rejected += 1
+    else:
         guest.counters.refused += 1
         name = CALL_REFUSED
-    else:
-        guest.counters.rejected += 1
-        name = CALL_REJECTED
-    guest.events.append(
-        Event(
-            name,
-            "info",
-            guest.vm,
-            {
-                "call": call.id,
-                "command": None if call.command is None else call.command.name,
-                "ret": int(rejected.result),
-                "why": rejected.why,
-                "limit": rejected.limit,
-            },
-        )
-    )
+    guest.events.append(Event(name, "info", guest.vm, {**detail, "why": why, "limit": limit}))

@@ -59,13 +59,16 @@ def describe_object(stored: StoredObject) -> Document:
     if tree is not None and tree.meta is not None:
         document |= {"max_node_id": tree.meta.max_node_id}
     if stored.damages:
-        return document | {"damages": [describe_damage(damage) for damage in stored.damages]}
-    data, header, attributes = stored.data, stored.header, stored.attributes
-    document |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        document |= {"damages": [describe_damage(damage) for damage in stored.damages]}
+    else:
+        document |= {"sha256": hashlib.sha256(stored.data).hexdigest(), "attr_hex": stored.attributes.hex()}
+    try:
+        header, document["size"] = stored.header, stored.size
+    except DamagedError:
+        return document
     if header is not None:
         document |= {
             "attr_size": header.attr_size,
-            "attr_hex": attributes.hex(),
             "objectType": header.object_type,
             "objectUsage": header.object_usage,
             "objectSize": header.object_size,

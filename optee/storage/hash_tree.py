@@ -144,7 +144,7 @@ class HashTree:
 
     def read_block(self, thread: Thread, block: int) -> Steps[bytes]:
         """Decrypt a block. Raises TeeError(CORRUPT_OBJECT) if it is not what was written."""
-        self._check()
+        self.check()
         try:
             node = self._nodes[block + 1]
             at = block_offset(block, node.flags & COMMITTED_BLOCK)
@@ -159,7 +159,7 @@ class HashTree:
 
     def write_block(self, thread: Thread, block: int, data: bytes) -> Steps[None]:
         """Write a block into its uncommitted version."""
-        self._check()
+        self.check()
         number = block + 1
         try:
             self._add_nodes(number)
@@ -193,7 +193,7 @@ class HashTree:
         Unlike OP-TEE, which cuts the file first and does not hash the surviving parents of dropped nodes anew: there,
         a power cut loses the object. Ours is as atomic as every other operation.
         """
-        self._check()
+        self.check()
         last = length // BLOCK_SIZE + 1
         for number in range(last + 1, self.max_node_id + 1):
             del self._nodes[number]
@@ -217,7 +217,7 @@ class HashTree:
 
     def sync(self, thread: Thread) -> Steps[None]:
         """Commit: nodes from the leaves up, then the head."""
-        self._check()
+        self.check()
         if not self._dirty:
             return
         try:
@@ -262,13 +262,10 @@ class HashTree:
         nodes[number] = node = nodes[number]._replace(hash=self._hash(number))
         yield from write_file(thread, self.fd, node_offset(number, version), node.pack())
 
-    def _check(self) -> None:
-        if not self._valid:
-            raise TeeError(Result.CORRUPT_OBJECT)
-
     def check(self) -> None:
         """Raise TeeError(CORRUPT_OBJECT) if an error has closed the file."""
-        self._check()
+        if not self._valid:
+            raise TeeError(Result.CORRUPT_OBJECT)
 
     def _close_on_error(self) -> None:
         self._valid = False

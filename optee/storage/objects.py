@@ -11,18 +11,19 @@ that a function may not return are a panic of the TA.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
 from optee.abi.results import Result, StorageId, TaFlag
 from optee.errors import TaPanic, TeeError
 from optee.parameters import Memref, PrivateBuffer
 from optee.steps import Steps
-from optee.storage.attributes import DATA_TYPE, USAGE_ALL, pack_attributes, unpack_attributes
+from optee.storage.attributes import DATA_TYPE, pack_attributes
+from optee.storage.handles import Enumerator, ObjectHandle, ObjectInfo, TransientKey
 from optee.storage.layout import MAX_OBJECT_ID, OBJECT_HEADER_SIZE, USAGE_OFFSET, ObjectHeader
 from optee.storage.registry import OPEN_FLAGS, DataFlag, ObjectRegistry, Purpose, Record
 
 if TYPE_CHECKING:
-    from optee.storage.ree_fs import OpenDirectory, ReeFile, ReeFs
+    from optee.storage.ree_fs import ReeFs
     from optee.ta_context import Instance
     from optee.threads import Thread
 
@@ -34,9 +35,6 @@ MAX_POSITION: Final = 0xFFFFFFFF
 """TEE_DATA_MAX_POSITION."""
 SEEK_SET, SEEK_CUR, SEEK_END = range(3)
 """TEE_DATA_SEEK_*."""
-PERSISTENT: Final = 0x10000
-INITIALIZED: Final = 0x20000
-
 _FILE_SYSTEMS: Final = (StorageId.PRIVATE, StorageId.PRIVATE_REE)
 _STORAGE_FAILED: Final = frozenset({Result.CORRUPT_OBJECT, Result.STORAGE_NOT_AVAILABLE})
 _OPENED: Final = _STORAGE_FAILED | {Result.ITEM_NOT_FOUND, Result.ACCESS_CONFLICT, Result.OUT_OF_MEMORY}
@@ -47,84 +45,6 @@ _POSITIONED: Final = _STORAGE_FAILED | {Result.OVERFLOW}
 _RENAMED: Final = _STORAGE_FAILED | {Result.ACCESS_CONFLICT}
 _DELETED: Final = frozenset({Result.STORAGE_NOT_AVAILABLE})
 _ENUMERATED: Final = _STORAGE_FAILED | {Result.ITEM_NOT_FOUND}
-
-
-class ObjectInfo(NamedTuple):
-    """TEE_ObjectInfo: sizes of keys in bits, of data in bytes."""
-
-    object_type: int
-    object_size: int
-    max_object_size: int
-    object_usage: int
-    data_size: int
-    data_position: int
-    handle_flags: int
-
-
-class TransientKey(NamedTuple):
-    """A key to be made persistent: its attributes in the order of its type's table (`attributes.OBJECT_TYPES`)."""
-
-    object_type: int
-    object_size: int
-    attributes: tuple[bytes, ...]
-    object_usage: int = USAGE_ALL
-
-
-class ObjectHandle:
-    """A handle on an open object (TEE_ObjectHandle); `number` names it within its instance."""
-
-    __slots__ = ("data_size", "file", "flags", "header", "number", "position", "record", "serialized")
-
-    def __init__(self, number: int, record: Record, flags: int) -> None:
-        self.number = number
-        self.record = record
-        self.flags = flags
-        self.file: ReeFile
-        self.header: ObjectHeader
-        self.serialized = b""
-        """Attributes as they stand in the file."""
-        self.data_size = 0
-        self.position = 0
-
-    @property
-    def info(self) -> ObjectInfo:
-        """TEE_GetObjectInfo1."""
-        header = self.header
-        sizes = header.object_type, header.object_size, header.max_object_size
-        flags = PERSISTENT | INITIALIZED | self.flags
-        return ObjectInfo(*sizes, self.record.usage, self.data_size, self.position, flags)
-
-    @property
-    def attributes(self) -> list[bytes]:
-        """Attributes of a key in the order of its type's table."""
-        return unpack_attributes(self.serialized)
-
-
-class Enumerator:
-    """TEE_ObjectEnumHandle."""
-
-    __slots__ = ("number", "opened")
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.opened: OpenDirectory | None = None
-
-
-class Handles:
-    """What one instance of a TA holds; OP-TEE closes all of it when the instance ends."""
-
-    def __init__(self) -> None:
-        self.objects: dict[int, ObjectHandle] = {}
-        self.enumerators: dict[int, Enumerator] = {}
-        self._last = 0
-
-    def __bool__(self) -> bool:
-        return bool(self.objects or self.enumerators)
-
-    def new_number(self) -> int:
-        """A number that no handle has had."""
-        self._last += 1
-        return self._last
 
 
 class TrustedStorage:

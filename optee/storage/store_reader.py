@@ -88,15 +88,26 @@ class StoredObject:
 
     @property
     def header(self) -> ObjectHeader | None:
-        """Header of a TA's object; None for files of the core. Raises DamagedError."""
-        tree = self._whole()
-        return None if self.is_raw else ObjectHeader.unpack(tree.read(0, OBJECT_HEADER_SIZE))
+        """Header of a TA's object, also if other parts are damaged; None for files of the core. Raises DamagedError."""
+        if self.is_raw:
+            return None
+        if self.tree is None or self.tree.length < OBJECT_HEADER_SIZE:
+            raise DamagedError(self.damages[0])
+        return ObjectHeader.unpack(self.tree.read(0, OBJECT_HEADER_SIZE))
+
+    @property
+    def size(self) -> int:
+        """Bytes of the data stream, as the header says. Raises DamagedError."""
+        header = self.header
+        if self.tree is None or self.tree.meta is None:
+            raise DamagedError(self.damages[0])
+        return max(self.tree.length - (header.data_offset if header is not None else 0), 0)
 
     @property
     def attributes(self) -> bytes:
         """Serialized attributes. Raises DamagedError."""
-        header = self.header
-        return self._whole().read(OBJECT_HEADER_SIZE, header.attr_size) if header is not None else b""
+        tree, header = self._whole(), self.header
+        return tree.read(OBJECT_HEADER_SIZE, header.attr_size) if header is not None else b""
 
     @property
     def data(self) -> bytes:
@@ -154,8 +165,12 @@ class StoreReader:
 
     @property
     def is_half_made(self) -> bool:
-        """Creating dirf.db was interrupted: OP-TEE makes it anew, and there are no objects."""
-        return self.tree is not None and self.tree.half_made
+        """Creating dirf.db was interrupted: OP-TEE makes it anew, and there are no objects.
+
+        One of 0 bytes is so only while there are no other files: it is the first that is made.
+        """
+        tree = self.tree
+        return tree is not None and (tree.half_made or (not tree.file_data and not self.numbered))
 
     @cached_property
     def opened(self) -> OpenedDirectory:
@@ -167,9 +182,9 @@ class StoreReader:
         if tree is None:
             lost = Damage(DIRECTORY_NAME, "file", "lost: without it no object can be found")
             return OpenedDirectory(objects, free, [lost])
-        damages += tree.damages
-        for damage in tree.block_damages():
-            damages.append(damage)
+        if self.is_half_made:
+            return OpenedDirectory(objects, free, damages)
+        damages += [*tree.damages, *tree.block_damages()]
         for index in range(tree.length // ENTRY_SIZE):
             try:
                 entry = DirectoryEntry.unpack(tree.read(index * ENTRY_SIZE, ENTRY_SIZE))
@@ -181,7 +196,21 @@ class StoreReader:
                 damages.append(Damage(DIRECTORY_NAME, f"entry {index}", f"object id of {entry.id_size} bytes"))
             else:
                 objects.append(StoredObject(self, index, entry))
+        damages += self._twice(objects)
         return OpenedDirectory(objects, free, damages)
+
+    @staticmethod
+    def _twice(objects: list[StoredObject]) -> list[Damage]:
+        """Entries that share their object or their file with an earlier one."""
+        found = []
+        seen: dict[object, int] = {}
+        for stored in objects:
+            entry = stored.entry
+            for what, key in (("object", (entry.owner, entry.object_id)), ("file", entry.number)):
+                first = seen.setdefault(key, stored.index)
+                if first != stored.index:
+                    found.append(Damage(DIRECTORY_NAME, f"entry {stored.index}", f"the same {what} as entry {first}"))
+        return found
 
     @property
     def objects(self) -> list[StoredObject]:

@@ -120,10 +120,10 @@ class TreeReader:
             self._note("head slot 0", f"no slot has a valid counter ({even.counter} and {odd.counter})")
             return None
         live, other = (odd, even) if slot else (even, odd)
+        self._look_at_other_head(live, 1 - slot, other)
         if not live.counter and live.tag == bytes(TAG_SIZE) and self.node_at(ROOT, slot) is not None:
-            self.half_made = True
-        else:
-            self._look_at_other_head(live, 1 - slot, other)
+            self.half_made = not self.damages
+            return slot if self.half_made else None
         return slot
 
     def _look_at_other_head(self, live: Head, slot: int, other: Head) -> None:
@@ -133,16 +133,15 @@ class TreeReader:
         Any other counter was changed afterwards: what looks live is the version before.
         """
         root = self.node_at(ROOT, slot)
-        if root is None or not live.counter:
+        if root is None:
             return
         whole = other._replace(counter=(live.counter + 1) & 0xFFFFFFFF)
         try:
             self._keys.open_file(self._owner, other.enc_fek).open_head(whole, root.hash)
         except NotAuthentic:
             return
-        before, after, found = (
-            counter.to_bytes(4, "little") for counter in (live.counter - 1, whole.counter, other.counter)
-        )
+        counters = max(live.counter - 1, 0), whole.counter, other.counter
+        before, after, found = (counter.to_bytes(4, "little") for counter in counters)
         self.torn = any(found == after[:written] + before[written:] for written in range(4))
         if not self.torn:
             reason = f"counter is {other.counter}, but was {whole.counter}: the version before it is live"

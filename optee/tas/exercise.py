@@ -138,6 +138,10 @@ class ExerciseTa(TrustedApplication):
         yield from tee.close_ta_session(session)
         data.put(bytes(target.data))
 
+    @command(13, ParamKind.MEMREF_INOUT)
+    def take(self, tee: Tee, data: Memref) -> None:
+        """Take a buffer and leave it alone: what then is measured is the way of the buffer."""
+
 
 class SingleInstanceTa(ExerciseTa):
     """One instance for all sessions (SINGLE_INSTANCE, MULTI_SESSION)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from uuid import UUID
 
 from optee.abi.results import Result, StorageId
-from optee.storage.objects import TransientKey
+from optee.storage.handles import TransientKey
 from optee.storage.registry import DataFlag
 from optee.tee import Tee
 from optee.trusted_application import Memref, ParamKind, Steps, TeeError, TrustedApplication, Value, command

@@ -237,8 +237,8 @@ BREAKAGES = {
         "page = lists[number]; [memory.read(source, 8, writable=True) for _ in range(2000)]",
         long_list,
     ),
-    "a refusal is an error event": (11, yielding.refuse, '"info"', '"error"', refused),
-    "a rejection is an error event": (11, yielding.note_rejection, '"info"', '"error"', rejected),
+    "a refusal is an error event": (11, yielding._count, '"info"', '"error"', refused),
+    "a rejection is an error event": (11, yielding._count, '"info"', '"error"', rejected),
 }
 
 

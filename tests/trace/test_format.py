@@ -17,8 +17,8 @@ from mediator.trace import format as trace_format
 from mediator.trace.format import AnswerEvent, CallEvent, ForwardEvent, Mark, Memory, ReturnEvent, read_trace
 from mediator.trace.replay import replay
 from tests.shared import SHARED, needs_shared
+from tests.trace.stories import argument_cycle, done, mediated, story
 from tests.trace.tapes import BASE, Tape
-from tests.trace.test_replay import argument_cycle, done, mediated, story
 
 DEFAULT, XEN = load_policy("default"), load_policy("xen")
 

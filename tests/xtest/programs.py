@@ -1,5 +1,6 @@
 """Random client programs: what a process of a guest may do with the TEE Client API, and what must come of it."""
 
+import hashlib
 from collections.abc import Awaitable, Callable
 from random import Random
 from uuid import UUID
@@ -39,6 +40,7 @@ from tests.xtest.cases import (
     fails,
     number,
 )
+from tests.xtest.tas import Concurrent
 
 RECURSE, ALLOCATE, COPY, REE_TIME, FAIL, COPY_THROUGH = 2, 3, 8, 10, 11, 12
 MAX_OPERATIONS = 6
@@ -209,6 +211,28 @@ class Program:
         assert buffer.read() == data * 2
         self.context.free(buffer)
 
+    async def released_in_use(self) -> None:
+        """A buffer stays until its users are done, whoever else takes its cookie; who comes later is refused."""
+        data = self.draw.randbytes(20_000)
+        session = await self.context.open_session(Concurrent.uuid)
+        memory = await self.context.allocate(len(data), INPUT)
+        memory.write(data)
+
+        async def user() -> None:
+            try:
+                _, digest = await session.invoke(1, Whole(memory), Temporary(size=32, direction=OUTPUT))
+                assert digest.data == hashlib.sha256(data).digest()
+            except ValueError as error:  # released before the client's library had looked at it
+                assert "released" in str(error)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(2):
+                nursery.start_soon(user)
+            for _ in range(self.draw.randrange(20)):
+                await trio.lowlevel.checkpoint()
+            await memory.release()
+        await session.close()
+
     async def random(self) -> None:
         async with await self.context.open_session(RANDOM) as session:
             outputs = [
@@ -267,6 +291,7 @@ OPERATIONS = [
     Program.killed,
     Program.copy,
     Program.registered_twice,
+    Program.released_in_use,
     Program.random,
     Program.aes,
     Program.mutex,

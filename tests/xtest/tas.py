@@ -4,7 +4,7 @@ import hashlib
 from uuid import UUID
 
 from optee.tee import Tee
-from optee.trusted_application import Memref, ParamKind, Steps, TrustedApplication, Value, command
+from optee.trusted_application import Memref, ParamKind, Steps, TrustedApplication, command
 
 
 class Concurrent(TrustedApplication):
@@ -28,21 +28,3 @@ class ConcurrentLarge(Concurrent):
 
     uuid = UUID("5ce0c432-0ab0-40e5-a056-782ca0e6aba2")
     image_size = 2 << 20
-
-
-class Counting(TrustedApplication):
-    """For what is shared among sessions: set and get a number."""
-
-    uuid = UUID("614789f2-39c0-4ebf-b235-92b32ac107ed")
-    flags = TrustedApplication.flags
-
-    def __init__(self) -> None:
-        self.number = 0
-
-    @command(0, ParamKind.VALUE_INPUT)
-    def set(self, tee: Tee, number: Value) -> None:
-        self.number = number.a
-
-    @command(1, ParamKind.VALUE_OUTPUT)
-    def get(self, tee: Tee, number: Value) -> None:
-        number.a = self.number

@@ -21,6 +21,7 @@ LAYOUTS = {
 THREADS = 2
 INTERRUPTED = 0.3
 """Probability that an interrupt is pending at a moment at which secure code can be interrupted."""
+RAM = 32 << 20  # bytes: less to look at for the invariant checker
 DEADLOCK = 1e6
 """Seconds of virtual time: nobody does anything any more."""
 
@@ -38,7 +39,7 @@ def play(client: Client, layout: str, seed: int) -> Traffic:
             board.model.interrupt_pending = lambda _: draw.random() < INTERRUPTED
 
             async def one(flavour: str, number: int) -> None:
-                async with board.guest(flavour, tas=LOADED) as guest:
+                async with board.guest(flavour, tas=LOADED, ram=RAM) as guest:
                     client_id = next(vm.client_id for vm in board.machine.vms.values() if vm.name == guest.name)
                     await client(Case(guest, Random(f"{seed} {number}"), traffic, client_id))
 

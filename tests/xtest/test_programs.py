@@ -16,6 +16,7 @@ from optee.config import Config
 from tests.xtest.cases import LOADED
 from tests.xtest.programs import Program
 from tests.xtest.tas import Concurrent, ConcurrentLarge
+from tests.xtest.test_cases import RAM
 
 SEEDS = 50
 GUESTS = ("kvm", "xen", "kvm", "xen")
@@ -42,7 +43,7 @@ def twenty(seed: int, programs: int, *, policy: str = "default", killed: bool = 
 
             async def one(flavour: str, number: int) -> None:
                 async with (
-                    board.guest(flavour, tas=LOADED) as guest,
+                    board.guest(flavour, tas=LOADED, ram=RAM) as guest,
                     guest.context() as context,
                     trio.open_nursery() as nursery,
                 ):

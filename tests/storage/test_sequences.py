@@ -1,0 +1,156 @@
+"""Any sequence of operations: a dictionary says what must come of it, a second reader what is on the disk."""
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from optee.abi.results import Result
+from optee.storage.registry import DataFlag
+from tests.storage import independent
+from tests.storage.rig import ALL, Disk, StorageError, StorageRig
+
+NAMES = st.sampled_from([b"", b"a", b"\1", b"b" * 64])
+SIZES = st.one_of(st.sampled_from([0, 1, 4071, 4072, 4073, 8168, 20000]), st.integers(0, 30000))
+BYTES = st.builds(lambda size, byte: bytes([byte]) * size, SIZES, st.integers(1, 255))
+
+
+class Storage(RuleBasedStateMachine):
+    handles: Bundle = Bundle("handles")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rig = StorageRig()
+        self.clients = [self.rig.session(), self.rig.session()]
+        self.contents: dict[bytes, bytearray] = {}
+        self.positions: dict[tuple[int, int], int] = {}
+        self.names: dict[tuple[int, int], bytes] = {}
+
+    def refused(self, call, *arguments) -> Result | None:
+        try:
+            call(*arguments)
+        except StorageError as error:
+            return error.result
+        return None
+
+    @rule(target=handles, who=st.integers(0, 1), name=NAMES, data=BYTES, overwrite=st.booleans())
+    def create(self, who: int, name: bytes, data: bytes, overwrite: bool):
+        flags = ALL | (DataFlag.OVERWRITE if overwrite else 0)
+        taken = name in self.names.values() or (name in self.contents and not overwrite)
+        try:
+            handle = self.clients[who].create(name, data, flags)
+        except StorageError as error:
+            assert taken and error.result == Result.ACCESS_CONFLICT
+            return None
+        assert not taken
+        self.contents[name] = bytearray(data)
+        return self.hold(who, handle, name)
+
+    @rule(target=handles, who=st.integers(0, 1), name=NAMES)
+    def open(self, who: int, name: bytes):
+        try:
+            handle = self.clients[who].open(name)
+        except StorageError as error:
+            expected = Result.ACCESS_CONFLICT if name in self.names.values() else Result.ITEM_NOT_FOUND
+            assert error.result == expected
+            return None
+        assert name in self.contents and name not in self.names.values()
+        return self.hold(who, handle, name)
+
+    def hold(self, who: int, handle: int, name: bytes) -> tuple[int, int]:
+        self.names[who, handle] = name
+        self.positions[who, handle] = 0
+        return who, handle
+
+    def release(self, held: tuple[int, int]) -> bytes:
+        del self.positions[held]
+        return self.names.pop(held)
+
+    @rule(held=handles, data=BYTES)
+    def write(self, held: tuple[int, int] | None, data: bytes) -> None:
+        if held not in self.names:
+            return
+        who, handle = held
+        self.clients[who].write(handle, data)
+        content, position = self.contents[self.names[held]], self.positions[held]
+        if data:
+            content.extend(bytes(max(0, position - len(content))))
+            content[position : position + len(data)] = data
+        self.positions[held] += len(data)
+
+    @rule(held=handles, size=SIZES)
+    def read(self, held: tuple[int, int] | None, size: int) -> None:
+        if held not in self.names:
+            return
+        who, handle = held
+        position = self.positions[held]
+        expected = bytes(self.contents[self.names[held]][position : position + size])
+        assert self.clients[who].read(handle, size) == expected
+        self.positions[held] += len(expected)
+
+    @rule(held=handles, offset=st.integers(-40000, 40000), whence=st.integers(0, 2))
+    def seek(self, held: tuple[int, int] | None, offset: int, whence: int) -> None:
+        if held not in self.names:
+            return
+        who, handle = held
+        self.clients[who].seek(handle, offset, whence)
+        base = (0, self.positions[held], len(self.contents[self.names[held]]))[whence]
+        self.positions[held] = max(0, base + offset)
+
+    @rule(held=handles, size=SIZES)
+    def truncate(self, held: tuple[int, int] | None, size: int) -> None:
+        if held not in self.names:
+            return
+        who, handle = held
+        self.clients[who].truncate(handle, size)
+        content = self.contents[self.names[held]]
+        content.extend(bytes(max(0, size - len(content))))
+        del content[size:]
+
+    @rule(held=handles, name=NAMES)
+    def rename(self, held: tuple[int, int] | None, name: bytes) -> None:
+        if held not in self.names:
+            return
+        who, handle = held
+        result = self.refused(self.clients[who].rename, handle, name)
+        assert result == (Result.ACCESS_CONFLICT if name in self.contents else None)
+        if result is None:
+            self.contents[name] = self.contents.pop(self.names[held])
+            self.names[held] = name
+
+    @rule(held=consumes(handles))
+    def close(self, held: tuple[int, int] | None) -> None:
+        if held in self.names:
+            self.clients[held[0]].close(held[1])
+            self.release(held)
+
+    @rule(held=consumes(handles))
+    def unlink(self, held: tuple[int, int] | None) -> None:
+        if held in self.names:
+            self.clients[held[0]].unlink(held[1])
+            del self.contents[self.release(held)]
+
+    @rule()
+    def restart(self) -> None:
+        files = {name: bytearray(content) for name, content in self.rig.disk.snapshot().items()}
+        self.rig = StorageRig(Disk(files))
+        self.clients = [self.rig.session(), self.rig.session()]
+        self.names.clear()
+        self.positions.clear()
+
+    @invariant()
+    def the_disk_has_it(self) -> None:
+        if "dirf.db" not in self.rig.disk.files:
+            assert not self.contents
+            return
+        assert independent.read(self.rig.disk.snapshot()).by_id == self.contents
+
+    def teardown(self) -> None:
+        for who, handle in list(self.names):
+            self.clients[who].close(handle)
+        assert not self.rig.disk.open_files
+        assert dict(self.clients[0].enumerate()) == {name: len(data) for name, data in self.contents.items()}
+
+
+TestSequences = Storage.TestCase
+TestSequences.settings = settings(max_examples=settings.default.max_examples // 4, stateful_step_count=30)
+"""A sequence takes as long as several examples of other tests."""
