@@ -3,7 +3,10 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from hv_models.machine import Machine
+import numpy as np
+
+from hv_models.machine import MEDIATOR_BASE, Machine
+from hv_models.memory import PAGE_SIZE
 from hv_models.pages import Page
 from hv_models.vm import VirtualMachine
 from mediator.core.ports import SharedPage
@@ -45,6 +48,19 @@ class Host:
         if pa not in self.machine.pages:
             raise KeyError(pa)
         return self.machine.memory.frame(pa)
+
+    def own_address_in_ram(self, vm: int) -> tuple[int, int] | None:
+        """The first word of a VM's RAM that is the address of a mediator's page, with its IPA; None if none is."""
+        first, end = np.uint64(MEDIATOR_BASE), np.uint64(MEDIATOR_BASE + self.machine.pages.capacity * PAGE_SIZE)
+        found = next((found for client, found in self.machine.vms.items() if client == vm), None)
+        for region in () if found is None else found.regions:
+            store = region.bank.store
+            for pages in store.touched():
+                words = store.words[pages.start : pages.stop].reshape(-1)
+                hits = np.flatnonzero((words >= first) & (words < end))
+                if len(hits):
+                    return region.base + pages.start * PAGE_SIZE + int(hits[0]) * 8, int(words[hits[0]])
+        return None
 
     def host_addresses(self) -> Sequence[tuple[int, int]]:
         """Where the mediator's pages and the frames of guests lie; a guest can name none of these."""

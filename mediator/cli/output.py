@@ -4,6 +4,7 @@ Standard output carries what was asked for (with `--json` exactly one document);
 error. Colour and progress are for terminals; NO_COLOR is respected (by rich).
 """
 
+import errno
 import json
 import os
 import sys
@@ -196,6 +197,9 @@ def _explain(error: BaseException) -> int:
         return USAGE
     if isinstance(error, _CLICK_ERROR):
         note(f"error: {_complaint(error)}")
+        return USAGE
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        note(f"error: {error.strerror}")
         return USAGE
     text = " ".join(str(error).split())
     note(

@@ -1,5 +1,6 @@
 """`mediator serve`: the mediator with simulated guests."""
 
+import math
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -48,6 +49,8 @@ def serve(
     """Run the mediator with simulated guests in front of it and OP-TEE's model behind."""
     if sys.platform != "linux":
         raise BadInput("serve: needs Linux (sealed memfds, SOCK_SEQPACKET, SCM_RIGHTS)")
+    if duration is not None and not math.isfinite(duration):
+        raise BadInput("serve: --duration is a number of seconds")
     if external != (socket is not None):
         raise BadInput("serve: --external and --socket PATH belong together")
     if guests is None:

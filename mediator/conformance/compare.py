@@ -91,7 +91,7 @@ class _Comparison:
                 self._step(index, recorded, ours)
                 if observe:
                     observed.append(ours.step.model_dump(mode="json", exclude_none=True))
-            run.checker.scan()
+            run.checker.scan(memory=True)
             self.report.violations.extend((self.vector.name, found) for found in run.checker.violations)
         finally:
             run.close()
@@ -127,8 +127,13 @@ class _Comparison:
             report.intended[rules[0]] += 1
             if domain is not None and not self.extras.get(domain) and any(d.field in _STATE for d in differences):
                 self.diverged.add(domain)
-        elif known and domain is not None and all(_follows(difference, ours.facts) for difference in left):
-            # What the recorded mediator still holds changed its course: this domain's is another story now.
+        elif (
+            known
+            and domain is not None
+            and (domain in self.diverged or _refused_there(recorded, ours))
+            and all(_follows(difference, ours.facts) for difference in left)
+        ):
+            # What the recorded mediator still holds made it refuse: this domain's is another story now.
             self.diverged.add(domain)
             report.not_compared += 1
         else:
@@ -189,12 +194,9 @@ class _Comparison:
         """A run of relinquish steps is compared as a whole: it ends with everything given back."""
         calls = self.relinquished.setdefault(recorded.domain, [])
         calls.extend(_hexes(forward.regs) for forward in ours.out.forwarded)
-        following = self.vector.steps[index + 1] if index + 1 < len(self.vector.steps) else None
-        if isinstance(following, v.Relinquish) and following.domain == recorded.domain:
-            return
-        del self.relinquished[recorded.domain]
         if recorded.out.rc != 0:
             return
+        del self.relinquished[recorded.domain]
         if ours.out.rc != 0:
             yield Difference("rc", 0, ours.out.rc)
         announced = [_hexes([Function.VM_DESTROYED, recorded.domain + 1, 0, 0, 0, 0, 0, 0])]
@@ -214,22 +216,22 @@ class _Comparison:
         self.diverged.discard(recorded.domain)
 
     def _created(self, index: int) -> set[int]:
-        """Domains that OP-TEE knew when the run of relinquish steps before `index` began."""
+        """Domains that OP-TEE knew when the run of relinquish steps that ends at `index` began."""
         live: set[int] = set()
-        steps = self.vector.steps
-        first = index
-        domain = getattr(steps[index], "domain", None)
-        while first:
-            before = steps[first - 1]
-            if not isinstance(before, v.Relinquish) or before.domain != domain:
-                break
-            first -= 1
-        for step in steps[:first]:
+        for step in self.vector.steps[:index]:
             if isinstance(step, v.Create) and step.out.rc == 0:
                 live.add(step.domain)
             elif isinstance(step, v.Relinquish) and step.out.rc == 0:
                 live.discard(step.domain)
         return live
+
+
+def _refused_there(recorded: v.Step, ours: Observed) -> bool:
+    """Whether the recorded mediator answered a call itself that ours forwarded."""
+    done = ours.step
+    if not isinstance(recorded, v.Smc) or not isinstance(done, v.Smc):
+        return False
+    return not recorded.out.forwarded and bool(done.out.forwarded)
 
 
 def _follows(difference: Difference, facts: Facts) -> bool:

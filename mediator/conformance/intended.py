@@ -95,8 +95,8 @@ class Declaration(BaseModel):
         """Whether this kind explains a difference of `field` in a step with these facts."""
         if op != self.step or (op == "smc" and facts.function not in {Function[name] for name in self.functions}):
             return False
-        top = field.split("[")[0]
-        if not any(field == name or top == name or f".{name}." in f".{field}." for name in self.fields):
+        nested = field.split(".")[1:] if field.startswith("forwarded[") else []
+        if field not in self.fields and not any(name in self.fields for name in nested):
             return False
         return CONDITIONS[self.condition](facts)
 

@@ -284,14 +284,14 @@ class Vector(_Model):
     description: str = ""
     tags: list[str] = []
     setup: Setup
-    steps: list[Step]
+    steps: Annotated[list[Step], Field(min_length=1)]
 
 
 class Document(_Model):
     """A vector file."""
 
     format: Literal["xen-optee-mediator-vectors/1"]
-    vectors: list[Vector]
+    vectors: Annotated[list[Vector], Field(min_length=1)]
 
 
 def read_json(path: Path) -> Any:

@@ -69,9 +69,9 @@ class Bench:
         self.model = SecureWorld(self.machine.memory, config)
         self.world = LocalSecureWorld(self.machine, self.model)
         self.core = Mediator(policy, self.world)
-        self.checker = Checker(self.core, self.world, self.model.threads_held) if options.check else None
+        self.checker = Checker(self.core, self.world, self.model.threads_held, thorough=options.check)
         self._events = EventLog(trio.current_time, lambda: self.core.tracing)
-        self.service = Service(self.checker or self.core, self.world, self._events)
+        self.service = Service(self.checker, self.world, self._events)
         self.model.on_notification = self.service.notify
         self.guests: list[ServedGuest] = []
         self.clients: set[int] = set()
@@ -98,8 +98,7 @@ class Bench:
             await self._work(await self._warm_parent(stack), started)
         for guest in self.guests:
             await self._remove(guest)
-        if self.checker is not None:
-            self.checker.scan()
+        self.checker.scan()
         seconds = trio.current_time() - started
         return self._summary(seconds if self.up is None else self.up, seconds)
 
@@ -295,7 +294,8 @@ class Bench:
         return Summary(
             guests=tuple(rows),
             strangers=strangers,
-            violations=None if self.checker is None else [str(v) for v in self.checker.violations],
+            violations=[str(violation) for violation in self.checker.violations],
+            checked=self.options.check,
             left={
                 "pages": pins,
                 "calls": sum(self.model.threads_held(client) for client in clients),

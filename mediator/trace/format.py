@@ -223,6 +223,8 @@ def read_trace(path: Path) -> tuple[Header, list[TraceEvent]]:
         events.append(event)
     if header is None:
         raise DocumentError([f"{path}: empty"])
+    if not events:
+        raise DocumentError([f"{path}: a header and no event"])
     return header, events
 
 

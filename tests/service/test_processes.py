@@ -120,7 +120,7 @@ def test_a_signal_ends_the_program_in_order(name: str, flags: tuple[str, ...]) -
     assert (process.returncode, err) == (0, "")
     told = json.loads(out)
     assert [guest["ended"] for guest in told["guests"]] == ["finished", "finished"]
-    assert told["left"] == NOTHING_LEFT and told["violations"] is None
+    assert told["left"] == NOTHING_LEFT and told["violations"] == 0
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
 
