@@ -106,6 +106,8 @@ def _show(summary: "Summary") -> None:
     lines = summary.mission()
     if len({guest.hypervisor for guest in summary.guests}) > 1:
         lines.append("machine: KVM and Xen on one host is a convenience of this bench; --hypervisor kvm or xen exists")
+    if summary.panic_reports:
+        lines += [f"TA panics: {summary.panics}; the last one on OP-TEE's console:", summary.panic_reports[-1].text()]
     show(guests, "\n".join(lines))
     for guest in summary.guests:
         for text in guest.notes:

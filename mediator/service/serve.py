@@ -36,6 +36,8 @@ from optee.secure_world import SecureWorld
 from optee.ta_image import build_image
 from optee.tas.catalogue import BUILT_IN
 
+SHOWN_PANICS: Final = 8
+"""TA panics whose report the summary keeps: the newest."""
 SHUTDOWN_SECONDS: Final = 10.0
 """What guests get to end their work, close their sessions and unload their drivers before their power is cut."""
 LAST_WORDS_SECONDS: Final = 5.0
@@ -309,6 +311,7 @@ class Bench:
             up_seconds=up,
             seconds=seconds,
             refused_guests=tuple(self.refused_guests),
+            panic_reports=tuple(self.model.panic_reports)[-SHOWN_PANICS:],
         )
 
 

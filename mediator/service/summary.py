@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from optee.panic import PanicReport
+
 
 @dataclass(frozen=True, slots=True)
 class GuestSummary:
@@ -73,6 +75,8 @@ class Summary:
     up_seconds: float
     seconds: float
     refused_guests: tuple[str, ...]
+    panic_reports: tuple[PanicReport, ...] = ()
+    """The last few TA panics, as OP-TEE printed them."""
 
     @property
     def good(self) -> bool:
@@ -113,6 +117,7 @@ class Summary:
             "ta_invokes": self.ta_invokes,
             "violations": len(self.violations),
             "left": self.left,
+            "panic_reports": [report.to_json() for report in self.panic_reports],
             "up_seconds": round(self.up_seconds, 3),
             "seconds": round(self.seconds, 3),
         }
