@@ -6,6 +6,7 @@ from typing import Final
 from hv_models.memory import PAGE_SIZE
 from mediator.core.policy import Policy, Word
 from mediator.core.steps import Regs
+from mediator.trace.format import ReturnEvent
 from optee.abi.message import (
     HEADER,
     HEADER_SIZE,
@@ -19,9 +20,9 @@ from optee.abi.message import (
     TYPE_MASK,
     ParamType,
 )
-from optee.abi.results import Result
+from optee.abi.results import Origin, Result
 from optee.abi.rpc import RpcCommand
-from optee.abi.smc import Function, ReturnCode, SecCapability, is_rpc
+from optee.abi.smc import Function, ReturnCode, RpcReturn, SecCapability, is_rpc
 
 LOW: Final = 0xFFFFFFFF
 MESSAGE_CALLS: Final = frozenset({Function.CALL_WITH_ARG, Function.CALL_WITH_RPC_ARG, Function.CALL_WITH_REGD_ARG})
@@ -99,6 +100,16 @@ def strays(request: bytes, reply: bytes) -> bool:
         if taken[at] & TYPE_MASK in _MEMREFS and plain[at] & TYPE_MASK in _MEMREFS:
             plain[at : at + 8] = taken[at : at + 8]
     return plain != taken
+
+
+def answered_there(event: ReturnEvent) -> bool:
+    """Whether a mediator in between can have answered a call by itself: what it returned says so."""
+    a0 = event.regs[0] & LOW
+    if a0 != ReturnCode.OK:
+        # An error, or an RPC that may be its own request to free a buffer; OP-TEE's other RPCs come from OP-TEE.
+        return not is_rpc(a0) or a0 == RpcReturn.CMD
+    messages = [entry.data for entry in event.memory if entry.kind == "message" and len(entry.data) >= HEADER_SIZE]
+    return any(HEADER.unpack_from(data)[6] == Origin.COMMS for data in messages)
 
 
 def registers(

@@ -24,6 +24,7 @@ from mediator.trace.expected import (
     LOW,
     MESSAGE_CALLS,
     TMEM,
+    answered_there,
     first_difference,
     message_size,
     output_fields,
@@ -220,6 +221,8 @@ class Replay:
         if event.id in self._waiting:
             self._submit(self._waiting.pop(event.id))
         if event.id in self._pending:
+            if self._as_xen and not answered_there(event):
+                self._unexpected("forward", "none recorded", _hexes(self._pending[event.id].regs))
             by_kind = {entry.kind: entry.data for entry in event.memory if entry.kind != "list"}
             self._answer(event.id, event.regs, by_kind.get("message"), by_kind.get("rpc"))
         reply = self._replies.pop(event.id, None)

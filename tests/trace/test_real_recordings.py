@@ -281,3 +281,16 @@ def test_a_reply_that_changes_what_it_must_not_is_told(at: int, tmp_path: Path) 
             bad(tampered(events, index, tmp_path, "default"), "forwarded rpc", index + 1)
             return
     pytest.fail("no such reply")
+
+
+@needs_shared
+def test_a_call_that_the_other_mediator_did_not_forward_is_told(tmp_path: Path) -> None:
+    """OP-TEE's answer, and no forward before it: ours forwarded what the recorded one seems to have answered."""
+    events = xen_events()
+    calls = [event["id"] for event in events if event.get("e") == "forward" and event["id"] is not None]
+    for identity in sample(calls):
+        left = [event for event in events if event.get("e") not in ("forward", "answer") or event["id"] != identity]
+        returned = next(event for event in left if event.get("e") == "return" and event["id"] == identity)
+        if int(returned["regs"][0], 16) == CMD:
+            continue  # may be a request of the mediator's own
+        bad(tampered(left, left.index(returned), tmp_path), "forward", left.index(returned) + 1)
