@@ -112,7 +112,7 @@ def _show(summary: "Summary") -> None:
     for guest in summary.guests:
         for text in guest.notes:
             note(f"{guest.name}: {text}")
-    for violation in summary.violations or ():
+    for violation in summary.violations:
         note(violation)
     for name in summary.refused_guests:
         note(f"{name}: OP-TEE refused the guest")

@@ -19,7 +19,7 @@ from mediator.core.policy import Policy
 from mediator.core.steps import Forward, Preempt, Queue, Regs, Reply, Step, Ticket
 from mediator.documents import DocumentError
 from mediator.host import Host
-from mediator.invariants import Checker
+from mediator.invariants import SCAN_EVERY, Checker
 from mediator.trace.expected import (
     LOW,
     MESSAGE_CALLS,
@@ -126,6 +126,8 @@ class Replay:
                     self._return(event)
                 if number % 256 == 0:
                     progress(number, len(self.events))
+                if number % SCAN_EVERY == 0:
+                    self.checker.scan(memory=True)
             self._end()
             progress(len(self.events), len(self.events))
         finally:
