@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from optee.abi.smc import VmId
+from optee.memory.heap import Heap
 from optee.sessions import Sessions
 from optee.shared_memory import SharedMemoryTable
 from optee.storage.guest_storage import GuestStorage
@@ -29,10 +30,12 @@ class Partition:
         self.world = world
         self.vm_id = vm_id
         self.ta_ram = ta_ram
+        self.heap = Heap(config.core_heap_size)
+        """The core's heap of this guest (CFG_CORE_HEAP_SIZE)."""
         self.threads = [Thread(self, index) for index in range(config.threads)]
         self.shared_memory = SharedMemoryTable(world.normal_world, config.core_heap_size)
         self.sessions = Sessions(self)
-        self.storage = GuestStorage(config, world.random.randbytes)
+        self.storage = GuestStorage(config, world.random.randbytes, self.heap, vm_id)
         self.shm_cache = False
         """RPC arguments outlive their calls (ENABLE_SHM_CACHE)."""
         self.notifications = 0

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from optee.memory.heap import Heap
 from optee.storage.hash_tree import Services
-from optee.storage.heap import CoreHeap
 from optee.storage.keys import StorageKeys
 from optee.storage.ree_fs import ReeFs
 from optee.storage.registry import ObjectRegistry
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 class GuestStorage:
     """File system, registry of open objects, and the core's own files."""
 
-    def __init__(self, config: Config, random: Callable[[int], bytes]) -> None:
-        self.heap = CoreHeap(config.core_heap_size)
-        self.ree_fs = ReeFs(Services(StorageKeys(config.huk, config.chip_id), random, self.heap))
+    def __init__(self, config: Config, random: Callable[[int], bytes], heap: Heap, guest: int) -> None:
+        self.ree_fs = ReeFs(Services(StorageKeys(config.huk, config.chip_id), random, heap, guest))
         self.registry = ObjectRegistry()
         self.ta_database = TaDatabase(self.ree_fs)

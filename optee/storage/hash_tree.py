@@ -12,10 +12,10 @@ from typing import Final
 
 from optee.abi.results import Result
 from optee.errors import TeeError
+from optee.memory.heap import Heap, Owner
+from optee.memory.structures import FS_HTREE, HTREE_NODE
 from optee.steps import Steps
-from optee.storage import heap
 from optee.storage.fs_rpc import close_file, read_file, truncate_file, write_file
-from optee.storage.heap import CoreHeap
 from optee.storage.keys import FileCipher, NotAuthentic, StorageKeys, node_hash
 from optee.storage.layout import (
     BLOCK_SIZE,
@@ -44,12 +44,14 @@ _EMPTY_NODE: Final = Node(bytes(HASH_SIZE), bytes(IV_SIZE), bytes(TAG_SIZE), 0)
 
 
 class Services:
-    """What files need of their surroundings: keys, random bytes, and memory."""
+    """What files need of their surroundings: keys, random bytes, and memory of the core's heap."""
 
-    def __init__(self, keys: StorageKeys, random: Callable[[int], bytes], core_heap: CoreHeap) -> None:
+    def __init__(self, keys: StorageKeys, random: Callable[[int], bytes], heap: Heap, guest: int) -> None:
         self.keys = keys
         self.random = random
-        self.heap = core_heap
+        self.heap = heap
+        self.owner = Owner("storage file", guest)
+        """Of what open files take of the heap."""
 
 
 class HashTree:
@@ -71,7 +73,8 @@ class HashTree:
         """Nodes whose block has been written since the last commit."""
         self._valid = True
         self._cut_to: int | None = None
-        services.heap.take(heap.FILE_SIZE)
+        self._memory = [services.heap.allocate(FS_HTREE, services.owner)]
+        """Of the file and its root, then of each further node."""
 
     @property
     def root_hash(self) -> bytes:
@@ -110,7 +113,7 @@ class HashTree:
         for number in range(ROOT + 1, self.max_node_id + 1):
             version = int(bool(self._nodes[number >> 1].flags & committed_child(number & 1)))
             node = yield from self._read_node(thread, number, version)
-            self._services.heap.take(heap.NODE_SIZE)
+            self._take_node()
             self._nodes[number] = node
         if any(self._hash(number) != node.hash for number, node in self._nodes.items()):
             raise TeeError(Result.CORRUPT_OBJECT)
@@ -178,9 +181,12 @@ class HashTree:
 
     def _add_nodes(self, last: int) -> None:
         for number in range(max(self.max_node_id, ROOT) + 1, last + 1):
-            self._services.heap.take(heap.NODE_SIZE)
+            self._take_node()
             self._nodes[number] = _EMPTY_NODE
             self.max_node_id = number
+
+    def _take_node(self) -> None:
+        self._memory.append(self._services.heap.allocate(HTREE_NODE, self._services.owner))
 
     def set_length(self, length: int) -> None:
         """Lengthen the content; `sync` commits it. The blocks have been written."""
@@ -197,7 +203,7 @@ class HashTree:
         last = length // BLOCK_SIZE + 1
         for number in range(last + 1, self.max_node_id + 1):
             del self._nodes[number]
-            self._services.heap.give(heap.NODE_SIZE)
+            self._services.heap.free(self._memory.pop())
             self._dirty.add(number >> 1)
         self._dirty &= self._nodes.keys()
         self._updated &= self._nodes.keys()
@@ -272,9 +278,9 @@ class HashTree:
         self._free()
 
     def _free(self) -> None:
-        if self._nodes:
-            self._services.heap.give(heap.FILE_SIZE + (len(self._nodes) - 1) * heap.NODE_SIZE)
-            self._nodes = {}
+        self._nodes = {}
+        while self._memory:
+            self._services.heap.free(self._memory.pop())
 
     def close(self, thread: Thread) -> Steps[None]:
         """Close the file; what is not committed is lost."""

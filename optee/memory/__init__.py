@@ -1,0 +1,1 @@
+"""OP-TEE's memory: what each pool holds, who takes it, and what fits."""

@@ -1,0 +1,180 @@
+"""A heap as OP-TEE's core has it (bget): first fit, neighbours coalesced at once, nothing ever moved.
+
+Source: memory sizing reference, section 4, for an AArch64 build: a block is the bytes asked for, at least 16 and
+rounded up to a multiple of 16, and 16 bytes of header. The list of free blocks is searched from its head. What is
+taken comes from the upper end of the block that is found, unless what would remain is no block of its own. A freed
+block that has no free neighbour below it goes to the end of the list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final, NamedTuple
+
+from optee.abi.results import Result
+from optee.errors import TeeError
+
+HEADER: Final = 16
+"""Bytes before each block, and behind the last one."""
+QUANTUM: Final = 16
+"""Sizes are multiples of this, and at least this."""
+_ROUND: Final = QUANTUM - 1
+_SMALLEST_REST: Final = QUANTUM + HEADER  # a free rest must be larger
+
+
+class Owner(NamedTuple):
+    """Who holds memory, as the leak report says it."""
+
+    what: str
+    """Kind of object: "session", "RSA key", ..."""
+    guest: int
+    """Client id; 0 for the nexus, which is no guest's."""
+    session: int | None = None
+    """Id of the session that it was allocated for."""
+
+
+class Allocation(NamedTuple):
+    """A block that is allocated."""
+
+    address: int
+    size: int
+    """Bytes, header included."""
+    owner: Owner
+
+
+class Statistics(NamedTuple):
+    """What OP-TEE counts for each pool (struct malloc_stats). All but `failed` are bytes."""
+
+    allocated: int
+    max_allocated: int
+    """The most that was ever allocated."""
+    size: int
+    failed: int
+    """Allocations that failed."""
+    biggest_failure: int
+    """The most that was asked for in vain."""
+    allocated_at_biggest_failure: int
+
+
+def block_size(size: int) -> int:
+    """Bytes that an allocation of `size` bytes takes."""
+    return (size + _ROUND & ~_ROUND or QUANTUM) + HEADER
+
+
+def block_sizes(sizes: Iterable[int]) -> int:
+    """Bytes that allocations of these sizes take together."""
+    return sum(map(block_size, sizes))
+
+
+class Heap:
+    """One pool of `size` bytes. Addresses are offsets in it."""
+
+    __slots__ = (
+        "_allocated_at_biggest_failure",
+        "_biggest_failure",
+        "_failed",
+        "_free",
+        "_free_ends",
+        "_used",
+        "allocated",
+        "max_allocated",
+        "name",
+        "size",
+    )
+
+    def __init__(self, size: int, name: str = "Heap") -> None:
+        self.name = name
+        """As OP-TEE's statistics call the pool."""
+        self.size = size
+        """Bytes, of which the headers take some."""
+        self.allocated = 0
+        """Bytes allocated now, headers included."""
+        self.max_allocated = 0
+        self._failed = self._biggest_failure = self._allocated_at_biggest_failure = 0
+        whole = (size & ~_ROUND) - HEADER
+        self._free = {0: whole} if whole > HEADER else {}
+        """Size of each free block by address, in the order of OP-TEE's free list."""
+        self._free_ends = {size: address for address, size in self._free.items()}
+        """Address of each free block by its end."""
+        self._used: dict[int, tuple[int, Owner]] = {}
+
+    def allocate(self, size: int, owner: Owner) -> int:
+        """Take a block: its address. Raises TeeError(OUT_OF_MEMORY)."""
+        need = (size + _ROUND & ~_ROUND or QUANTUM) + HEADER
+        for address, free in self._free.items():
+            if free < need:
+                continue
+            end = address + free
+            if free - need > _SMALLEST_REST:
+                self._free[address] = free - need
+                self._free_ends[end - need] = address
+            else:
+                need = free
+                del self._free[address]
+            del self._free_ends[end]
+            self._used[end - need] = need, owner
+            self.allocated += need
+            if self.allocated > self.max_allocated:
+                self.max_allocated = self.allocated
+            return end - need
+        self._failed += 1
+        if size > self._biggest_failure:
+            self._biggest_failure = size
+            self._allocated_at_biggest_failure = self.allocated
+        raise TeeError(Result.OUT_OF_MEMORY)
+
+    def free(self, address: int) -> None:
+        """Give a block back. Raises KeyError for one that is not allocated."""
+        size, _ = self._used.pop(address)
+        self.allocated -= size
+        end = address + size
+        below = self._free_ends.pop(address, None)
+        if below is not None:
+            address = below
+        above = self._free.pop(end, 0)
+        end += above
+        self._free[address] = end - address
+        self._free_ends[end] = address
+
+    def allocate_all(self, sizes: Iterable[int], owner: Owner) -> tuple[int, ...]:
+        """Take a block for each size, in this order, or none. Raises TeeError(OUT_OF_MEMORY)."""
+        taken: list[int] = []
+        try:
+            for size in sizes:
+                address = self.allocate(size, owner)
+                taken.append(address)
+        except TeeError:
+            self.free_all(taken)
+            raise
+        return tuple(taken)
+
+    def free_all(self, addresses: Iterable[int]) -> None:
+        """Give blocks back, the last one first."""
+        for address in reversed(tuple(addresses)):
+            self.free(address)
+
+    @property
+    def largest_free(self) -> int:
+        """The largest size that can be allocated now; 0 if none."""
+        return max(max(self._free.values(), default=HEADER) - HEADER, 0)
+
+    @property
+    def statistics(self) -> Statistics:
+        """The pool's counters."""
+        return Statistics(
+            self.allocated,
+            self.max_allocated,
+            self.size,
+            self._failed,
+            self._biggest_failure,
+            self._allocated_at_biggest_failure,
+        )
+
+    def reset_statistics(self) -> None:
+        """Start counting anew; what is allocated stays."""
+        self.max_allocated = self.allocated
+        self._failed = self._biggest_failure = self._allocated_at_biggest_failure = 0
+
+    def allocations(self) -> list[Allocation]:
+        """Everything that is allocated, by address."""
+        return [Allocation(address, *self._used[address]) for address in sorted(self._used)]
