@@ -3,11 +3,11 @@
     async with Board() as board, board.guest("kvm") as guest, guest.context() as context:
         session = await context.open_session(HELLO_WORLD)
 
-The parts are the same that `mediator serve` runs, and all of them are there to be looked at.
+`mediator serve` runs on the same board. All parts of it are there to be looked at.
 """
 
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from itertools import count
 from types import MappingProxyType, TracebackType
 from typing import Final, Self
@@ -17,14 +17,15 @@ import trio
 
 import guests
 from hv_models.conduit import Conduit, InProcessConduit
-from hv_models.machine import DEFAULT_RAM, DEFAULT_VCPUS, Machine
+from hv_models.machine import DEFAULT_RAM, DEFAULT_VCPUS, Machine, RamBlock
 from hv_models.vm import VirtualMachine
 from mediator.core.mediator import Mediator
 from mediator.core.policy import Policy
+from mediator.core.steps import Event
 from mediator.invariants import Checker
 from mediator.policies import load_policy
-from mediator.service.service import Service
-from mediator.service.world import LocalSecureWorld
+from mediator.shell import Service
+from mediator.world import LocalSecureWorld
 from optee.config import DEFAULT, Config
 from optee.secure_world import SecureWorld
 from optee.ta_image import build_image
@@ -45,18 +46,28 @@ class Board:
     """A machine with OP-TEE on it and a mediator before it; use it with `async with`.
 
     policy: what the mediator allows, or the name of a built-in policy. config: how OP-TEE was built. check: look at
-    every step with the invariant checker, whose findings are `violations`.
+    every step with the invariant checker, whose findings are `violations`; thorough: at all invariants, not the
+    cheap ones only. on_event: told what happens in the mediator.
     """
 
-    def __init__(self, policy: Policy | str = "default", config: Config = DEFAULT, *, check: bool = True) -> None:
+    def __init__(
+        self,
+        policy: Policy | str = "default",
+        config: Config = DEFAULT,
+        *,
+        check: bool = True,
+        thorough: bool = True,
+        on_event: Callable[[Event], None] = lambda event: None,
+    ) -> None:
         self.machine = Machine()
         self.model = SecureWorld(self.machine.memory, config)
         self.world = LocalSecureWorld(self.machine, self.model)
         self.core = Mediator(load_policy(policy) if isinstance(policy, str) else policy, self.world)
-        self.checker = Checker(self.core, self.world, self.model.threads_held) if check else None
-        self.service = Service(self.checker or self.core, self.world)
+        self.checker = Checker(self.core, self.world, self.model.threads_held, thorough=thorough) if check else None
+        self.service = Service(self.checker or self.core, self.world, on_event)
         self.model.on_notification = self.service.notify
-        self._clients: list[int] = []
+        self.clients: set[int] = set()
+        """Client ids of all VMs so far."""
         self._numbers = count(1)
 
     @property
@@ -64,28 +75,46 @@ class Board:
         """Invariants that were violated so far, in words; empty without `check`."""
         return [] if self.checker is None else [str(violation) for violation in self.checker.violations]
 
+    def scan(self) -> None:
+        """Let the checker look at everything once more."""
+        if self.checker is not None:
+            self.checker.scan()
+
     def left(self) -> dict[str, int]:
         """What all guests so far hold: pins on their pages, calls, buffers and sessions at OP-TEE, mediator pages."""
         return {
-            "pins": sum(self.machine.pins().values()),
-            "calls": sum(map(self.model.threads_held, self._clients)),
-            "buffers": sum(len(self.model.shared_objects(client)) for client in self._clients),
-            "sessions": sum(map(self.model.session_count, self._clients)),
+            "pins": sum(self.machine.pinned_frames().values()),
+            "calls": sum(map(self.model.threads_held, self.clients)),
+            "buffers": sum(len(self.model.shared_objects(client)) for client in self.clients),
+            "sessions": sum(map(self.model.session_count, self.clients)),
             "mediator_pages": self.machine.pages.allocated,
         }
 
     async def create(
-        self, flavour: str = "kvm", name: str | None = None, *, ram: int = DEFAULT_RAM, vcpus: int = DEFAULT_VCPUS
+        self,
+        flavour: str = "kvm",
+        name: str | None = None,
+        *,
+        ram: int | Sequence[RamBlock] = DEFAULT_RAM,
+        vcpus: int = DEFAULT_VCPUS,
+        client_id: int | None = None,
     ) -> VirtualMachine:
-        """Make a VM and announce it to OP-TEE. Raises BoardError; ValueError for an unknown flavour."""
+        """Make a VM and announce it to OP-TEE. Its client id is the next free one unless given.
+
+        Raises BoardError if OP-TEE has no room for it; ValueError for an unknown flavour, an id or RAM in use.
+        """
         if flavour not in FLAVOURS:
             raise ValueError(f"{flavour!r} is none of {', '.join(FLAVOURS)}")
-        make = self.machine.create_kvm if flavour == "kvm" else self.machine.create_xen
-        vm = make(name or f"{flavour}-{next(self._numbers)}", ram, vcpus)
+        name = name or f"{flavour}-{next(self._numbers)}"
+        vm: VirtualMachine
+        if flavour == "kvm":
+            vm = self.machine.create_kvm(name, ram, vcpus, client_id=client_id)
+        else:
+            vm = self.machine.create_xen(name, ram, vcpus, domain=None if client_id is None else client_id - 1)
         if not await self.service.add(vm):
             self.machine.destroy(vm)
             raise BoardError(f"OP-TEE has no room for {vm.name}")
-        self._clients.append(vm.client_id)
+        self.clients.add(vm.client_id)
         return vm
 
     def conduit(self, vm: VirtualMachine) -> Conduit:
@@ -110,23 +139,31 @@ class Board:
         """
         vm = await self.create(flavour, name, ram=ram, vcpus=vcpus)
         try:
-            async with guests.open(
-                vm.ram[0],
-                self.conduit(vm),
-                name=vm.name,
-                vcpus=vcpus,
-                method=guests.ConduitMethod(vm.hypervisor.conduit),
-                supplicant=supplicant or guests.Supplicant(images(*tas)),
-            ) as guest:
+            async with self.boot(vm, supplicant or guests.Supplicant(images(*tas))) as guest:
                 yield guest
         finally:
             await self.destroy(vm)
 
-    async def destroy(self, vm: VirtualMachine) -> None:
-        """End a VM at whatever point it is, and give its memory back."""
+    def boot(self, vm: VirtualMachine, supplicant: guests.Supplicant) -> AbstractAsyncContextManager[guests.Guest]:
+        """Boot a guest in a VM that exists, as `guests.open` does."""
+        return guests.open(
+            vm.ram[0],
+            self.conduit(vm),
+            name=vm.name,
+            vcpus=len(vm.vcpus),
+            method=guests.ConduitMethod(vm.hypervisor.conduit),
+            supplicant=supplicant,
+        )
+
+    async def destroy(self, vm: VirtualMachine, *, force: bool = False) -> None:
+        """End a VM at whatever point it is, and give its memory back.
+
+        Raises ValueError if pages of it are still pinned; forced, they stay part of physical memory and of `left`.
+        """
         with trio.CancelScope(shield=True):
             await self.service.remove(vm)
-        self.machine.destroy(vm)
+        if vm.alive:
+            self.machine.destroy(vm, force=force)
 
     async def __aenter__(self) -> Self:
         if not await self.service.start():
@@ -138,8 +175,7 @@ class Board:
     ) -> None:
         for vm in list(self.machine.vms.values()):
             await self.destroy(vm)
-        if self.checker is not None:
-            self.checker.scan()
+        self.scan()
         self.machine.close()
 
 

@@ -11,7 +11,6 @@ An answer has `error`, or what was asked for.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
@@ -23,6 +22,11 @@ if TYPE_CHECKING:
     from mediator.service.serve import Bench
 
 FORMAT: Final = "mediator-ctl/1"
+STATUS_KEYS: Final = (
+    "name", "hypervisor", "vmid", "calls", "invokes", "rpcs", "denied", "refused", "rejected", "errors",
+    "pages_pinned", "pages_quota", "threads", "ended",
+)  # fmt: skip
+"""What `status` says of each guest."""
 MAX_REQUEST: Final = 4096
 """Bytes of a request. Stops a peer from filling memory with a line that never ends."""
 REQUEST_SECONDS: Final = 10.0
@@ -57,7 +61,7 @@ class Control:
             case {"ask": "status"}:
                 return self._status()
             case {"ask": "trace", "on": bool(on)}:
-                self._bench.core.tracing = on
+                self._bench.board.core.tracing = on
                 return {"tracing": on}
             case {"ask": "destroy", "guest": str(name)}:
                 return self._destroy(name)
@@ -76,9 +80,9 @@ class Control:
         bench = self._bench
         return {
             "format": FORMAT,
-            "policy": bench.core.policy.name,
-            "tracing": bench.core.tracing,
-            "guests": [asdict(guest.status()) for guest in bench.guests],
+            "policy": bench.board.core.policy.name,
+            "tracing": bench.board.core.tracing,
+            "guests": [guest.status().as_data(*STATUS_KEYS) for guest in bench.guests],
         }
 
     def _destroy(self, name: str) -> dict[str, Any]:
@@ -98,7 +102,7 @@ class Control:
             return {"lines": _forth_and_back(guest.vm, address, self._bench)}
         ipa = guest.vm.find(address)
         if ipa is None:
-            return {"lines": [f"PA {address:#x} is not {guest.name}'s: {self._bench.machine.describe(address)}"]}
+            return {"lines": [f"PA {address:#x} is not {guest.name}'s: {self._bench.board.machine.describe(address)}"]}
         return {
             "lines": [f"PA {address:#x} is IPA {ipa:#x} of {guest.name}", *str(guest.vm.stage2.walk(ipa)).split("\n")]
         }
@@ -108,7 +112,7 @@ def _forth_and_back(vm: VirtualMachine, ipa: int, bench: Bench) -> list[str]:
     walk = vm.stage2.walk(ipa)
     lines = str(walk).split("\n")
     if walk.pa is not None:
-        lines.append(f"back: PA {walk.pa:#x} is {bench.machine.describe(walk.pa)}")
+        lines.append(f"back: PA {walk.pa:#x} is {bench.board.machine.describe(walk.pa)}")
     return lines
 
 

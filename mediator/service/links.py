@@ -15,11 +15,11 @@ import trio
 
 from hv_models import link
 from hv_models.link import FEATURES, Feature, Flavour, LinkError, MemoryRegion, Message, Request
-from hv_models.machine import MAX_CLIENT_ID, Machine, RamBlock
+from hv_models.machine import MAX_CLIENT_ID, RamBlock
 from hv_models.memory import PAGE_SIZE, PageStore
 from hv_models.socket_link import LinkClosed, SocketLink
 from hv_models.vm import VirtualMachine
-from mediator.service.service import Service
+from mediator.board import Board, BoardError
 from optee.abi.smc import Registers
 
 HANDSHAKE_SECONDS: Final = 10.0
@@ -45,14 +45,11 @@ class Ending(StrEnum):
 class Link:
     """One VM's link, from its first message to its last. Its client id is the lowest free one unless given."""
 
-    def __init__(
-        self, service: Service, machine: Machine, sock: trio.socket.SocketType, client_id: int | None = None
-    ) -> None:
+    def __init__(self, board: Board, sock: trio.socket.SocketType, client_id: int | None = None) -> None:
         self.vm: VirtualMachine | None = None
         self.reason = ""
         """Why the link was ended, in one line; empty if it was ended in order."""
-        self._service = service
-        self._machine = machine
+        self._board = board
         self._client_id = client_id
         self._link = SocketLink(sock)
         self._busy: set[int] = set()
@@ -137,19 +134,12 @@ class Link:
         """Make the VM, and tell OP-TEE."""
         client = self._client_id
         if client is None:
-            client = next((n for n in range(1, MAX_CLIENT_ID + 1) if n not in self._machine.vms), 0)
+            client = next((n for n in range(1, MAX_CLIENT_ID + 1) if n not in self._board.machine.vms), 0)
         try:
-            if flavour is Flavour.KVM:
-                vm: VirtualMachine = self._machine.create_kvm(name, blocks, vcpus, client_id=client)
-            else:
-                vm = self._machine.create_xen(name, blocks, vcpus, domain=client - 1)
-        except ValueError as error:
+            self.vm = await self._board.create(flavour.name.lower(), name, ram=blocks, vcpus=vcpus, client_id=client)
+        except (ValueError, BoardError) as error:
             raise LinkError(f"START: {error}") from None
-        if not await self._service.add(vm):
-            self._machine.destroy(vm)
-            raise LinkError("START: OP-TEE has no room for another VM")
-        self.vm = vm
-        return vm.client_id
+        return self.vm.client_id
 
     async def _take_calls(self, vm: VirtualMachine, calls: trio.Nursery) -> bool:
         """Until the peer says STOP (True) or is gone."""
@@ -177,7 +167,7 @@ class Link:
                 link.refuse(message, "came where CALL or STOP is due")
 
     async def _call(self, vm: VirtualMachine, vcpu: int, regs: Registers) -> None:
-        answer = await self._service.mediate(vm, vcpu, regs)
+        answer = await self._board.service.mediate(vm, vcpu, regs)
         self._busy.discard(vcpu)
         try:
             await self._link.send(Request.CALL, link.call(vcpu, answer), reply=True)
@@ -198,9 +188,7 @@ class Link:
         """End the VM for OP-TEE and for the machine; pages that stay pinned stay part of physical memory."""
         if self.vm is not None:
             self.vm.on_interrupt = None
-            await self._service.remove(self.vm)
-            if self.vm.alive:
-                self._machine.destroy(self.vm, force=True)
+            await self._board.destroy(self.vm, force=True)
 
     async def _say_farewell(self, stopped: bool) -> None:
         try:

@@ -5,20 +5,18 @@ import socket
 import sys
 from collections import deque
 from contextlib import AsyncExitStack
-from typing import Any, Final
+from typing import Final
 
 import trio
 
 import guests
 from guests.process import Settings
 from guests.workloads import WORKLOADS
-from hv_models.conduit import InProcessConduit
-from hv_models.machine import DEFAULT_RAM, DEFAULT_VCPUS, RAM_BASE, Machine
+from hv_models.machine import DEFAULT_RAM, DEFAULT_VCPUS, RAM_BASE
 from hv_models.vm import VirtualMachine
-from mediator.core.mediator import Mediator
+from mediator.board import Board, BoardError, images
 from mediator.core.policy import Policy
 from mediator.documents import DocumentError
-from mediator.invariants import Checker
 from mediator.policies import load_policy
 from mediator.service.control import Control
 from mediator.service.display import display
@@ -28,12 +26,8 @@ from mediator.service.log import EventLog
 from mediator.service.options import ServeOptions
 from mediator.service.processes import GuestProcess, WarmParent, open_warm_parent
 from mediator.service.served import ServedGuest
-from mediator.service.service import Service
 from mediator.service.summary import Summary
-from mediator.service.world import LocalSecureWorld
 from optee.config import Config
-from optee.secure_world import SecureWorld
-from optee.ta_image import build_image
 from optee.tas.catalogue import BUILT_IN
 
 SHOWN_PANICS: Final = 8
@@ -56,29 +50,18 @@ def _flavour(hypervisor: str, index: int) -> str:
     return hypervisor if hypervisor != "mixed" else ("kvm", "xen")[index % 2]
 
 
-def _images() -> dict[Any, bytes]:
-    return {ta.uuid: build_image(ta) for ta in BUILT_IN if not ta.is_pseudo}
-
-
 class Bench:
     """The machine of one run."""
 
     def __init__(self, options: ServeOptions, policy: Policy) -> None:
         self.options = options
-        self.machine = Machine()
         room = options.guests + options.host_client + (EXTERNAL_ROOM if options.external is not None else 0)
         config = Config(guests=max(room, 1), early_tas=frozenset(), seed=options.seed)
-        self.model = SecureWorld(self.machine.memory, config)
-        self.world = LocalSecureWorld(self.machine, self.model)
-        self.core = Mediator(policy, self.world)
-        self.checker = Checker(self.core, self.world, self.model.threads_held, thorough=options.check)
-        self._events = EventLog(trio.current_time, lambda: self.core.tracing)
-        self.service = Service(self.checker, self.world, self._events)
-        self.model.on_notification = self.service.notify
+        self._events = EventLog(trio.current_time, lambda: self.board.core.tracing)
+        self.board = Board(policy, config, thorough=options.check, on_event=self._events)
         self.guests: list[ServedGuest] = []
-        self.clients: set[int] = set()
         self._strangers: deque[ServedGuest] = deque()
-        self.images = _images()
+        self.images = images(*(ta for ta in BUILT_IN if not ta.is_pseudo))
         self.refused_guests: list[str] = []
         self.up: float | None = None
         self._stopping = trio.Event()
@@ -86,23 +69,22 @@ class Bench:
         self._is_up = trio.Event()
 
     async def run(self) -> Summary:
-        """Up, work, down; whatever happens, everything is given back."""
+        """Up, work, down; whatever happens, everything is given back. Raises BoardError, DocumentError."""
         started = trio.current_time()
-        if not await self.service.start():
-            raise DocumentError(["OP-TEE does not know virtualization"])
-        async with AsyncExitStack() as stack:
-            if self.options.external is not None:
-                door = listening(self.options.external, socket.SOCK_SEQPACKET, self._serve_external)
-                await stack.enter_async_context(door)
-            if self.options.control is not None:
-                control = listening(self.options.control, socket.SOCK_STREAM, Control(self).serve)
-                await stack.enter_async_context(control)
-            await self._work(await self._warm_parent(stack), started)
-        for guest in self.guests:
-            await self._remove(guest)
-        self.checker.scan()
-        seconds = trio.current_time() - started
-        return self._summary(seconds if self.up is None else self.up, seconds)
+        async with self.board:
+            async with AsyncExitStack() as stack:
+                if self.options.external is not None:
+                    door = listening(self.options.external, socket.SOCK_SEQPACKET, self._serve_external)
+                    await stack.enter_async_context(door)
+                if self.options.control is not None:
+                    control = listening(self.options.control, socket.SOCK_STREAM, Control(self).serve)
+                    await stack.enter_async_context(control)
+                await self._work(await self._warm_parent(stack), started)
+            for guest in self.guests:
+                await self._remove(guest)
+            self.board.scan()
+            seconds = trio.current_time() - started
+            return self._summary(seconds if self.up is None else self.up, seconds)
 
     async def _work(self, parent: WarmParent | None, started: float) -> None:
         """Start the guests, and wait until they have ended and nobody else is wanted."""
@@ -139,38 +121,26 @@ class Bench:
         running.start_soon(self._run_process, guest, guest.process, len(self.guests))
 
     async def _start_in_process(self, guest: ServedGuest, running: trio.Nursery) -> None:
-        create = self.machine.create_kvm if guest.hypervisor == "kvm" else self.machine.create_xen
-        vm = create(guest.name)
-        if await self.service.add(vm):
-            self._born(guest, vm)
-            self.guests.append(guest)
-            running.start_soon(self._run_in_process, guest, vm)
-        else:
-            self.machine.destroy(vm)
+        try:
+            vm = await self.board.create(guest.hypervisor, guest.name)
+        except BoardError:
             self.refused_guests.append(guest.name)
-
-    def _born(self, guest: ServedGuest, vm: VirtualMachine) -> None:
-        guest.born(vm, self.core, self.service)
-        self.clients.add(vm.client_id)
+            return
+        guest.born(vm, self.board)
+        self.guests.append(guest)
+        running.start_soon(self._run_in_process, guest, vm)
 
     async def _remove(self, guest: ServedGuest) -> None:
         """Take a guest's VM away; pins that are left then show in the summary."""
         if guest.vm is not None:
-            with trio.CancelScope(shield=True):
-                await self.service.remove(guest.vm)
-            self.machine.destroy(guest.vm, force=True)
+            await self.board.destroy(guest.vm, force=True)
         guest.buried()
 
     async def _run_in_process(self, guest: ServedGuest, vm: VirtualMachine) -> None:
-        conduit = InProcessConduit(vm, self.service.mediate)
         workload = WORKLOADS[self.options.workload]
-        method = guests.ConduitMethod(vm.hypervisor.conduit)
-        supplicant = guests.Supplicant(self.images)
         try:
             with guest.life:
-                async with guests.open(
-                    vm.ram[0], conduit, name=vm.name, vcpus=len(vm.vcpus), method=method, supplicant=supplicant
-                ) as running:
+                async with self.board.boot(vm, guests.Supplicant(self.images)) as running:
                     guest.driver = running.driver
                     with guest.work:
                         await workload(running, guest.report)
@@ -184,7 +154,7 @@ class Bench:
 
     async def _run_process(self, guest: ServedGuest, process: GuestProcess, client_id: int) -> None:
         """Serve a guest process until it and its VM have ended; the death of either is that of the other."""
-        link = Link(self.service, self.machine, process.link, client_id)
+        link = Link(self.board, process.link, client_id)
         said: list[str] = []
 
         async def listen() -> None:
@@ -194,7 +164,7 @@ class Bench:
             with guest.life:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(listen)
-                    ending = await link.serve(lambda vm: self._born(guest, vm))
+                    ending = await link.serve(lambda vm: guest.born(vm, self.board))
                     nursery.cancel_scope.deadline = trio.current_time() + LAST_WORDS_SECONDS
                 guest.ended = "failed" if said == ["failed"] else str(ending)
                 if ending is Ending.FAILED:
@@ -213,13 +183,13 @@ class Bench:
 
     async def _serve_external(self, sock: trio.socket.SocketType) -> None:
         """Serve a VM that somebody else started."""
-        link = Link(self.service, self.machine, sock)
+        link = Link(self.board, sock)
         guest: ServedGuest | None = None
 
         def born(vm: VirtualMachine) -> None:
             nonlocal guest
             guest = ServedGuest(vm.name, vm.hypervisor.name, life=life)
-            self._born(guest, vm)
+            guest.born(vm, self.board)
             self.guests.append(guest)
 
         ending = Ending.KILLED
@@ -284,34 +254,30 @@ class Bench:
                 self.stop()
 
     def _summary(self, up: float, seconds: float) -> Summary:
-        inbox = self.world.inbox
-        rows = [
-            guest.row(offered=guest.accounts.client_id in self.world.reserved_offered)
-            for guest in self.guests
-            if guest.accounts is not None
-        ]
-        clients = self.clients
-        strangers = sum(count for (_, client), count in inbox.items() if client and client not in clients)
-        pins = sum(self.machine.pinned_frames().values())
+        board = self.board
+        model, clients = board.model, board.clients
+        guests = [guest for guest in self.guests if guest.accounts is not None]
+        left = board.left()
         return Summary(
-            guests=tuple(rows),
-            strangers=strangers,
-            violations=[str(violation) for violation in self.checker.violations],
+            guests=tuple(guest.status() for guest in guests),
+            reserved_offered=sum(guest.status().vmid in board.world.reserved_offered for guest in guests),
+            strangers=sum(n for (_, client), n in board.world.inbox.items() if client and client not in clients),
+            violations=board.violations,
             checked=self.options.check,
             left={
-                "pages": pins,
-                "calls": sum(self.model.threads_held(client) for client in clients),
-                "buffers": sum(len(self.model.shared_objects(client)) for client in clients),
-                "rpc_arguments": self.machine.pages.allocated,
+                "pages": left["pins"],
+                "calls": left["calls"],
+                "buffers": left["buffers"],
+                "rpc_arguments": left["mediator_pages"],
             },
-            ta_invokes=self.model.ta_invokes,
-            panics=self.model.panics,
-            cancels=self.model.cancels,
-            thread_limits=sum(guest.accounts.seen.thread_limits for guest in self.guests if guest.accounts is not None),
+            ta_invokes=model.ta_invokes,
+            panics=model.panics,
+            cancels=model.cancels,
+            thread_limits=sum(guest.status().thread_limits for guest in guests),
             up_seconds=up,
             seconds=seconds,
             refused_guests=tuple(self.refused_guests),
-            panic_reports=tuple(self.model.panic_reports)[-SHOWN_PANICS:],
+            panic_reports=tuple(model.panic_reports)[-SHOWN_PANICS:],
         )
 
 
@@ -325,5 +291,5 @@ def run_bench(options: ServeOptions) -> Summary:
     bench = Bench(options, load_policy(options.policy))
     try:
         return trio.run(bench.run)
-    finally:
-        bench.machine.close()
+    except BoardError as error:
+        raise DocumentError([str(error)]) from None

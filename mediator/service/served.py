@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import trio
 
 from guests import Driver
 from guests.workloads import Report
 from hv_models.vm import VirtualMachine
+from mediator.board import Board
 from mediator.core.ledger import Ledger
-from mediator.core.mediator import Mediator
 from mediator.core.records import Counters
 from mediator.service.processes import GuestProcess
-from mediator.service.service import GuestMemoryCount, Seen, Service
-from mediator.service.summary import GuestSummary
+from mediator.shell import GuestMemoryCount, Seen
 
 
 class Translated(NamedTuple):
@@ -38,22 +37,39 @@ class Accounts:
 
 @dataclass(frozen=True, slots=True)
 class GuestStatus:
-    """A guest as it is at this moment. pages_pinned: of pages_quota; threads: of OP-TEE; ended: empty while it runs."""
+    """A guest as it is at this moment, or was at its end.
+
+    pages_pinned: of pages_quota; threads: of OP-TEE; ended: empty while it runs. pages_translated: pages pinned so
+    far; pages_identical: of these, how many had PA = IPA. reserved_seen: capability exchanges in which it saw the
+    offer of reserved shared memory. forged_ids: calls with a client id in a7 that is not its own.
+    """
 
     name: str
     hypervisor: str
-    vmid: int
-    calls: int
-    invokes: int
-    rpcs: int
-    denied: int
-    refused: int
-    rejected: int
-    errors: int
-    pages_pinned: int
-    pages_quota: int
-    threads: int
     ended: str
+    invokes: int
+    errors: int
+    quota_refusals: int
+    notes: tuple[str, ...]
+    vmid: int = 0
+    calls: int = 0
+    rpcs: int = 0
+    denied: int = 0
+    refused: int = 0
+    rejected: int = 0
+    pages_pinned: int = 0
+    pages_pinned_peak: int = 0
+    pages_quota: int = 0
+    threads: int = 0
+    pages_translated: int = 0
+    pages_identical: int = 0
+    reserved_seen: int = 0
+    forged_ids: int = 0
+    thread_limits: int = 0
+
+    def as_data(self, *names: str) -> dict[str, Any]:
+        """Those of its fields, for JSON."""
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(slots=True)
@@ -92,9 +108,9 @@ class ServedGuest:
         """Commands that reached a TA, as the guest knows it."""
         return self.report.invokes if self.driver is None else self.driver.invokes
 
-    def born(self, vm: VirtualMachine, mediator: Mediator, service: Service) -> None:
+    def born(self, vm: VirtualMachine, board: Board) -> None:
         """OP-TEE knows the VM now."""
-        record = mediator.guests[vm.client_id]
+        record, service = board.core.guests[vm.client_id], board.service
         self.vm = vm
         self.accounts = Accounts(
             vm.client_id, record.ledger, record.counters, service.seen[vm.client_id], service.memories[vm.client_id]
@@ -103,49 +119,33 @@ class ServedGuest:
     def status(self) -> GuestStatus:
         """What is known of it now."""
         accounts, report = self.accounts, self.report
-        if accounts is None:
-            return GuestStatus(self.name, self.hypervisor, 0, 0, 0, 0, 0, 0, 0, report.errors, 0, 0, 0, self.ended)
-        ledger, counters = accounts.ledger, accounts.counters
-        return GuestStatus(
+        known = GuestStatus(
             name=self.name,
             hypervisor=self.hypervisor,
-            vmid=accounts.client_id,
-            calls=counters.calls,
-            invokes=self.invokes,
-            rpcs=counters.rpcs,
-            denied=counters.denied,
-            refused=counters.refused,
-            rejected=counters.rejected,
-            errors=report.errors,
-            pages_pinned=ledger.pages,
-            pages_quota=ledger.limits.pages,
-            threads=ledger.calls,
             ended=self.ended,
-        )
-
-    def row(self, *, offered: bool) -> GuestSummary:
-        """Its row of the summary. offered: OP-TEE offered it reserved shared memory."""
-        accounts, report = self.accounts, self.report
-        assert accounts is not None
-        ledger, counters = accounts.ledger, accounts.counters
-        return GuestSummary(
-            name=self.name,
-            hypervisor=self.hypervisor,
-            vmid=accounts.client_id,
-            calls=counters.calls,
             invokes=self.invokes,
-            rpcs=counters.rpcs,
-            denied=counters.denied,
-            refused=counters.refused,
-            rejected=counters.rejected,
             errors=report.errors,
-            pages_pinned_peak=ledger.pages_peak,
-            ended=self.ended or "killed",
-            pages_translated=accounts.memory.pages,
-            pages_identical=accounts.memory.identical,
-            reserved_offered=offered,
-            reserved_seen=accounts.seen.reserved_seen,
-            forged_ids=accounts.seen.forged,
             quota_refusals=report.refusals["quota"],
             notes=tuple(report.notes),
+        )
+        if accounts is None:
+            return known
+        ledger, counters, seen, memory = accounts.ledger, accounts.counters, accounts.seen, accounts.memory
+        return replace(
+            known,
+            vmid=accounts.client_id,
+            calls=counters.calls,
+            rpcs=counters.rpcs,
+            denied=counters.denied,
+            refused=counters.refused,
+            rejected=counters.rejected,
+            pages_pinned=ledger.pages,
+            pages_pinned_peak=ledger.pages_peak,
+            pages_quota=ledger.limits.pages,
+            threads=ledger.calls,
+            pages_translated=memory.pages,
+            pages_identical=memory.identical,
+            reserved_seen=seen.reserved_seen,
+            forged_ids=seen.forged,
+            thread_limits=seen.thread_limits,
         )

@@ -1,69 +1,29 @@
 """What a run of `mediator serve` did, as data and as text."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
+from mediator.service.served import GuestStatus
 from optee.panic import PanicReport
 
-
-@dataclass(frozen=True, slots=True)
-class GuestSummary:
-    """One guest's run.
-
-    pages_translated: pages pinned over the run; pages_identical: of these, how many had PA = IPA.
-    reserved_offered: OP-TEE offered this guest reserved shared memory; reserved_seen: capability exchanges in
-    which the guest saw the offer. forged_ids: calls with a client id in a7 that is not the guest's own.
-    """
-
-    name: str
-    hypervisor: str
-    vmid: int
-    calls: int
-    invokes: int
-    rpcs: int
-    denied: int
-    refused: int
-    rejected: int
-    errors: int
-    pages_pinned_peak: int
-    ended: str
-    pages_translated: int
-    pages_identical: int
-    reserved_offered: bool
-    reserved_seen: int
-    forged_ids: int
-    quota_refusals: int
-    notes: tuple[str, ...]
-
-    def as_data(self) -> dict[str, Any]:
-        """The guest's entry in the JSON document."""
-        names = (
-            "name",
-            "hypervisor",
-            "vmid",
-            "calls",
-            "invokes",
-            "rpcs",
-            "denied",
-            "refused",
-            "rejected",
-            "errors",
-            "pages_pinned_peak",
-            "pages_translated",
-            "forged_ids",
-            "ended",
-        )
-        return {name: getattr(self, name) for name in names}
-
-
+GUEST_KEYS: Final = (
+    "name", "hypervisor", "vmid", "calls", "invokes", "rpcs", "denied", "refused", "rejected", "errors",
+    "pages_pinned_peak", "pages_translated", "forged_ids", "ended",
+)  # fmt: skip
+"""What the JSON document says of each guest."""
 _SUMMED = ("calls", "invokes", "rpcs", "denied", "refused", "rejected", "errors", "pages_pinned_peak")
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """The whole run. strangers: calls at OP-TEE whose a7 was no guest's and not the hypervisor's."""
+    """The whole run.
 
-    guests: tuple[GuestSummary, ...]
+    reserved_offered: guests to which OP-TEE offered reserved shared memory, whatever the mediator then let them see;
+    strangers: calls at OP-TEE whose a7 was no guest's and not the hypervisor's.
+    """
+
+    guests: tuple[GuestStatus, ...]
+    reserved_offered: int
     strangers: int
     violations: list[str]
     checked: bool
@@ -98,7 +58,7 @@ class Summary:
         """The JSON document of `mediator serve`."""
         return {
             "format": "mediator-serve/1",
-            "guests": [guest.as_data() for guest in self.guests],
+            "guests": [guest.as_data(*GUEST_KEYS) for guest in self.guests],
             "totals": {
                 **self.totals(),
                 "panics": self.panics,
@@ -106,7 +66,7 @@ class Summary:
                 "thread_limits": self.thread_limits,
             },
             "mission": {
-                "reserved_memory_offered_by_optee": sum(guest.reserved_offered for guest in self.guests),
+                "reserved_memory_offered_by_optee": self.reserved_offered,
                 "reserved_memory_seen_by_guests": sum(bool(guest.reserved_seen) for guest in self.guests),
                 "forged_client_ids_tried": sum(guest.forged_ids for guest in self.guests),
                 "foreign_client_ids_at_optee": self.strangers,

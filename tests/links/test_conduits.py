@@ -21,7 +21,7 @@ from hv_models.socket_conduit import open_conduit
 from hv_models.vm import VirtualMachine
 from mediator.board import NOTHING_LEFT, Board, images
 from mediator.service.links import Ending, Link
-from mediator.service.service import NOTIFICATION_INTERRUPT
+from mediator.shell import NOTIFICATION_INTERRUPT
 from optee.abi.smc import API_UID, Function, ReturnCode
 from optee.tas.catalogue import BUILT_IN
 
@@ -33,11 +33,11 @@ FLAVOURS = ["kvm", "xen"]
 async def vm_by_socket(board: Board, flavour: str) -> AsyncIterator[tuple[VirtualMachine, GuestRam, Conduit]]:
     ours, theirs = trio.socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ram = GuestRam(PageStore("guest", RAM // PAGE_SIZE), RAM_BASE)
-    served = Link(board.service, board.machine, ours)
+    served = Link(board, ours)
     endings: list[Ending] = []
 
     async def serve() -> None:
-        endings.append(await served.serve(lambda vm: board._clients.append(vm.client_id)))
+        endings.append(await served.serve())
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(serve)
@@ -142,7 +142,7 @@ async def test_a_whole_guest_runs(make, flavour: str) -> None:
 async def test_nobody_to_answer_any_more(nursery: trio.Nursery) -> None:
     ours, theirs = trio.socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     async with Board() as board:
-        served = Link(board.service, board.machine, ours)
+        served = Link(board, ours)
         scope = trio.CancelScope()
 
         async def serve() -> None:

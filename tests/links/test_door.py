@@ -71,7 +71,7 @@ class Peer:
     def __init__(self, board: Board, nursery: trio.Nursery) -> None:
         ours, self.socket = trio.socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         SOCKETS.append(self.socket)
-        self.link = Link(board.service, board.machine, ours)
+        self.link = Link(board, ours)
         self.endings: list[Ending] = []
         nursery.start_soon(self._serve)
 
@@ -101,7 +101,7 @@ class Peer:
 async def bystander(board: Board, nursery: trio.Nursery) -> AsyncIterator[SocketConduit]:
     """Another VM, which must not notice anything."""
     ours, theirs = trio.socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    nursery.start_soon(Link(board.service, board.machine, ours).serve)
+    nursery.start_soon(Link(board, ours).serve)
     ram = GuestRam(PageStore("bystander", PAGES), RAM_BASE)
     async with open_conduit(theirs, Flavour.XEN, "bystander", 2, [ram]) as conduit:
         assert (await conduit.call(0, CALLS_UID))[:4] == API_UID
@@ -323,9 +323,9 @@ async def test_idle_connections_end_by_themselves(autojump_clock: MockClock, nur
 async def test_a_vm_too_many_is_told_so(nursery: trio.Nursery) -> None:
     async with Board(config=Config(guests=1)) as board, bystander(board, nursery):
         ours, theirs = trio.socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        nursery.start_soon(Link(board.service, board.machine, ours).serve)
+        nursery.start_soon(Link(board, ours).serve)
         ram = GuestRam(PageStore("second", PAGES), RAM_BASE)
-        with pytest.raises(LinkRefused, match="OP-TEE has no room for another VM"):
+        with pytest.raises(LinkRefused, match="OP-TEE has no room for second"):
             async with open_conduit(theirs, Flavour.KVM, "second", 2, [ram]):
                 pass
 

@@ -68,7 +68,6 @@ async def test_a_thousand_idle_connections_keep_nobody_out(tmp_path: Path, autoj
             assert await sock.recv(512) == b""
             sock.close()
         bench.stop()
-    bench.machine.close()
     assert [guest.ended for guest in bench.guests] == ["finished"]
     assert descriptors() < before + 10
 

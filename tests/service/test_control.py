@@ -58,7 +58,6 @@ async def running(tmp_path: Path):
         await bench.bench.wait_until_up()
         yield bench
         bench.bench.stop()
-    bench.bench.machine.close()
     assert not path.exists()
     assert bench.summary is not None and bench.summary.good and not any(bench.summary.left.values())
 
@@ -92,9 +91,9 @@ async def test_destroy_cuts_one_guests_power(running: Running, name: str) -> Non
 
 async def test_trace_logs_every_event_but_not_endlessly(running: Running, capsys: Capture) -> None:
     assert await running.request(ask="trace", on=True) == {"tracing": True}
-    assert running.bench.core.tracing
+    assert running.bench.board.core.tracing
     assert await running.request(ask="trace", on=False) == {"tracing": False}
-    assert not running.bench.core.tracing
+    assert not running.bench.board.core.tracing
 
 
 async def test_translate_walks_forth_and_back(running: Running) -> None:
@@ -147,7 +146,6 @@ async def test_who_says_nothing_is_dropped(autojump_clock: trio.testing.MockCloc
     ours, theirs = trio.socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours, theirs:
         await Control(bench).serve(ours)
-    bench.machine.close()
 
 
 async def test_a_socket_that_is_served_is_not_taken_away(tmp_path: Path) -> None:

@@ -41,10 +41,7 @@ def run(act: Act, **options: Any) -> tuple[Bench, Summary]:
                 await act(bench)
                 bench.stop()
 
-    try:
-        trio.run(main)
-    finally:
-        bench.machine.close()
+    trio.run(main)
     return bench, found[0]
 
 

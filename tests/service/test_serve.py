@@ -42,10 +42,7 @@ def run(workload: str = "hello", **options: Any) -> Summary:
     """Run in virtual time, checked at every step."""
     chosen = ServeOptions(workload=workload, check=True, **options)
     bench = Bench(chosen, load_policy(chosen.policy))
-    try:
-        return trio.run(bench.run, clock=MockClock(autojump_threshold=0))
-    finally:
-        bench.machine.close()
+    return trio.run(bench.run, clock=MockClock(autojump_threshold=0))
 
 
 @pytest.mark.parametrize("workload", sorted(SHORT))
@@ -97,10 +94,7 @@ def test_the_mission_is_stated_in_numbers() -> None:
 
 def test_without_check_nothing_is_claimed() -> None:
     bench = Bench(ServeOptions(workload="hello"), load_policy("default"))
-    try:
-        summary = trio.run(bench.run, clock=MockClock(autojump_threshold=0))
-    finally:
-        bench.machine.close()
+    summary = trio.run(bench.run, clock=MockClock(autojump_threshold=0))
     assert summary.violations == [] and summary.as_data()["violations"] == 0
     assert summary.good
     assert "violations: 0 (the cheap invariants" in "\n".join(summary.mission())
@@ -214,10 +208,7 @@ def test_a_stop_at_any_moment_ends_in_order(how: Any, moment: float, monkeypatch
             else:
                 signal.raise_signal(how)
 
-    try:
-        trio.run(main, clock=MockClock(autojump_threshold=0))
-    finally:
-        bench.machine.close()
+    trio.run(main, clock=MockClock(autojump_threshold=0))
     (summary,) = found
     assert summary.violations == [] and summary.left == NOTHING_LEFT
     assert {guest.ended for guest in summary.guests} == {"finished"}

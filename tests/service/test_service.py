@@ -13,8 +13,8 @@ from mediator.core.mediator import Mediator
 from mediator.core.steps import Event
 from mediator.invariants import Checker
 from mediator.policies import load_policy
-from mediator.service.service import NOTIFICATION_INTERRUPT, Service
-from mediator.service.world import LocalSecureWorld
+from mediator.shell import NOTIFICATION_INTERRUPT, Service
+from mediator.world import LocalSecureWorld
 from optee.abi.message import Command, Message, Param, ParamType
 from optee.abi.results import Origin, Result
 from optee.abi.smc import API_UID, Function, Registers, ReturnCode, SecCapability, to_pair

@@ -19,9 +19,9 @@ from mediator.core.mediator import Mediator
 from mediator.core.policy import Policy
 from mediator.core.steps import Forward, Reply
 from mediator.policies import load_policy
-from mediator.service.world import LocalSecureWorld
 from mediator.trace.format import read_trace
 from mediator.trace.replay import Replay, ReplayReport
+from mediator.world import LocalSecureWorld
 from optee.abi.message import (
     ENTRIES_PER_PAGE,
     HEADER,
