@@ -12,67 +12,44 @@ from itertools import count
 from optee.abi.results import Result
 from optee.errors import TeeError
 from optee.steps import Steps
-from optee.storage.fs_rpc import close_file, open_file, remove_file
-from optee.storage.hash_tree import HashTree, Services
+from optee.storage.hash_tree import HashTree
 from optee.storage.layout import DIRECTORY_NAME, ENTRY_SIZE, FREE_ENTRY, DirectoryEntry
 from optee.storage.ree_file import read_content, write_content
+from optee.storage.tree_files import TreeFiles
 from optee.threads import Thread
-
-
-def open_tree(
-    thread: Thread, services: Services, name: str, owner: bytes | None, expected: bytes | None, *, create: bool = False
-) -> Steps[HashTree]:
-    """Open or create a file. One that was to be created, or dirf.db, is removed if that fails. Raises TeeError."""
-    removed = create or expected is None
-    try:
-        fd = yield from open_file(thread, name, create=create)
-        try:
-            tree = HashTree(services, fd, owner)
-        except TeeError:
-            yield from close_file(thread, fd)
-            raise
-        try:
-            yield from tree.create(thread) if create else tree.open(thread, expected)
-        except TeeError:
-            yield from tree.close(thread)
-            raise
-    except TeeError:
-        if removed:
-            yield from remove_file(thread, name)
-        raise
-    return tree
 
 
 class Directory:
     """Entries by index. Changes are committed by `commit`."""
 
-    def __init__(self, tree: HashTree) -> None:
+    def __init__(self, files: TreeFiles, tree: HashTree) -> None:
+        self._files = files
         self._tree = tree
         self._numbers: set[int] = set()
 
     @classmethod
-    def open(cls, thread: Thread, services: Services) -> Steps[Directory]:
+    def open(cls, thread: Thread, files: TreeFiles) -> Steps[Directory]:
         """Open dirf.db, or create it, and learn which file numbers are in use. Raises TeeError."""
         try:
-            tree = yield from open_tree(thread, services, DIRECTORY_NAME, None, None)
+            tree = yield from files.open(thread, DIRECTORY_NAME, None, None)
         except TeeError as error:
             if error.result != Result.ITEM_NOT_FOUND:
                 raise
-            tree = yield from open_tree(thread, services, DIRECTORY_NAME, None, None, create=True)
-        directory = cls(tree)
+            tree = yield from files.create(thread, DIRECTORY_NAME, None)
+        directory = cls(files, tree)
         try:
             for index in directory._indices():
                 entry = yield from directory.read(thread, index)
                 if not entry.is_free:
                     directory._numbers.add(entry.number)
         except TeeError:
-            yield from tree.close(thread)
+            yield from files.close(thread, tree)
             raise
         return directory
 
     def close(self, thread: Thread) -> Steps[None]:
         """Close the file; what is not committed is lost."""
-        yield from self._tree.close(thread)
+        yield from self._files.close(thread, self._tree)
 
     def _indices(self) -> Iterator[int]:
         return iter(range(self._tree.length // ENTRY_SIZE))

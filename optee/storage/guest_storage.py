@@ -15,6 +15,7 @@ from optee.storage.keys import StorageKeys
 from optee.storage.ree_fs import ReeFs
 from optee.storage.registry import ObjectRegistry
 from optee.storage.ta_database import TaDatabase
+from optee.storage.tree_files import TreeFiles
 
 if TYPE_CHECKING:
     from optee.config import Config
@@ -24,6 +25,7 @@ class GuestStorage:
     """File system, registry of open objects, and the core's own files."""
 
     def __init__(self, config: Config, random: Callable[[int], bytes], heap: Heap, guest: int) -> None:
-        self.ree_fs = ReeFs(Services(StorageKeys(config.huk, config.chip_id), random, heap, guest))
+        services = Services(StorageKeys(config.huk, config.chip_id), random, heap, guest)
+        self.ree_fs = ReeFs(TreeFiles(services))
         self.registry = ObjectRegistry()
         self.ta_database = TaDatabase(self.ree_fs)

@@ -88,7 +88,7 @@ class HashTree:
         self._counter = 0
         self._dirty.add(ROOT)
         yield from self.sync(thread)
-        yield from write_file(thread, self.fd, head_offset(0), _VOID_HEAD)
+        yield from self._write(thread, head_offset(0), _VOID_HEAD)
 
     def open(self, thread: Thread, expected: bytes | None) -> Steps[None]:
         """Read and verify head and nodes. Raises TeeError: CORRUPT_OBJECT, SECURITY, or the supplicant's.
@@ -110,13 +110,20 @@ class HashTree:
         except NotAuthentic:
             raise TeeError(Result.CORRUPT_OBJECT) from None
         self._nodes = {ROOT: root}
-        for number in range(ROOT + 1, self.max_node_id + 1):
-            version = int(bool(self._nodes[number >> 1].flags & committed_child(number & 1)))
-            node = yield from self._read_node(thread, number, version)
-            self._take_node()
-            self._nodes[number] = node
+        yield from self._read_nodes(thread)
         if any(self._hash(number) != node.hash for number, node in self._nodes.items()):
             raise TeeError(Result.CORRUPT_OBJECT)
+
+    def _read_nodes(self, thread: Thread) -> Steps[None]:
+        """Read all nodes below the root, each with an RPC of its own."""
+        for number in range(ROOT + 1, self.max_node_id + 1):
+            node = yield from self._read_node(thread, number, self._version(number))
+            self._take_node()
+            self._nodes[number] = node
+
+    def _version(self, number: int) -> int:
+        """Which version of a node is committed; not for the root."""
+        return int(bool(self._nodes[number >> 1].flags & committed_child(number & 1)))
 
     def _read_latest(self, thread: Thread) -> Steps[tuple[Head, Node]]:
         even = yield from self._read_head(thread, 0)
@@ -135,24 +142,24 @@ class HashTree:
         raise TeeError(Result.CORRUPT_OBJECT)
 
     def _read_head(self, thread: Thread, slot: int) -> Steps[Head]:
-        return Head.unpack((yield from read_file(thread, self.fd, head_offset(slot), HEAD_SIZE)))
+        return Head.unpack((yield from self._read(thread, head_offset(slot), HEAD_SIZE)))
 
     def _read_node(self, thread: Thread, number: int, version: int) -> Steps[Node]:
-        return Node.unpack((yield from read_file(thread, self.fd, node_offset(number, version), NODE_SIZE)))
+        return Node.unpack((yield from self._read(thread, node_offset(number, version), NODE_SIZE)))
 
     def _hash(self, number: int) -> bytes:
         nodes = self._nodes
         children = [nodes[child].hash for child in (2 * number, 2 * number + 1) if child in nodes]
         return node_hash(nodes[number], children, self.length if number == ROOT else None)
 
-    def read_block(self, thread: Thread, block: int) -> Steps[bytes]:
-        """Decrypt a block. Raises TeeError(CORRUPT_OBJECT) if it is not what was written."""
+    def read_block(self, thread: Thread, block: int, start: int = 0, end: int = BLOCK_SIZE) -> Steps[bytes]:
+        """Bytes of a block. Raises TeeError(CORRUPT_OBJECT) if it is not what was written."""
         self.check()
         try:
             node = self._nodes[block + 1]
             at = block_offset(block, node.flags & COMMITTED_BLOCK)
-            data = yield from read_file(thread, self.fd, at, BLOCK_SIZE)
-            return self._cipher.open_block(node, data)
+            data = yield from self._read(thread, at, BLOCK_SIZE)
+            return self._cipher.open_block(node, data)[start:end]
         except NotAuthentic:
             self._close_on_error()
             raise TeeError(Result.CORRUPT_OBJECT) from None
@@ -160,24 +167,41 @@ class HashTree:
             self._close_on_error()
             raise
 
-    def write_block(self, thread: Thread, block: int, data: bytes) -> Steps[None]:
-        """Write a block into its uncommitted version."""
+    def write_block(self, thread: Thread, block: int, start: int, piece: memoryview, *, fresh: bool) -> Steps[None]:
+        """Change bytes of a block, from `start` on; one that is `fresh` holds nothing yet. `sync` commits it."""
+        content = bytearray(BLOCK_SIZE if fresh else (yield from self.read_block(thread, block)))
+        content[start : start + len(piece)] = piece
         self.check()
-        number = block + 1
         try:
-            self._add_nodes(number)
-            flags = self._nodes[number].flags
-            if number not in self._updated:
-                flags ^= COMMITTED_BLOCK
+            self._add_nodes(block + 1)
+            version = self._next_version(block)
             iv = self._services.random(IV_SIZE)
-            sealed, tag = self._cipher.seal_block(iv, data)
-            yield from write_file(thread, self.fd, block_offset(block, flags & COMMITTED_BLOCK), sealed)
+            sealed, tag = self._cipher.seal_block(iv, content)
+            yield from self._write(thread, block_offset(block, version), sealed)
         except TeeError:
             self._close_on_error()
             raise
-        self._nodes[number] = Node(self._nodes[number].hash, iv, tag, flags)
+        self._set_block(block, iv, tag, version)
+
+    def _next_version(self, block: int) -> int:
+        """Where a block that is written goes: always the version that is not committed."""
+        number = block + 1
+        flags = self._nodes[number].flags & COMMITTED_BLOCK
+        return flags if number in self._updated else flags ^ COMMITTED_BLOCK
+
+    def _set_block(self, block: int, iv: bytes, tag: bytes, version: int) -> None:
+        """Note what a block was sealed with."""
+        number = block + 1
+        node = self._nodes[number]
+        self._nodes[number] = Node(node.hash, iv, tag, node.flags & ~COMMITTED_BLOCK | version)
         self._updated.add(number)
         self._dirty.add(number)
+
+    def _read(self, thread: Thread, offset: int, size: int) -> Steps[bytes]:
+        return read_file(thread, self.fd, offset, size)
+
+    def _write(self, thread: Thread, offset: int, data: bytes) -> Steps[None]:
+        return write_file(thread, self.fd, offset, data)
 
     def _add_nodes(self, last: int) -> None:
         for number in range(max(self.max_node_id, ROOT) + 1, last + 1):
@@ -186,7 +210,12 @@ class HashTree:
             self.max_node_id = number
 
     def _take_node(self) -> None:
+        """Memory for one more node. Raises TeeError(OUT_OF_MEMORY)."""
         self._memory.append(self._services.heap.allocate(HTREE_NODE, self._services.owner))
+
+    def _give_node(self) -> None:
+        """The last node's memory is not needed any more."""
+        self._services.heap.free(self._memory.pop())
 
     def set_length(self, length: int) -> None:
         """Lengthen the content; `sync` commits it. The blocks have been written."""
@@ -203,7 +232,7 @@ class HashTree:
         last = length // BLOCK_SIZE + 1
         for number in range(last + 1, self.max_node_id + 1):
             del self._nodes[number]
-            self._services.heap.free(self._memory.pop())
+            self._give_node()
             self._dirty.add(number >> 1)
         self._dirty &= self._nodes.keys()
         self._updated &= self._nodes.keys()
@@ -232,7 +261,7 @@ class HashTree:
             iv = self._services.random(IV_SIZE)
             self._counter = (self._counter + 1) & 0xFFFFFFFF
             head = self._cipher.seal_head(iv, Meta(self.length, self.max_node_id), self.root_hash, self._counter)
-            yield from write_file(thread, self.fd, head_offset(self._counter & 1), head.pack())
+            yield from self._write(thread, head_offset(self._counter & 1), head.pack())
         except TeeError:
             self._close_on_error()
             raise
@@ -266,7 +295,7 @@ class HashTree:
             nodes[number >> 1] = parent._replace(flags=parent.flags ^ flag)
             version = int(not parent.flags & flag)
         nodes[number] = node = nodes[number]._replace(hash=self._hash(number))
-        yield from write_file(thread, self.fd, node_offset(number, version), node.pack())
+        yield from self._write(thread, node_offset(number, version), node.pack())
 
     def check(self) -> None:
         """Raise TeeError(CORRUPT_OBJECT) if an error has closed the file."""

@@ -55,7 +55,7 @@ class FileCipher:
         self.enc_fek = enc_fek
         """The key as it stands in the head."""
 
-    def seal_block(self, iv: bytes, block: bytes) -> tuple[bytes, bytes]:
+    def seal_block(self, iv: bytes, block: bytes | bytearray | memoryview) -> tuple[bytes, bytes]:
         """Encrypt a data block: what to write, and the tag."""
         sealed = self._gcm.encrypt(iv, block, self.enc_fek + iv)
         return sealed[:-TAG_SIZE], sealed[-TAG_SIZE:]

@@ -18,8 +18,7 @@ def read_content(thread: Thread, tree: HashTree, offset: int, size: int) -> Step
     pieces = []
     while offset < end:
         block, start = divmod(offset, BLOCK_SIZE)
-        data = yield from tree.read_block(thread, block)
-        piece = data[start : start + end - offset]
+        piece = yield from tree.read_block(thread, block, start, min(start + end - offset, BLOCK_SIZE))
         pieces.append(piece)
         offset += len(piece)
     return b"".join(pieces)
@@ -55,10 +54,7 @@ def _write(thread: Thread, tree: HashTree, offset: int, data: memoryview) -> Ste
     while data:
         block, start = divmod(offset, BLOCK_SIZE)
         piece = data[: BLOCK_SIZE - start]
-        old = (yield from tree.read_block(thread, block)) if block < written else bytes(BLOCK_SIZE)
-        content = bytearray(old)
-        content[start : start + len(piece)] = piece
-        yield from tree.write_block(thread, block, bytes(content))
+        yield from tree.write_block(thread, block, start, piece, fresh=block >= written)
         offset += len(piece)
         data = data[len(piece) :]
     if offset > tree.length:

@@ -11,11 +11,11 @@ from typing import TypeVar
 from optee.abi.results import Result
 from optee.errors import TeeError
 from optee.steps import Steps
-from optee.storage.directory import Directory, open_tree
-from optee.storage.fs_rpc import remove_file
-from optee.storage.hash_tree import HashTree, Services
+from optee.storage.directory import Directory
+from optee.storage.hash_tree import HashTree
 from optee.storage.layout import DirectoryEntry
 from optee.storage.ree_file import read_content, truncate_content, write_content
+from optee.storage.tree_files import TreeFiles
 from optee.threads import Thread
 from optee.wait_queue import Mutex
 
@@ -66,8 +66,8 @@ class ReeFs:
     Objects are named by their owner (a UUID as a C structure) and their id.
     """
 
-    def __init__(self, services: Services) -> None:
-        self._services = services
+    def __init__(self, files: TreeFiles) -> None:
+        self._files = files
         self._mutex = Mutex()  # ree_fs_mutex
         self._directory: Directory | None = None
         self._references = 0
@@ -125,7 +125,7 @@ class ReeFs:
 
     def _get(self, thread: Thread) -> Steps[Directory]:
         if self._directory is None:
-            self._directory = yield from Directory.open(thread, self._services)
+            self._directory = yield from Directory.open(thread, self._files)
         self._references += 1
         return self._directory
 
@@ -162,7 +162,7 @@ class ReeFs:
 
     def _open_tree(self, thread: Thread, entry: DirectoryEntry) -> Steps[HashTree]:
         try:
-            return (yield from open_tree(thread, self._services, entry.file_name, entry.owner, entry.root_hash))
+            return (yield from self._files.open(thread, entry.file_name, entry.owner, entry.root_hash))
         except TeeError as error:
             if error.result == Result.ITEM_NOT_FOUND:  # somebody took the file away
                 raise TeeError(Result.CORRUPT_OBJECT) from None
@@ -175,7 +175,7 @@ class ReeFs:
         try:
             number = directory.new_number()
             name = f"{number:x}"
-            tree = yield from open_tree(thread, self._services, name, owner, None, create=True)
+            tree = yield from self._files.create(thread, name, owner)
         except TeeError:
             yield from self._put(thread, close=True)
             raise
@@ -189,8 +189,8 @@ class ReeFs:
             index = yield from self._set_name(thread, directory, entry, overwrite=overwrite)
         except TeeError:
             yield from self._put(thread, close=True)
-            yield from tree.close(thread)
-            yield from remove_file(thread, name)
+            yield from self._files.close(thread, tree)
+            yield from self._files.remove(thread, name)
             raise
         return ReeFile(tree, index, number)
 
@@ -207,12 +207,12 @@ class ReeFs:
         yield from directory.write(thread, index, entry)
         yield from directory.commit(thread)
         if found is not None:
-            yield from remove_file(thread, replaced.file_name)
+            yield from self._files.remove(thread, replaced.file_name)
         return index
 
     def _close(self, thread: Thread, file: ReeFile) -> Steps[None]:
         yield from self._put(thread, close=False)
-        yield from file.tree.close(thread)
+        yield from self._files.close(thread, file.tree)
 
     def _change(self, thread: Thread, file: ReeFile, change: Steps[None]) -> Steps[None]:
         yield from self._with_directory(thread, lambda directory: self._commit(thread, directory, file, change))
@@ -246,7 +246,7 @@ class ReeFs:
         index, entry = found
         yield from directory.remove(thread, index)
         yield from directory.commit(thread)
-        yield from remove_file(thread, entry.file_name)
+        yield from self._files.remove(thread, entry.file_name)
         yield from directory.find(thread, owner, object_id)  # OP-TEE asserts that it is gone
 
     def _open_directory(self, thread: Thread, owner: bytes) -> Steps[OpenDirectory]:
