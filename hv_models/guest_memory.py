@@ -111,26 +111,27 @@ class GuestMemory:
         if place is not None and place[0].dirty is not None:
             place[0].dirty[place[1]] = True
 
-    def write_fields(self, ipa: int, fields: Sequence[tuple[int, bytes]]) -> None:
-        """Write `(offset, bytes)` fields of the page that starts at `ipa`, looked up once. Raises Stage2Fault.
+    def write_fields(self, ipa: int, data: bytes, fields: Sequence[slice]) -> None:
+        """Write these fields of `data`, which belongs at `ipa` in one page, looked up once. Raises Stage2Fault.
 
-        The fields lie within the page; the caller has made sure of that.
+        Fields are slices of `data` with a start and a stop; what lies between them stays as it is.
         """
         region = self._first
         distance = ipa - region.base
-        if 0 <= distance < region.size and not distance & PAGE_MASK:
+        within = distance & PAGE_MASK
+        if 0 <= distance < region.size and len(data) <= PAGE_SIZE - within:
             index = distance >> PAGE_SHIFT
             entry = region.lookup[index]
             if entry:
-                start = entry - 1 << PAGE_SHIFT
-                view = region.view
-                for offset, data in fields:
-                    view[start + offset : start + offset + len(data)] = data
+                start = (entry - 1 << PAGE_SHIFT) + within
+                view = region.view[start : start + len(data)]
+                for field in fields:
+                    view[field] = data[field]
                 if region.dirty is not None:
                     region.dirty[index] = True
                 return
-        for offset, data in fields:
-            self.write(ipa + offset, data)
+        for field in fields:
+            self.write(ipa + field.start, data[field])
 
     def pin(self, ipas: PageArray) -> Pinned:
         """Translate page addresses and keep each page from being given away until `unpin`.
@@ -157,22 +158,22 @@ class GuestMemory:
         pieces = [page[start:stop] for page, start, stop in self._pieces(pinned, offset, size)]
         return pieces[0].tobytes() if len(pieces) == 1 else b"".join(pieces)
 
-    def store_fields(self, pinned: Pinned, base: int, fields: Sequence[tuple[int, bytes]]) -> None:
-        """Write `(offset, bytes)` fields of pinned pages; `base` counts from the start of the first page.
+    def store_fields(self, pinned: Pinned, base: int, data: bytes, fields: Sequence[slice]) -> None:
+        """Write fields of `data`, which belongs into pinned pages; `base` counts from the start of the first page.
 
         Raises ValueError, with nothing written, for a field outside of the pages.
         """
-        end = base + max((offset + len(data) for offset, data in fields), default=0)
+        end = base + max((field.stop for field in fields), default=0)
         number = base >> PAGE_SHIFT
         if end <= (number + 1) << PAGE_SHIFT and base >= 0 and pinned.owner is self and number < len(pinned):
-            page = pinned.page(number)
             start = base & PAGE_MASK
-            for offset, data in fields:
-                page[start + offset : start + offset + len(data)] = data
+            page = pinned.page(number)
+            for field in fields:
+                page[start + field.start : start + field.stop] = data[field]
         else:
-            pieces = [list(self._pieces(pinned, base + offset, len(data))) for offset, data in fields]
-            for (_, data), places in zip(fields, pieces, strict=True):
-                done = 0
+            pieces = [list(self._pieces(pinned, base + field.start, field.stop - field.start)) for field in fields]
+            for field, places in zip(fields, pieces, strict=True):
+                done = field.start
                 for page, start, stop in places:
                     page[start:stop] = data[done : done + stop - start]
                     done += stop - start

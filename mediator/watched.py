@@ -65,11 +65,11 @@ class WatchedMemory:
                 self.words.update(word for word in words(data) if word >> 32)
         return data
 
-    def write_fields(self, ipa: Ipa, fields: Sequence[tuple[int, bytes]]) -> None:
+    def write_fields(self, ipa: Ipa, data: bytes, fields: Sequence[slice]) -> None:
         """See `GuestMemory.write_fields`."""
         self.accesses += 1
-        self.memory.write_fields(ipa, fields)
-        self.writes.extend((ipa + offset, data) for offset, data in fields)
+        self.memory.write_fields(ipa, data, fields)
+        self.writes.extend((ipa + field.start, data[field]) for field in fields)
 
     def pin(self, ipas: npt.NDArray[np.uint64]) -> Pinned:
         """See `GuestMemory.pin`."""
@@ -87,11 +87,11 @@ class WatchedMemory:
         self.loads.append((id(pinned), offset, size))
         return self.memory.load(pinned, offset, size)
 
-    def store_fields(self, pinned: Pinned, base: int, fields: Sequence[tuple[int, bytes]]) -> None:
+    def store_fields(self, pinned: Pinned, base: int, data: bytes, fields: Sequence[slice]) -> None:
         """See `GuestMemory.store_fields`."""
         self.accesses += 1
-        self.memory.store_fields(pinned, base, fields)
-        self.writes.extend((-1, data) for _, data in fields)
+        self.memory.store_fields(pinned, base, data, fields)
+        self.writes.extend((-1, data[field]) for field in fields)
 
     def mark_dirty(self, pinned: Pinned) -> None:
         """See `GuestMemory.mark_dirty`."""

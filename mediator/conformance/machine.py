@@ -62,10 +62,10 @@ class VectorMemory:
         self.look_up(ipa >> PAGE_SHIFT)
         return self.vm.read(ipa, size, writable=writable)
 
-    def write_fields(self, ipa: int, fields: Sequence[tuple[int, bytes]]) -> None:
+    def write_fields(self, ipa: int, data: bytes, fields: Sequence[slice]) -> None:
         """See `GuestMemory`."""
         self.look_up(ipa >> PAGE_SHIFT)
-        self.vm.write_fields(ipa, fields)
+        self.vm.write_fields(ipa, data, fields)
 
     def pin(self, ipas: npt.NDArray[np.uint64]) -> Pinned:
         """See `GuestMemory`."""
@@ -82,9 +82,9 @@ class VectorMemory:
         """See `GuestMemory`."""
         return self.vm.load(pinned, offset, size)
 
-    def store_fields(self, pinned: Pinned, base: int, fields: Sequence[tuple[int, bytes]]) -> None:
+    def store_fields(self, pinned: Pinned, base: int, data: bytes, fields: Sequence[slice]) -> None:
         """See `GuestMemory`."""
-        self.vm.store_fields(pinned, base, fields)
+        self.vm.store_fields(pinned, base, data, fields)
 
     def mark_dirty(self, pinned: Pinned) -> None:
         """See `GuestMemory`."""

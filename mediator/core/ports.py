@@ -25,8 +25,11 @@ class GuestMemory(Protocol):
         """Copy `size` bytes of one page of normal RAM; with `writable` only of read-write RAM."""
         ...
 
-    def write_fields(self, ipa: Ipa, fields: Sequence[tuple[int, bytes]]) -> None:
-        """Write `(offset, bytes)` fields of one page of read-write RAM, looked up once; `ipa` is its start."""
+    def write_fields(self, ipa: Ipa, data: bytes, fields: Sequence[slice]) -> None:
+        """Write these fields of `data`, which belongs at `ipa` in one page of read-write RAM, looked up once.
+
+        Fields are slices of `data` with a start and a stop; what lies between them stays as it is.
+        """
         ...
 
     def pin(self, ipas: npt.NDArray[np.uint64]) -> Pinned:
@@ -41,8 +44,8 @@ class GuestMemory(Protocol):
         """Copy bytes of pinned pages, counted from the start of the first one."""
         ...
 
-    def store_fields(self, pinned: Pinned, base: int, fields: Sequence[tuple[int, bytes]]) -> None:
-        """Write `(offset, bytes)` fields into pinned pages, `base` counted from the start of the first one."""
+    def store_fields(self, pinned: Pinned, base: int, data: bytes, fields: Sequence[slice]) -> None:
+        """Write fields of `data`, which belongs into pinned pages, `base` counted from the start of the first one."""
         ...
 
     def mark_dirty(self, pinned: Pinned) -> None:

@@ -6,7 +6,7 @@ guest that dies at any moment can never leave it half done.
 
 from collections import deque
 from collections.abc import Generator, Sequence
-from typing import Final, Protocol
+from typing import Final
 
 from hv_models.memory import PAGE_SIZE, Ipa
 from hv_models.stage2 import Pinned, Reason, Stage2Fault
@@ -18,6 +18,7 @@ from optee.abi.message import Command
 from optee.abi.smc import Cookie, Function, ThreadId, VmId
 
 _PINNED: Final = BufferState.PINNED
+_TRANSLATING: Final = CallState.TRANSLATING
 
 
 class Guest:
@@ -116,19 +117,19 @@ class Buffer:
             offset -= length
         return b"".join(parts)
 
-    def store_fields(self, memory: GuestMemory, base: int, fields: Sequence[tuple[int, bytes]]) -> None:
-        """Write fields of a registered buffer, `base` counted from its first page; all was checked."""
+    def store_fields(self, memory: GuestMemory, base: int, data: bytes, fields: Sequence[slice]) -> None:
+        """Write fields of `data`, of a message `base` bytes behind the start of the first page; all was checked."""
         first = 0
         for pinned in (pins.pinned for pins in self.pins):
             length = len(pinned.pas) * PAGE_SIZE
-            if first <= base and base + PAGE_SIZE <= first + length:
-                memory.store_fields(pinned, base - first, fields)
+            if first <= base and base + len(data) <= first + length:
+                memory.store_fields(pinned, base - first, data, fields)
                 return
-            for offset, data in fields:
-                start = base + offset - first
-                part = data[max(-start, 0) : max(length - start, 0)]
+            for field in fields:
+                start = base + field.start - first
+                part = data[field][max(-start, 0) : max(length - start, 0)]
                 if part:
-                    memory.store_fields(pinned, max(start, 0), ((0, part),))
+                    memory.store_fields(pinned, max(start, 0), part, (slice(0, len(part)),))
             first += length
 
 
@@ -146,45 +147,47 @@ class RpcArgument:
         self.state = ArgumentState.LIVE
 
 
-class Place(Protocol):
-    """Where a guest's message lies."""
-
-    def write(self, memory: GuestMemory, fields: Sequence[tuple[int, bytes]]) -> None:
-        """Write fields at offsets from the message's start; raises Stage2Fault."""
-        ...
-
-    def read(self, memory: GuestMemory, offset: int, size: int) -> bytes:
-        """Copy bytes, offset counted from the message's start; raises Stage2Fault."""
-        ...
-
-
 class Call(Ticket):
     """A yielding call, from its SMC to its end. It owns the buffers it made (rule R13).
 
-    outputs: (start, stop) of the fields of the message that the guest gets back; written: cookies of registered
-    buffers that OP-TEE may write. `rpc` is the a0 of the RPC that suspended the call, `rpc_words` its a1 and a2
-    (saved, rule R16). `rpc_offset` is where the RPC argument stands behind the message in the shadow, 0 if the
-    guest gives arguments by RPC ALLOC. `cookie` is what UNREGISTER_SHM names.
+    The message has `size` bytes. It lies in the guest page at `ipa`, which is looked up anew for each access (rule
+    R14), or else at `place`. `outputs` are the fields of its parameters that the guest gets back, `temporary` the
+    offsets of temporary memory references, `written` the cookies of registered buffers that OP-TEE may write.
+    `rpc` is the a0 of the RPC that suspended the call, `rpc_words` its a1 and a2 (saved, rule R16). `rpc_offset` is
+    where the RPC argument stands behind the message in the shadow, 0 if the guest gives arguments by RPC ALLOC.
+    `cookie` is what UNREGISTER_SHM names.
     """
 
-    state: CallState = CallState.TRANSLATING
-    command: Command | None = None
-    place: Place | None = None
-    num_params = 0
-    translates = False
-    shadow: SharedPage | None = None
-    registering: Buffer | None = None
-    unregistering: Buffer | None = None
-    allocated: Buffer | None = None
-    cookie = Cookie(0)
-    thread: ThreadId | None = None
-    rpc = 0
-    rpc_words = (0, 0)
-    rpc_offset = 0
-    argument: RpcArgument | None = None
-    shm_type = 0
-    undelivered = 0
-    work: Generator[None, None, Step] | None = None
+    __slots__ = (
+        "allocated",
+        "argument",
+        "buffers",
+        "charge",
+        "command",
+        "cookie",
+        "function",
+        "guest",
+        "id",
+        "ipa",
+        "outputs",
+        "place",
+        "registering",
+        "regs",
+        "rpc",
+        "rpc_offset",
+        "rpc_words",
+        "shadow",
+        "shm_type",
+        "size",
+        "state",
+        "temporary",
+        "thread",
+        "undelivered",
+        "unregistering",
+        "vcpu",
+        "work",
+        "written",
+    )
 
     def __init__(self, guest: Guest, vcpu: int, regs: Regs, function: Function, charge: Charge) -> None:
         guest.next_call += 1
@@ -194,27 +197,42 @@ class Call(Ticket):
         self.regs = regs
         self.function = function
         self.charge = charge
-        self.outputs: list[tuple[int, int]] = []
+        self.state = _TRANSLATING
+        self.command: Command | None = None
+        self.ipa = Ipa(0)
+        self.place: BufferPlace | None = None
+        self.size = 0
+        self.shadow: SharedPage | None = None
+        self.outputs: tuple[slice, ...] = ()
+        self.temporary: tuple[int, ...] = ()
         self.written: list[Cookie] = []
         self.buffers: list[Buffer] = []
+        self.registering: Buffer | None = None
+        self.unregistering: Buffer | None = None
+        self.allocated: Buffer | None = None
+        self.cookie = Cookie(0)
+        self.thread: ThreadId | None = None
+        self.rpc = 0
+        self.rpc_words = (0, 0)
+        self.rpc_offset = 0
+        self.argument: RpcArgument | None = None
+        self.shm_type = 0
+        self.undelivered = 0
+        self.work: Generator[None, None, Step] | None = None
         guest.calls[self.id] = self
 
+    def write(self, offset: int, data: bytes, fields: Sequence[slice]) -> None:
+        """Write fields of `data`, which belongs `offset` bytes behind the message's start. Raises Stage2Fault."""
+        if self.place is None:
+            self.guest.memory.write_fields(Ipa(self.ipa + offset), data, fields)
+        else:
+            self.place.write(self.guest.memory, offset, data, fields)
 
-class PagePlace:
-    """A message at the start of a guest page, looked up anew for each access (rule R14)."""
-
-    __slots__ = ("ipa",)
-
-    def __init__(self, ipa: Ipa) -> None:
-        self.ipa = ipa
-
-    def write(self, memory: GuestMemory, fields: Sequence[tuple[int, bytes]]) -> None:
-        """See `Place`."""
-        memory.write_fields(self.ipa, fields)
-
-    def read(self, memory: GuestMemory, offset: int, size: int) -> bytes:
-        """See `Place`."""
-        return memory.read(Ipa(self.ipa + offset), size)
+    def read(self, offset: int, size: int) -> bytes:
+        """Copy bytes, `offset` counted from the message's start. Raises Stage2Fault."""
+        if self.place is None:
+            return self.guest.memory.read(Ipa(self.ipa + offset), size)
+        return self.place.read(self.guest.memory, offset, size)
 
 
 class BufferPlace:
@@ -226,13 +244,13 @@ class BufferPlace:
         self.buffer = buffer
         self.offset = offset
 
-    def write(self, memory: GuestMemory, fields: Sequence[tuple[int, bytes]]) -> None:
-        """See `Place`. The guest may have unregistered the buffer meanwhile: its pages are its own again."""
+    def write(self, memory: GuestMemory, offset: int, data: bytes, fields: Sequence[slice]) -> None:
+        """See `Call`. The guest may have unregistered the buffer meanwhile: its pages are its own again."""
         self._check()
-        self.buffer.store_fields(memory, self.offset, fields)
+        self.buffer.store_fields(memory, self.offset + offset, data, fields)
 
     def read(self, memory: GuestMemory, offset: int, size: int) -> bytes:
-        """See `Place`."""
+        """See `Call`."""
         self._check()
         return self.buffer.load(memory, self.offset + offset, size)
 

@@ -9,16 +9,13 @@ from hv_models.memory import PAGE_SIZE, Ipa
 from hv_models.stage2 import Stage2Fault
 from mediator.core.faults import CallRefused, MessageRejected, SecureWorldFault
 from mediator.core.ledger import OverLimit
+from mediator.core.parameters import RMEM_INOUT, RMEM_INPUT, TMEM_INOUT, TMEM_INPUT, parameters
 from mediator.core.ports import SharedPage
 from mediator.core.records import Buffer, Call, Guest, RpcArgument
 from mediator.core.sharing import (
     OFFSET_MASK,
     PIN_MEMORY,
     RECORD_MEMORY,
-    RMEM_INOUT,
-    RMEM_INPUT,
-    TMEM_INOUT,
-    TMEM_INPUT,
     mark_written,
     release_argument,
     release_buffer,
@@ -75,10 +72,6 @@ _SHM_ALLOC: Final = int(RpcCommand.SHM_ALLOC)
 _BENCH_REG: Final = int(RpcCommand.BENCH_REG)
 _SHM_FREE: Final = int(RpcCommand.SHM_FREE)
 _SHM_ALLOC_REPLY: Final = int(ParamType.TMEM_OUTPUT) | NONCONTIG
-_VALUE_OUTPUTS: Final = (int(ParamType.VALUE_OUTPUT), int(ParamType.VALUE_INOUT))
-_SIZE_OUTPUTS: Final = tuple(
-    int(kind) for kind in (ParamType.RMEM_OUTPUT, ParamType.RMEM_INOUT, ParamType.TMEM_OUTPUT, ParamType.TMEM_INOUT)
-)
 _KEPT: Final = (BufferState.REGISTERED, BufferState.UNREGISTERING)
 _GENERIC: Final = Result.GENERIC.to_bytes(4, "little")
 _NO_PARAMS: Final = b"\0\0\0\0"
@@ -160,7 +153,7 @@ def _deliver(core: "Mediator", call: Call, cookie: Cookie) -> str | None:
                 _drop(core, call, freed)
         elif header[0] == _SHM_ALLOC:
             call.shm_type = a
-    _write(call, ((0, data),))
+    _write(call, data)
     return None
 
 
@@ -171,23 +164,20 @@ def _drop(core: "Mediator", call: Call, buffer: Buffer) -> None:
     release_buffer(core, call.guest, buffer)
 
 
-def _write(call: Call, fields: tuple[tuple[int, bytes], ...]) -> None:
-    memory = call.guest.memory
+def _write(call: Call, data: bytes) -> None:
+    whole = (slice(0, len(data)),)
     if call.rpc_offset:
-        assert call.place is not None
-        call.place.write(memory, tuple((call.rpc_offset + offset, data) for offset, data in fields))
+        call.write(call.rpc_offset, data, whole)
     else:
         assert call.argument is not None
-        memory.write_fields(call.argument.ipa, fields)
+        call.guest.memory.write_fields(call.argument.ipa, data, whole)
 
 
 def _read(call: Call, size: int) -> bytes:
-    memory = call.guest.memory
     if call.rpc_offset:
-        assert call.place is not None
-        return call.place.read(memory, call.rpc_offset, size)
+        return call.read(call.rpc_offset, size)
     assert call.argument is not None
-    return memory.read(call.argument.ipa, size)
+    return call.guest.memory.read(call.argument.ipa, size)
 
 
 def _undelivered(core: "Mediator", call: Call, why: str, *, contract: bool) -> Step:
@@ -320,12 +310,9 @@ def _resume_command(core: "Mediator", call: Call, thread: ThreadId) -> Generator
             if step is not None:
                 return step
         return _forward(core, call, thread)
-    for at in range(HEADER_SIZE, size, PARAM_SIZE):
-        kind = view[base + at]
-        if kind in _VALUE_OUTPUTS:
-            view[base + at + 8 : base + at + 32] = reply[at + 8 : at + 32]
-        elif kind in _SIZE_OUTPUTS:
-            view[base + at + 16 : base + at + 24] = reply[at + 16 : at + 24]
+    argument = view[base : base + size]
+    for field in parameters(argument[HEADER_SIZE::PARAM_SIZE].tobytes()).outputs:
+        argument[field] = reply[field]
     return _forward(core, call, thread)
 
 
@@ -347,7 +334,7 @@ def _take_allocated(
     page.view[base + HEADER_SIZE : base + HEADER_SIZE + PARAM_SIZE] = reply[HEADER_SIZE:]
     made: list[Buffer] = []
     try:
-        yield from translate(core, call, page, base, [param], made)
+        yield from translate(core, call, reply, (HEADER_SIZE,), page, base, made)
     except MessageRejected as rejected:
         note_rejection(guest, call, rejected)
         for buffer in made:
@@ -371,7 +358,7 @@ def _ask_free(
     request = HEADER.pack(*header) + PARAM.pack(ParamType.VALUE_INPUT, call.shm_type, cookie, last)
     page.view[base : base + len(request)] = request
     try:
-        _write(call, ((0, request),))
+        _write(call, request)
     except Stage2Fault:
         _answer_failed(core, call)
         return None

@@ -9,6 +9,7 @@ from hv_models.memory import PAGE_SIZE, Ipa
 from hv_models.stage2 import Reason, Stage2Fault
 from mediator.core.faults import MessageRejected
 from mediator.core.ledger import OverLimit
+from mediator.core.parameters import TMEM_INPUT
 from mediator.core.ports import SecureWorld, SharedPage
 from mediator.core.records import Buffer, Call, Guest, Pins, RpcArgument
 from mediator.core.states import (
@@ -21,11 +22,9 @@ from mediator.core.states import (
 from mediator.core.steps import PAGES_PINNED, PAGES_UNPINNED, Event
 from optee.abi.message import (
     ENTRIES_PER_PAGE,
-    HEADER_SIZE,
     NONCONTIG,
-    PARAM_SIZE,
+    PARAM,
     TYPE_MASK,
-    ParamType,
     list_pages,
     page_count,
 )
@@ -46,14 +45,9 @@ Stops a guest from holding everybody up with long lists (rule R23)."""
 PAGES_PER_STEP: Final = LISTS_PER_STEP * ENTRIES_PER_PAGE
 
 _RELEASE: Final = BufferEvent.RELEASE
-TMEM_INPUT: Final = int(ParamType.TMEM_INPUT)
-TMEM_OUTPUT: Final = int(ParamType.TMEM_OUTPUT)
-TMEM_INOUT: Final = int(ParamType.TMEM_INOUT)
-RMEM_INPUT: Final = int(ParamType.RMEM_INPUT)
-RMEM_INOUT: Final = int(ParamType.RMEM_INOUT)
-_BUF_PTR: Final = HEADER_SIZE + 8
+_BUF_PTR: Final = 8
+"""Offset of the address in a parameter."""
 
-Params = list[tuple[int, int, int, int]]
 Work = Generator[None, None, None]
 
 
@@ -95,12 +89,19 @@ class _Batch:
 
 
 def translate(
-    core: "Mediator", call: Call, shadow: SharedPage, base: int, params: Params, buffers: list[Buffer]
+    core: "Mediator",
+    call: Call,
+    message: bytes,
+    temporary: tuple[int, ...],
+    shadow: SharedPage,
+    base: int,
+    buffers: list[Buffer],
 ) -> Work:
-    """Replace each page list that `params` name by one of ours with physical addresses.
+    """Replace each page list that a message names by one of ours with physical addresses.
 
-    `shadow` holds the message at offset `base`; new buffers are appended to `buffers` as they are made, so
-    that whoever catches the exception can undo them. Yields whenever a bounded number of pages is done.
+    The parameters at the offsets `temporary` are TMEM references. `shadow` holds the same message at offset `base`;
+    new buffers are appended to `buffers` as they are made, so that whoever catches the exception can undo them.
+    Yields whenever a bounded number of pages is done.
 
     Raises:
         MessageRejected: the first parameter that cannot be translated says why.
@@ -109,17 +110,16 @@ def translate(
     guest = call.guest
     batch = _Batch(guest)
     done = 0
-    at = base + _BUF_PTR - PARAM_SIZE
     try:
-        for attribute, pointer, size, cookie in params:
-            at += PARAM_SIZE
-            kind = attribute & TYPE_MASK
-            if kind < TMEM_INPUT or kind > TMEM_INOUT or pointer == 0:
+        for at in temporary:
+            attribute, pointer, size, cookie = PARAM.unpack_from(message, at)
+            if pointer == 0:
                 continue
             if not attribute & NONCONTIG:
                 raise MessageRejected(Result.BAD_PARAMETERS, "a contiguous buffer outside reserved memory")
             offset = pointer & OFFSET_MASK
-            buffer = _open(core.world, guest, Cookie(cookie), offset, size, kind != TMEM_INPUT, buffers)
+            written = attribute & TYPE_MASK != TMEM_INPUT
+            buffer = _open(core.world, guest, Cookie(cookie), offset, size, written, buffers)
             source = Ipa(pointer - offset)
             filled = 0
             while filled < buffer.pages:
@@ -135,6 +135,7 @@ def translate(
                 filled += count
                 done += count
             list_pa = buffer.lists[0].pa | offset
+            at += base + _BUF_PTR
             shadow.view[at : at + 8] = list_pa.to_bytes(8, "little")
             if core.tracing:
                 guest.events.append(

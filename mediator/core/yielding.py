@@ -7,16 +7,12 @@ from hv_models.memory import PAGE_SIZE, Ipa
 from hv_models.stage2 import Stage2Fault
 from mediator.core.faults import CallRefused, MessageRejected
 from mediator.core.ledger import OverLimit
+from mediator.core.parameters import RMEM_INPUT, parameters
 from mediator.core.policy import Policy
-from mediator.core.records import BufferPlace, Call, Guest, PagePlace
+from mediator.core.records import BufferPlace, Call, Guest
 from mediator.core.sharing import (
     OFFSET_MASK,
     RECORD_MEMORY,
-    RMEM_INOUT,
-    RMEM_INPUT,
-    TMEM_INOUT,
-    TMEM_INPUT,
-    Params,
     mark_written,
     release_buffer,
     return_lists,
@@ -42,7 +38,6 @@ from optee.abi.message import (
     PARAM_SIZE,
     TYPE_MASK,
     Command,
-    ParamType,
 )
 from optee.abi.results import Origin, Result
 from optee.abi.smc import SHM_CACHED, Cookie, Function, ReturnCode
@@ -65,7 +60,11 @@ _FORWARD: Final = CallEvent.FORWARD
 _COMPLETE: Final = CallEvent.COMPLETE
 _PRESET: Final = Result.GENERIC.to_bytes(4, "little")
 _COMMS: Final = Origin.COMMS.to_bytes(4, "little")
-_VALUE_OUTPUTS: Final = (int(ParamType.VALUE_OUTPUT), int(ParamType.VALUE_INOUT))
+_SUCCESS: Final = Result.SUCCESS.to_bytes(4, "little")
+_ANSWER: Final = (slice(OFFSET_SESSION, OFFSET_SESSION + 4), slice(OFFSET_RET, OFFSET_RET_ORIGIN + 4))
+"""What the guest gets back of each message: the session, `ret` and `ret_origin`."""
+_WHY: Final = (slice(0, OFFSET_RET_ORIGIN + 4 - OFFSET_RET),)
+"""What it gets of a rejection: `ret` and `ret_origin`."""
 
 
 def enter(core: "Mediator", guest: Guest, vcpu: int, regs: Regs, function: Function) -> Step:
@@ -77,22 +76,22 @@ def enter(core: "Mediator", guest: Guest, vcpu: int, regs: Regs, function: Funct
         return refuse(core, guest, regs, CallRefused(code, f"{over.resource} at their limit", limit=over.resource))
     call = Call(guest, vcpu, regs, function, charge)
     try:
-        params = _take_message(core, call)
-        if not call.translates:
+        message = _take_message(core, call)
+        if not call.temporary:
             return _send(core, call)
     except CallRefused as refused:
         end(core, call, CallEvent.REJECT)
         return refuse(core, guest, regs, refused)
     except MessageRejected as rejected:
         return _reject(core, call, rejected)
-    call.work = _translate(core, call, params)
+    call.work = _translate(core, call, message)
     return core.work(call)
 
 
-def _translate(core: "Mediator", call: Call, params: Params) -> Generator[None, None, Step]:
+def _translate(core: "Mediator", call: Call, message: bytes) -> Generator[None, None, Step]:
     assert call.shadow is not None
     try:
-        yield from translate(core, call, call.shadow, 0, params, call.buffers)
+        yield from translate(core, call, message, call.temporary, call.shadow, 0, call.buffers)
     except MessageRejected as rejected:
         return _reject(core, call, rejected)
     if call.command is _REGISTER:
@@ -114,19 +113,16 @@ def _reject(core: "Mediator", call: Call, rejected: MessageRejected) -> Step:
     """Undo what the call made and say why in the guest's message (R10, R12)."""
     guest = call.guest
     regs = call.regs
-    place = call.place
     end(core, call, CallEvent.REJECT)
     note_rejection(guest, call, rejected)
-    assert place is not None
-    fields = ((OFFSET_RET, rejected.result.to_bytes(4, "little")), (OFFSET_RET_ORIGIN, _COMMS))
     try:
-        place.write(guest.memory, fields)
+        call.write(OFFSET_RET, rejected.result.to_bytes(4, "little") + _COMMS, _WHY)
     except Stage2Fault as fault:
         return refuse(core, guest, regs, CallRefused(ReturnCode.EBADADDR, str(fault)))
     return core.local(regs, ReturnCode.OK)
 
 
-def _take_message(core: "Mediator", call: Call) -> Params:
+def _take_message(core: "Mediator", call: Call) -> bytes:
     """Copy the message, look at it, and lay out the shadow. Bytes are read once (R5)."""
     guest = call.guest
     regs = call.regs
@@ -146,7 +142,7 @@ def _take_message(core: "Mediator", call: Call) -> Params:
             data = guest.memory.read(ipa, PAGE_SIZE)
         except Stage2Fault as fault:
             raise CallRefused(ReturnCode.EBADADDR, str(fault)) from None
-        call.place = PagePlace(ipa)
+        call.ipa = ipa
     header = HEADER.unpack_from(data)
     num_params = header[7]
     size = HEADER_SIZE + PARAM_SIZE * num_params
@@ -165,34 +161,25 @@ def _take_message(core: "Mediator", call: Call) -> Params:
     view = shadow.view
     view[:size] = data[:size]
     view[OFFSET_RET:OFFSET_RET_ORIGIN] = _PRESET
-    params = list(PARAM.iter_unpack(data[HEADER_SIZE:size])) if num_params else []
-    call.num_params = num_params
+    call.size = size
     if command is _REGISTER:
-        _check_register(core.policy, params)
+        _check_register(core.policy, data, num_params)
     elif command is _UNREGISTER:
-        _begin_unregister(call, core.policy, params)
-    _look_at(call, params, core.policy.cookie_zero)
-    return params
+        _begin_unregister(call, core.policy, data, num_params)
+    call.outputs, call.temporary, registered = parameters(data[HEADER_SIZE:size:PARAM_SIZE])
+    if registered:
+        _note_registered(call, data, registered, core.policy.cookie_zero)
+    return data
 
 
-def _look_at(call: Call, params: Params, cookie_zero: bool) -> None:
-    """Note what is to be translated, and what the guest gets back at the end."""
-    at = HEADER_SIZE
-    for attribute, _, _, cookie in params:
-        kind = attribute & TYPE_MASK
-        if RMEM_INPUT <= kind <= RMEM_INOUT:
-            if cookie == 0 and not cookie_zero:
-                raise MessageRejected(Result.BAD_PARAMETERS, "a registered memory reference with cookie 0")
-            if kind != RMEM_INPUT:
-                call.outputs.append((at + 16, at + 24))
-                call.written.append(Cookie(cookie))
-        elif TMEM_INPUT <= kind <= TMEM_INOUT:
-            call.translates = True
-            if kind != TMEM_INPUT:
-                call.outputs.append((at + 16, at + 24))
-        elif kind in _VALUE_OUTPUTS:
-            call.outputs.append((at + 8, at + 32))
-        at += PARAM_SIZE
+def _note_registered(call: Call, message: bytes, registered: tuple[int, ...], cookie_zero: bool) -> None:
+    """Look at the registered memory references of a message: which of them OP-TEE may write."""
+    for at in registered:
+        attribute, _, _, cookie = PARAM.unpack_from(message, at)
+        if cookie == 0 and not cookie_zero:
+            raise MessageRejected(Result.BAD_PARAMETERS, "a registered memory reference with cookie 0")
+        if attribute & TYPE_MASK != RMEM_INPUT:
+            call.written.append(Cookie(cookie))
 
 
 def _read_registered(call: Call) -> bytes:
@@ -214,20 +201,20 @@ def _read_registered(call: Call) -> bytes:
         raise CallRefused(ReturnCode.EBADADDR, str(fault)) from None
 
 
-def _check_register(policy: Policy, params: Params) -> None:
-    if len(params) != 1:
-        raise MessageRejected(Result.BAD_PARAMETERS, f"REGISTER_SHM with {len(params)} parameters")
-    attribute, pointer, _, cookie = params[0]
+def _check_register(policy: Policy, message: bytes, num_params: int) -> None:
+    if num_params != 1:
+        raise MessageRejected(Result.BAD_PARAMETERS, f"REGISTER_SHM with {num_params} parameters")
+    attribute, pointer, _, cookie = PARAM.unpack_from(message, HEADER_SIZE)
     if attribute not in policy.register_attributes:
         raise MessageRejected(Result.BAD_PARAMETERS, f"REGISTER_SHM with attribute {attribute:#x}")
     if pointer == 0 or cookie == 0:
         raise MessageRejected(Result.BAD_PARAMETERS, "REGISTER_SHM without a buffer or a cookie")
 
 
-def _begin_unregister(call: Call, policy: Policy, params: Params) -> None:
-    if len(params) != 1:
-        raise MessageRejected(Result.BAD_PARAMETERS, f"UNREGISTER_SHM with {len(params)} parameters")
-    attribute, _, _, cookie = params[0]
+def _begin_unregister(call: Call, policy: Policy, message: bytes, num_params: int) -> None:
+    if num_params != 1:
+        raise MessageRejected(Result.BAD_PARAMETERS, f"UNREGISTER_SHM with {num_params} parameters")
+    attribute, _, _, cookie = PARAM.unpack_from(message, HEADER_SIZE)
     if policy.unregister_attributes is not None and attribute not in policy.unregister_attributes:
         raise MessageRejected(Result.BAD_PARAMETERS, f"UNREGISTER_SHM with attribute {attribute:#x}")
     call.cookie = Cookie(cookie)
@@ -247,25 +234,18 @@ def completed(core: "Mediator", call: Call, answer: Regs) -> Step:
         end(core, call, _COMPLETE)
         return core.failed(regs, answer)
     shadow = call.shadow
-    place = call.place
-    assert shadow is not None and place is not None
-    data = shadow.view[: HEADER_SIZE + PARAM_SIZE * call.num_params].tobytes()
-    fields = [
-        (OFFSET_SESSION, data[OFFSET_SESSION : OFFSET_SESSION + 4]),
-        (OFFSET_RET, data[OFFSET_RET : OFFSET_RET + 8]),
-    ]
-    for start, stop in call.outputs:
-        fields.append((start, data[start:stop]))
+    assert shadow is not None
+    data = shadow.view[: call.size].tobytes()
     for cookie in call.written:
         mark_written(guest, cookie)
-    if data[OFFSET_RET : OFFSET_RET + 4] == b"\0\0\0\0":
+    if data[OFFSET_RET:OFFSET_RET_ORIGIN] == _SUCCESS:
         if call.registering is not None:
             _registered(core, call)
         elif call.command is _UNREGISTER:
             _unregistered(core, call)
     end(core, call, _COMPLETE)
     try:
-        place.write(guest.memory, fields)
+        call.write(0, data, _ANSWER + call.outputs)
     except Stage2Fault as fault:
         return refuse(core, guest, regs, CallRefused(ReturnCode.EBADADDR, str(fault)))
     return core.completed(regs, answer)

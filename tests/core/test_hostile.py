@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hv_models.memory import PAGE_SIZE
 from hv_models.stage2 import PageKind
 from mediator.core.mediator import Lifecycle
-from mediator.core.records import Call, PagePlace
+from mediator.core.records import Call
 from mediator.core.rpc import OWN_THREADS
 from mediator.core.states import GuestState
 from mediator.core.steps import Forward, Preempt, Queue, Reply
@@ -264,8 +264,8 @@ class Play:
             return
         if call.argument is not None:
             at = call.argument.ipa
-        elif call.rpc_offset and isinstance(call.place, PagePlace):
-            at = call.place.ipa + call.rpc_offset
+        elif call.rpc_offset and call.place is None:
+            at = call.ipa + call.rpc_offset
         else:
             return
         guest.write(Place((at - guest.first) // PAGE_SIZE, at % PAGE_SIZE), reply)

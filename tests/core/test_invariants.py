@@ -173,9 +173,9 @@ BREAKAGES = {
     ),
     "a host address is written back": (
         4,
-        yielding._look_at,
-        r"\(at \+ 16, at \+ 24\)",
-        "(at + 8, at + 24)",
+        yielding.completed,
+        r"call\.outputs\)",
+        "tuple(slice(field.start - 8, field.stop) for field in call.outputs))",
         shared_buffer,
     ),
     "a cookie names another buffer": (
@@ -216,11 +216,17 @@ BREAKAGES = {
     "a field that is no output is written": (
         8,
         yielding.completed,
-        r"\(OFFSET_SESSION, ",
-        "(0, data[0:4]), (OFFSET_SESSION, ",
+        r"call\.outputs\)",
+        "(slice(0, 4),))",
         values,
     ),
-    "an input is written back": (8, yielding._look_at, r"at = HEADER_SIZE", "at = HEADER_SIZE + 32", values),
+    "an input is written back": (
+        8,
+        yielding.completed,
+        r"call\.outputs\)",
+        "tuple(slice(field.start + 32, field.stop + 32) for field in call.outputs))",
+        values,
+    ),
     "a7 is another's": (9, yielding._send, r"call\.guest\.vm\)", "call.guest.vm + 1)", values),
     "a7 is the guest's word": (9, fast.enter, r"guest\.vm\)", "regs[7])", fast_call),
     "the guest's x0 is forwarded": (

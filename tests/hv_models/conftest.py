@@ -8,6 +8,11 @@ from hv_models.vm import VirtualMachine
 Create = Callable[..., VirtualMachine]
 
 
+def whole(data: bytes) -> tuple[bytes, list[slice]]:
+    """Data, and the one field that is all of it."""
+    return data, [slice(0, len(data))]
+
+
 @pytest.fixture
 def machine() -> Iterator[Machine]:
     machine = Machine()

@@ -9,6 +9,7 @@ from hv_models.kvm import KvmVm, VmidAllocator
 from hv_models.machine import KVM_GIC_IPA, Machine, RamBlock
 from hv_models.memory import PAGE_SIZE, PageArray, PhysicalFault
 from hv_models.stage2 import PageKind, Reason, Stage2Fault
+from tests.hv_models.conftest import whole
 
 RAM = 0x4000_0000
 GFN = RAM >> 12
@@ -103,7 +104,7 @@ class TestSlots:
 
     def test_new_ram_in_its_place_has_other_frames_while_pins_are_held(self, vm: KvmVm, machine: Machine) -> None:
         old = vm.pin(pages(1))
-        vm.store_fields(old, 0, [(0, b"old")])
+        vm.store_fields(old, 0, *whole(b"old"))
         vm.remove_slot(vm.regions[0])
         machine.add_ram(vm, RamBlock(RAM, 2 << 20))
         new = vm.pin(pages(1))
@@ -138,13 +139,13 @@ class TestDirtyLogging:
         assert vm.dirty_pages() == []
         vm.touch(RAM + 4 * PAGE_SIZE - 1, 2, write=True)  # the guest
         vm.write(RAM + 9 * PAGE_SIZE, b"mediator")
-        vm.store_fields(first, PAGE_SIZE - 1, [(0, b"two pages")])
+        vm.store_fields(first, PAGE_SIZE - 1, *whole(b"two pages"))
         vm.write(RAM + 300 * PAGE_SIZE, b"a page that was not mapped")
         assert vm.dirty_pages() == [GFN + page for page in (1, 2, 3, 4, 9, 300)]
         assert vm.dirty_pages() == []
         again = vm.pin(pages(3, 200))
-        vm.store_fields(again, PAGE_SIZE + 4, [(0, b"second page")])
-        vm.write_fields(RAM + 4 * PAGE_SIZE, [(0, b"ret"), (8, b"session")])
+        vm.store_fields(again, PAGE_SIZE + 4, *whole(b"second page"))
+        vm.write_fields(RAM + 4 * PAGE_SIZE, b"ret     session", [slice(0, 3), slice(8, 15)])
         assert vm.dirty_pages() == [GFN + 4, GFN + 200]
         vm.mark_dirty(first)  # the secure world
         assert vm.dirty_pages() == [GFN + page for page in (1, 2, 3, 200)]
@@ -191,10 +192,10 @@ class TestDirtyLogging:
         vm.write(1 << 32, b"x")
         vm.write(RAM, b"x")
         vm.unpin(vm.pin(np.array([1 << 32, RAM], dtype=np.uint64)))
-        vm.write_fields(RAM + PAGE_SIZE, [(0, b"x")])
+        vm.write_fields(RAM + PAGE_SIZE, *whole(b"x"))
         assert vm.dirty_pages() == [GFN, GFN + 1, 1 << 20]
         pinned = vm.pin(np.array([(1 << 32) + PAGE_SIZE, RAM, RAM + PAGE_SIZE], dtype=np.uint64))
-        vm.store_fields(pinned, PAGE_SIZE - 1, [(0, b"xy")])
+        vm.store_fields(pinned, PAGE_SIZE - 1, *whole(b"xy"))
         assert vm.dirty_pages() == [GFN, (1 << 20) + 1]
         vm.mark_dirty(pinned)
         assert vm.dirty_pages() == [GFN, GFN + 1, (1 << 20) + 1]

@@ -12,7 +12,7 @@ from hv_models.machine import Machine, RamBlock
 from hv_models.memory import PAGE_SIZE, Frames, PageArray
 from hv_models.stage2 import PageKind, Reason, Stage2Fault
 from hv_models.vm import VirtualMachine
-from tests.hv_models.conftest import Create
+from tests.hv_models.conftest import Create, whole
 
 RAM = 0x4000_0000
 END = RAM + (4 << 20)
@@ -74,13 +74,14 @@ class TestReadAndWrite:
     @pytest.mark.parametrize("base", [RAM, HIGH])
     def test_fields_of_a_page_are_written_and_nothing_else(self, two_region_vm: VirtualMachine, base: int) -> None:
         two_region_vm.write(base + PAGE_SIZE, b"." * 64)
-        two_region_vm.write_fields(base + PAGE_SIZE, [(4, b"ret"), (0, b"ab"), (60, b"last")])
-        two_region_vm.write_fields(base + PAGE_SIZE + 32, [(1, b"x")])
+        data = b"abcdret" + b"#" * 53 + b"last"
+        two_region_vm.write_fields(base + PAGE_SIZE, data, [slice(4, 7), slice(0, 2), slice(60, 64)])
+        two_region_vm.write_fields(base + PAGE_SIZE + 32, b"wxyz", [slice(1, 2)])
         page = b"ab..ret" + b"." * 26 + b"x" + b"." * 26 + b"last"
         assert two_region_vm.read(base + PAGE_SIZE, 64) == page
         two_region_vm.set_kind(base + PAGE_SIZE, PageKind.RAM_RO)
         with pytest.raises(Stage2Fault):
-            two_region_vm.write_fields(base + PAGE_SIZE, [(0, b"no")])
+            two_region_vm.write_fields(base + PAGE_SIZE, *whole(b"no"))
         assert two_region_vm.read(base + PAGE_SIZE, 64) == page
 
     @pytest.mark.parametrize("kind", REASON)
@@ -184,7 +185,7 @@ class TestPin:
         pinned = vm.pin(ipas)
         before = pinned.pas.tolist()
         ipas[:] = 0
-        vm.store_fields(pinned, 0, [(0, b"still")])
+        vm.store_fields(pinned, 0, *whole(b"still"))
         assert pinned.pas.tolist() == before
         assert vm.read(RAM, 5) == b"still"
         vm.unpin(pinned)
@@ -218,7 +219,7 @@ class TestPin:
         vm.set_kind(RAM + PAGE_SIZE, PageKind.NONE)
         assert vm.stage2.walk(RAM + PAGE_SIZE).pa is None
         assert vm.pinned() == {(RAM >> 12) + 1: 2}
-        vm.store_fields(pinned, 0, [(0, b"OP-TEE writes")])
+        vm.store_fields(pinned, 0, *whole(b"OP-TEE writes"))
         vm.unpin(pinned)
         assert vm.pins == 0
         vm.set_kind(RAM + PAGE_SIZE, PageKind.RAM_RW)
@@ -235,7 +236,7 @@ class TestPin:
         vm = two_region_vm
         vm.set_kind(HIGH, PageKind.RAM_RW, page=3)
         pinned = vm.pin(pages(HIGH, HIGH + PAGE_SIZE))
-        vm.store_fields(pinned, 0, [(0, b"alias")])
+        vm.store_fields(pinned, 0, *whole(b"alias"))
         assert vm.ram[0].read(RAM + 3 * PAGE_SIZE, 5) == b"alias"
         assert vm.read(HIGH, 5) == b"alias"
         assert vm.pinned() == {(RAM >> 12) + 3: 1, (HIGH >> 12) + 1: 1}
@@ -256,11 +257,11 @@ class TestPinnedBytes:
         pinned = vm.pin(np.array(ipas, dtype=np.uint64))
         if offset + len(data) > len(ipas) * PAGE_SIZE:
             with pytest.raises(ValueError, match="outside"):
-                vm.store_fields(pinned, offset, [(0, data)])
+                vm.store_fields(pinned, offset, *whole(data))
             with pytest.raises(ValueError, match="outside"):
                 vm.load(pinned, offset, len(data))
         else:
-            vm.store_fields(pinned, offset, [(0, data)])
+            vm.store_fields(pinned, offset, *whole(data))
             expected = bytearray(len(ipas) * PAGE_SIZE)
             expected[offset : offset + len(data)] = data
             assert b"".join(vm.read(ipa, PAGE_SIZE) for ipa in ipas) == expected
@@ -311,7 +312,7 @@ class TestSharedFrames:
         assert first.pas[0] == second.pas[0]
         assert owner.pinned() == {self.SHARED >> 12: 2}
         assert user.pinned() == {RAM >> 12: 1}
-        user.store_fields(second, 4090, [(0, b"two pages")])
+        user.store_fields(second, 4090, *whole(b"two pages"))
         assert owner.load(first, 4090, 6) == b"two pa"
         with pytest.raises(Stage2Fault):
             owner.pin(pages(self.SHARED + PAGE_SIZE))

@@ -60,13 +60,14 @@ def _capability_leaks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _outputs_forgotten(size: int) -> Callable[[pytest.MonkeyPatch], None]:
     def patch(monkeypatch: pytest.MonkeyPatch) -> None:
-        look_at = yielding._look_at
+        take_message = yielding._take_message
 
-        def looked_at(call: Call, *rest: Any) -> None:
-            look_at(call, *rest)
-            call.outputs = [(start, stop) for start, stop in call.outputs if stop - start != size]
+        def taken(core: Mediator, call: Call) -> bytes:
+            message = take_message(core, call)
+            call.outputs = tuple(field for field in call.outputs if field.stop - field.start != size)
+            return message
 
-        monkeypatch.setattr(yielding, "_look_at", looked_at)
+        monkeypatch.setattr(yielding, "_take_message", taken)
 
     return patch
 
