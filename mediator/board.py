@@ -24,7 +24,7 @@ from mediator.core.policy import Policy
 from mediator.core.steps import Event
 from mediator.invariants import Checker
 from mediator.policies import load_policy
-from mediator.shell import Service
+from mediator.shell import Service, Tale
 from mediator.world import LocalSecureWorld
 from optee.config import DEFAULT, Config
 from optee.secure_world import SecureWorld
@@ -68,6 +68,8 @@ class Board:
         self.model.on_notification = self.service.notify
         self.clients: set[int] = set()
         """Client ids of all VMs so far."""
+        self.probed = Tale()
+        """How OP-TEE was found."""
         self._numbers = count(1)
 
     @property
@@ -166,7 +168,7 @@ class Board:
             self.machine.destroy(vm, force=force)
 
     async def __aenter__(self) -> Self:
-        if not await self.service.start():
+        if not await self.service.start(self.probed):
             raise BoardError("OP-TEE does not know virtualization")
         return self
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,7 @@ from mediator.core.mediator import Mediator
 from mediator.core.ports import SecureWorld
 from mediator.core.steps import Event, Forward, Preempt, Queue, Regs, Reply, Step
 from mediator.invariants import Checker
+from mediator.trace.record import Recorder, SmcRecord
 from optee.abi.smc import Function, ReturnCode, SecCapability, VmId
 
 _LOW = 0xFFFFFFFF
@@ -59,6 +61,34 @@ class Seen:
         self.answers: Counter[int] = Counter()
 
 
+class Witness(Protocol):
+    """Who is told what goes to OP-TEE for one request, and what comes back."""
+
+    def forward(self, regs: Regs) -> None:
+        """OP-TEE is about to be called with x0..x7."""
+        ...
+
+    def answer(self, regs: Regs) -> None:
+        """It answered x0..x3."""
+        ...
+
+
+class Tale:
+    """A witness that keeps what it was told: pairs of registers, call and answer."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[Regs, Regs]] = []
+        self._asked: Regs = ()
+
+    def forward(self, regs: Regs) -> None:
+        """See `Witness`."""
+        self._asked = regs
+
+    def answer(self, regs: Regs) -> None:
+        """See `Witness`."""
+        self.told.append((self._asked, regs))
+
+
 class Service:
     """One mediator, one secure world, any number of VMs, in one trio run.
 
@@ -76,20 +106,22 @@ class Service:
         self.world = world
         self.memories: dict[int, GuestMemoryCount] = {}
         self.seen: dict[int, Seen] = {}
+        self.recorders: dict[int, Recorder] = {}
+        """Who writes down the calls of a guest, by client id."""
         self._on_event = on_event
         self._vms: dict[int, VirtualMachine] = {}
         self._changed = trio.lowlevel.ParkingLot()
 
-    async def start(self) -> bool:
+    async def start(self, witness: Witness | None = None) -> bool:
         """Find OP-TEE; False if there is none that knows virtualization."""
-        reply = await self._finish(lambda: self.mediator.probe())
+        reply = await self._ask(lambda: self.mediator.probe(), witness)
         return reply[0] == ReturnCode.OK
 
     async def add(self, vm: VirtualMachine) -> bool:
         """Announce a VM (R24); False if OP-TEE has no room for it."""
         vm.allowed_shared_frames = self.mediator.policy.shared_pages
         memory = GuestMemoryCount(vm)
-        reply = await self._finish(lambda: self.mediator.create(vm.client_id, memory))
+        reply = await self._ask(lambda: self.mediator.create(vm.client_id, memory))
         if reply[0] != ReturnCode.OK:
             return False
         self.memories[vm.client_id] = memory
@@ -99,8 +131,9 @@ class Service:
 
     async def remove(self, vm: VirtualMachine) -> bool:
         """End a VM, at whatever point it is (R24); False if OP-TEE did not let go of it."""
-        reply = await self._finish(lambda: self.mediator.destroy(vm.client_id))
+        reply = await self._ask(lambda: self.mediator.destroy(vm.client_id))
         self._vms.pop(vm.client_id, None)
+        self.recorders.pop(vm.client_id, None)
         self._changed.unpark_all()
         return reply[0] == ReturnCode.OK
 
@@ -116,8 +149,48 @@ class Service:
 
     async def mediate(self, vm: VirtualMachine, vcpu: int, regs: Regs) -> Regs:
         """A call that a guest's hypervisor routed to the mediator."""
+        await trio.lowlevel.checkpoint()
+        step = self.enter(vm, vcpu, regs)
+        return step.regs if isinstance(step, Reply) else await self.finish(vm, vcpu, regs, step)
+
+    def enter(self, vm: VirtualMachine, vcpu: int, regs: Regs) -> Step | None:
+        """Begin a guest's call and do what needs no waiting; all but a `Reply` is to be given to `finish`."""
         client = vm.client_id
-        answer = await self._finish(lambda: self.mediator.submit(client, vcpu, regs))
+        if client in self.recorders:
+            return None
+        step = self._settle(self.mediator.submit(client, vcpu, regs), None)
+        if isinstance(step, Reply):
+            self._note(client, regs, step.regs)
+        return step
+
+    async def finish(self, vm: VirtualMachine, vcpu: int, regs: Regs, step: Step | None) -> Regs:
+        """Go on with a guest's call until it has an answer."""
+        client = vm.client_id
+        recorder = self.recorders.get(client) if step is None else None
+        record: SmcRecord | None = None
+
+        def submit() -> Step:
+            nonlocal record
+            if recorder is not None:
+                record = recorder.look(vcpu, regs)
+            return self.mediator.submit(client, vcpu, regs)
+
+        if step is None:
+            step = submit()
+            while isinstance(step, Queue):
+                await self._changed.park()
+                step = submit()
+            if record is not None:
+                record.begin()
+            step = self._settle(step, record)
+        answer = await self._finish(step, submit, record)
+        if record is not None:
+            record.back(answer)
+        self._note(client, regs, answer)
+        return answer
+
+    def _note(self, client: int, regs: Regs, answer: Regs) -> None:
+        """Count what a guest tried, and what it was told."""
         seen = self.seen.get(client)
         if seen is not None:
             function = regs[0] & _LOW
@@ -129,7 +202,6 @@ class Service:
                 seen.thread_limits += 1
             elif function == Function.GET_SHM_CONFIG:
                 seen.shm_config_refused += answer[0] == ReturnCode.ENOTAVAIL
-        return answer
 
     def notify(self, _: VmId) -> None:
         """OP-TEE raised its notification interrupt: inject it into the guests that asked for it."""
@@ -138,20 +210,32 @@ class Service:
             if vm is not None:
                 vm.inject(NOTIFICATION_INTERRUPT)
 
-    async def _finish(self, request: Callable[[], Step]) -> Regs:
-        """Do what the steps say until there is an answer. A checkpoint at least once."""
+    async def _ask(self, request: Callable[[], Step], witness: Witness | None = None) -> Regs:
+        """A request of the host. A checkpoint at least once."""
         await trio.lowlevel.checkpoint()
-        step = request()
-        while True:
+        return await self._finish(self._settle(request(), witness), request, witness)
+
+    def _settle(self, step: Step, witness: Witness | None) -> Step:
+        """Take the steps that need no waiting."""
+        if step.events:
+            self._tell(step.events)
+        while isinstance(step, Forward):
+            if witness is not None:
+                witness.forward(step.regs)
+            answer = self.world.call(step.regs)
+            if witness is not None:
+                witness.answer(answer)
+            step = self.mediator.returned(step.ticket, answer)
+            if self._changed:
+                self._changed.unpark_all()
             if step.events:
                 self._tell(step.events)
-            if isinstance(step, Reply):
-                return step.regs
-            if isinstance(step, Forward):
-                step = self.mediator.returned(step.ticket, self.world.call(step.regs))
-                if self._changed:
-                    self._changed.unpark_all()
-            elif isinstance(step, Preempt):
+        return step
+
+    async def _finish(self, step: Step, request: Callable[[], Step], witness: Witness | None) -> Regs:
+        """Do what the steps say until there is an answer; `request` is made again where it has to wait."""
+        while not isinstance(step, Reply):
+            if isinstance(step, Preempt):
                 # Not to be cancelled: the guest's call has begun.
                 await trio.lowlevel.cancel_shielded_checkpoint()
                 step = self.mediator.proceed(step.ticket)
@@ -159,6 +243,8 @@ class Service:
                 assert isinstance(step, Queue)
                 await self._changed.park()
                 step = request()
+            step = self._settle(step, witness)
+        return step.regs
 
     def _tell(self, events: Sequence[Event]) -> None:
         for event in events:

@@ -11,7 +11,7 @@ class ServeOptions:
     duration: seconds of workload, None until it is interrupted; check: look at every step with the invariant
     checker; seed: of everything random in the models; in_process: guests are tasks, not processes of their own.
     external: the socket for VMs of others; control: the socket for `mediator ctl`; host_client: the host's own driver
-    is a guest as well.
+    is a guest as well. record: the trace to write, one for each guest.
     """
 
     guests: int = 4
@@ -26,3 +26,4 @@ class ServeOptions:
     external: Path | None = None
     control: Path | None = None
     host_client: bool = False
+    record: Path | None = None

@@ -25,6 +25,7 @@ from mediator.service.listener import listening
 from mediator.service.log import EventLog
 from mediator.service.options import ServeOptions
 from mediator.service.processes import GuestProcess, WarmParent, open_warm_parent
+from mediator.service.recording import Recordings
 from mediator.service.served import ServedGuest
 from mediator.service.summary import Summary
 from optee.config import Config
@@ -64,6 +65,7 @@ class Bench:
         self.images = images(*(ta for ta in BUILT_IN if not ta.is_pseudo))
         self.refused_guests: list[str] = []
         self.up: float | None = None
+        self._recordings: Recordings | None = None
         self._stopping = trio.Event()
         self._cut = trio.Event()
         self._is_up = trio.Event()
@@ -73,6 +75,11 @@ class Bench:
         started = trio.current_time()
         async with self.board:
             async with AsyncExitStack() as stack:
+                if self.options.record is not None:
+                    alone = self.options.external is None and self.options.guests + self.options.host_client == 1
+                    driver = f"guests of mediator serve, workload {self.options.workload}"
+                    recordings = Recordings(self.board, self.options.record, driver, alone=alone)
+                    self._recordings = stack.enter_context(recordings)
                 if self.options.external is not None:
                     door = listening(self.options.external, socket.SOCK_SEQPACKET, self._serve_external)
                     await stack.enter_async_context(door)
@@ -126,9 +133,14 @@ class Bench:
         except BoardError:
             self.refused_guests.append(guest.name)
             return
-        guest.born(vm, self.board)
+        self._born(guest, vm)
         self.guests.append(guest)
         running.start_soon(self._run_in_process, guest, vm)
+
+    def _born(self, guest: ServedGuest, vm: VirtualMachine) -> None:
+        guest.born(vm, self.board)
+        if self._recordings is not None:
+            self._recordings.begin(vm)
 
     async def _remove(self, guest: ServedGuest) -> None:
         """Take a guest's VM away; pins that are left then show in the summary."""
@@ -164,7 +176,7 @@ class Bench:
             with guest.life:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(listen)
-                    ending = await link.serve(lambda vm: guest.born(vm, self.board))
+                    ending = await link.serve(lambda vm: self._born(guest, vm))
                     nursery.cancel_scope.deadline = trio.current_time() + LAST_WORDS_SECONDS
                 guest.ended = "failed" if said == ["failed"] else str(ending)
                 if ending is Ending.FAILED:
@@ -189,7 +201,7 @@ class Bench:
         def born(vm: VirtualMachine) -> None:
             nonlocal guest
             guest = ServedGuest(vm.name, vm.hypervisor.name, life=life)
-            guest.born(vm, self.board)
+            self._born(guest, vm)
             self.guests.append(guest)
 
         ending = Ending.KILLED
@@ -277,6 +289,7 @@ class Bench:
             up_seconds=up,
             seconds=seconds,
             refused_guests=tuple(self.refused_guests),
+            faults=() if self._recordings is None else tuple(self._recordings.failures),
             panic_reports=tuple(model.panic_reports)[-SHOWN_PANICS:],
         )
 

@@ -35,6 +35,8 @@ class Summary:
     up_seconds: float
     seconds: float
     refused_guests: tuple[str, ...]
+    faults: tuple[str, ...] = ()
+    """What else went wrong, a line for each."""
     panic_reports: tuple[PanicReport, ...] = ()
     """The last few TA panics, as OP-TEE printed them."""
 
@@ -46,6 +48,7 @@ class Summary:
             or self.violations
             or any(self.left.values())
             or self.refused_guests
+            or self.faults
             or self.strangers
             or any(guest.reserved_seen or guest.pages_identical for guest in self.guests)
         )
