@@ -16,7 +16,7 @@ import numpy as np
 from hv_models.memory import PAGE_SIZE
 from mediator.core.ledger import Ledger
 from mediator.core.mediator import Lifecycle, Mediator
-from mediator.core.policy import Policy
+from mediator.core.policy import Policy, PolicyLimits
 from mediator.core.ports import GuestMemory
 from mediator.core.records import Call, Guest, Pins
 from mediator.core.sharing import LISTS_PER_STEP
@@ -173,11 +173,11 @@ class Checker:
         """See `Mediator.probe`."""
         return self._after(None, self.mediator.probe())
 
-    def create(self, vm: VmId, memory: GuestMemory) -> Step:
+    def create(self, vm: VmId, memory: GuestMemory, limits: PolicyLimits | None = None) -> Step:
         """See `Mediator.create`."""
         watched = WatchedMemory(memory)
         known = vm in self.mediator.guests
-        step = self.mediator.create(vm, watched if self.thorough else memory)
+        step = self.mediator.create(vm, watched if self.thorough else memory, limits)
         if not known:
             if self.thorough:
                 self._watched[vm] = watched

@@ -123,6 +123,33 @@ def test_a_users_policy(tmp_path: Path) -> None:
     assert policy.functions == load_policy("default").functions
 
 
+def test_guests_may_have_limits_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    quotas = "guests:\n  kvm-1: {pages: 100, reserved_pages: 20, memory_kib: 64}\n  xen-2: {calls: 3}\n"
+    path.write_text(changed("pool:", quotas + "pool:").replace("  pages: null", "  pages: 5000"))
+    policy = load_policy(str(path))
+    first, second, third = (policy.limits_of(name) for name in ("kvm-1", "xen-2", "kvm-3"))
+    assert (first.pages, first.reserved_pages, first.memory, first.buffers) == (100, 20, 64 << 10, 1024)
+    assert (second.calls, second.pages) == (3, 65536) and third == policy.limits
+    assert policy.pool_pages == 5000
+
+
+@pytest.mark.parametrize(
+    ("quotas", "line", "words"),
+    [
+        ("guests:\n  kvm-1: {pages: 0}\n", 2, "pages"),
+        ("guests:\n  kvm-1: {pags: 1}\n", 2, "pags"),
+        ("guests:\n  kvm-1:\n    pages: 10\n    reserved_pages: 11\n", 2, "11 of at most 10"),
+        ("guests: 5\n", 1, "guests"),
+    ],
+)
+def test_limits_of_single_guests_are_checked(quotas: str, line: int, words: str, tmp_path: Path) -> None:
+    text = changed("pool:", quotas + "pool:")
+    (error,) = errors(tmp_path, text)
+    assert words in error
+    assert int(error.split(":")[1]) == text[: text.index(quotas)].count("\n") + line
+
+
 # R4 and what belongs together
 
 
@@ -196,6 +223,9 @@ def test_functions_of_the_hypervisor_are_no_guests(function: str, tmp_path: Path
         ("pages: 65536", "pages: 0200000", "0200000"),
         ("pages: 65536", "pages: yes", "yes"),
         ("pages: 65536", "pags: 65536", "pags"),
+        ("reserved_pages: 0", "reserved_pages: 65537", "65537 of at most 65536"),
+        ("reserved_pages: 0", "reserved_pages: -1", "reserved_pages"),
+        ("  pages: null", "  pages: 0", "pages"),
         ("calls: null", "calls: 0", "calls"),
         ("memory_kib: 4096", "memory_kib: 1", "memory_kib"),
         ("cookie_zero: false", "cookie_zero: 0", "cookie_zero"),

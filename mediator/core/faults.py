@@ -4,6 +4,7 @@ A guest's fault becomes an ABI answer and an event; a fault of the secure world 
 concerns; a fault of the mediator itself stops loudly.
 """
 
+from mediator.core.ledger import OverLimit
 from optee.abi.results import Result
 from optee.abi.smc import ReturnCode
 
@@ -17,21 +18,21 @@ class GuestFault(Exception):
 
 
 class CallRefused(GuestFault):
-    """The call as a whole is refused: the answer stands in a0 (rule R10)."""
+    """The call as a whole is refused: the answer stands in a0 (rule R10). over: the limit that was passed, if any."""
 
-    def __init__(self, code: ReturnCode, why: str, *, limit: str | None = None) -> None:
-        super().__init__(why)
+    def __init__(self, code: ReturnCode, why: str | OverLimit) -> None:
+        super().__init__(str(why))
         self.code = code
-        self.limit = limit
+        self.over = why if isinstance(why, OverLimit) else None
 
 
 class MessageRejected(GuestFault):
     """The message is rejected: a0 is OK, `ret` and origin COMMS are written to the message (rule R10)."""
 
-    def __init__(self, result: Result, why: str, *, limit: str | None = None) -> None:
-        super().__init__(why)
+    def __init__(self, result: Result, why: str | OverLimit) -> None:
+        super().__init__(str(why))
         self.result = result
-        self.limit = limit
+        self.over = why if isinstance(why, OverLimit) else None
 
 
 class SecureWorldFault(Exception):

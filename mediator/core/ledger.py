@@ -1,18 +1,19 @@
 """What a guest holds, against what it may hold (rule R21)."""
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 RESOURCES: Final = ("pages", "buffers", "rpc_arguments", "calls", "memory")
 
 
 @dataclass(slots=True)
 class Limits:
-    """Upper bounds per guest.
+    """Upper bounds per guest, and what it is sure of.
 
     pages: 4 KiB pages in shared buffers, one count per mention; buffers: live shared buffers;
     rpc_arguments: live RPC arguments; calls: yielding calls in flight; memory: bytes of the mediator's own
-    memory; pages_per_buffer: 4 KiB pages of one buffer.
+    memory; pages_per_buffer: 4 KiB pages of one buffer; reserved_pages: pages of the host's pool that nobody
+    else can have, at most `pages`.
     """
 
     pages: int
@@ -21,14 +22,30 @@ class Limits:
     calls: int
     memory: int
     pages_per_buffer: int
+    reserved_pages: int = 0
 
 
 class OverLimit(Exception):
-    """A charge would pass a limit; nothing was charged."""
+    """A charge would pass a limit; nothing was charged.
 
-    def __init__(self, resource: str) -> None:
+    asked, held, limit: of `resource`, None where it is not the core that counts it. rule: which one says no.
+    """
+
+    def __init__(
+        self, resource: str, asked: int = 1, held: int | None = None, limit: int | None = None, rule: str = "R21"
+    ) -> None:
         super().__init__(resource)
         self.resource = resource
+        self.asked = asked
+        self.held = held
+        self.limit = limit
+        self.rule = rule
+
+    def __str__(self) -> str:
+        if self.limit is None:
+            return f"no {self.resource} left"
+        held = "" if self.held is None else f" beside {self.held}"
+        return f"{self.asked} {self.resource}{held}, {self.limit} are allowed"
 
 
 class Charge:
@@ -56,26 +73,57 @@ class Charge:
         if ledger is None:
             return
         self._ledger = None
-        ledger.pages -= self.pages
+        if self.pages:
+            if ledger.lender is not None:
+                ledger.lender.give_back(ledger, self.pages)
+            ledger.pages -= self.pages
         ledger.buffers -= self.buffers
         ledger.rpc_arguments -= self.rpc_arguments
         ledger.calls -= self.calls
         ledger.memory -= self.memory
 
 
-class Ledger:
-    """The sums of one guest. They are zero when the guest is gone."""
+class Lender(Protocol):
+    """Who has the pages of all guests together; see `mediator.core.pool.Pool`."""
 
-    __slots__ = ("buffers", "calls", "limits", "memory", "pages", "pages_peak", "rpc_arguments")
+    def take(self, ledger: "Ledger", pages: int) -> None:
+        """Before the ledger counts them. Raises OverLimit."""
+        ...
+
+    def give_back(self, ledger: "Ledger", pages: int) -> None:
+        """Before the ledger counts them off."""
+        ...
+
+
+class Ledger:
+    """The sums of one guest. They are zero when the guest is gone.
+
+    `peaks` are the most that was ever held. `lender` backs the pages, None while there is enough for everybody.
+    """
+
+    __slots__ = (
+        "buffers",
+        "buffers_peak",
+        "calls",
+        "calls_peak",
+        "lender",
+        "limits",
+        "memory",
+        "memory_peak",
+        "pages",
+        "pages_peak",
+        "rpc_arguments",
+        "rpc_arguments_peak",
+    )
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self.pages = 0
-        self.buffers = 0
-        self.rpc_arguments = 0
-        self.calls = 0
-        self.memory = 0
-        self.pages_peak = 0
+        self.lender: Lender | None = None
+        self.pages = self.pages_peak = 0
+        self.buffers = self.buffers_peak = 0
+        self.rpc_arguments = self.rpc_arguments_peak = 0
+        self.calls = self.calls_peak = 0
+        self.memory = self.memory_peak = 0
 
     def charge(
         self, pages: int = 0, buffers: int = 0, rpc_arguments: int = 0, calls: int = 0, memory: int = 0
@@ -88,24 +136,43 @@ class Ledger:
         """
         limits = self.limits
         if calls and self.calls + calls > limits.calls:
-            raise OverLimit("calls")
+            raise OverLimit("calls", calls, self.calls, limits.calls)
         if buffers and self.buffers + buffers > limits.buffers:
-            raise OverLimit("buffers")
+            raise OverLimit("buffers", buffers, self.buffers, limits.buffers)
         if pages and self.pages + pages > limits.pages:
-            raise OverLimit("pages")
+            raise OverLimit("pages", pages, self.pages, limits.pages)
         if rpc_arguments and self.rpc_arguments + rpc_arguments > limits.rpc_arguments:
-            raise OverLimit("rpc_arguments")
-        if self.memory + memory > limits.memory:
-            raise OverLimit("memory")
-        self.calls += calls
-        self.buffers += buffers
-        self.pages += pages
-        self.rpc_arguments += rpc_arguments
-        self.memory += memory
-        if self.pages > self.pages_peak:
-            self.pages_peak = self.pages
+            raise OverLimit("rpc_arguments", rpc_arguments, self.rpc_arguments, limits.rpc_arguments)
+        held = self.memory + memory
+        if held > limits.memory:
+            raise OverLimit("memory", memory, self.memory, limits.memory)
+        if pages:
+            if self.lender is not None:
+                self.lender.take(self, pages)
+            self.pages += pages
+            if self.pages > self.pages_peak:
+                self.pages_peak = self.pages
+        if buffers:
+            self.buffers += buffers
+            if self.buffers > self.buffers_peak:
+                self.buffers_peak = self.buffers
+        if calls:
+            self.calls += calls
+            if self.calls > self.calls_peak:
+                self.calls_peak = self.calls
+        if rpc_arguments:
+            self.rpc_arguments += rpc_arguments
+            if self.rpc_arguments > self.rpc_arguments_peak:
+                self.rpc_arguments_peak = self.rpc_arguments
+        self.memory = held
+        if held > self.memory_peak:
+            self.memory_peak = held
         return Charge(self, pages, buffers, rpc_arguments, calls, memory)
 
     def sums(self) -> dict[str, int]:
         """What is held now, by resource."""
         return {name: getattr(self, name) for name in RESOURCES}
+
+    def peaks(self) -> dict[str, int]:
+        """The most that was ever held, by resource."""
+        return {name: getattr(self, f"{name}_peak") for name in RESOURCES}

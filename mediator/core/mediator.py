@@ -5,13 +5,15 @@ No clock, no socket, no log: requests go in, steps come out, and the shell aroun
 """
 
 from collections.abc import Callable, Generator, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Final
 
 from mediator.core import fast, rpc, yielding
 from mediator.core.faults import SecureWorldFault
 from mediator.core.ledger import Ledger, Limits, OverLimit
-from mediator.core.policy import Policy, Word, Words
+from mediator.core.policy import Policy, PolicyLimits, Word, Words
+from mediator.core.pool import Pool
 from mediator.core.ports import GuestMemory, SecureWorld
 from mediator.core.records import Call, Guest
 from mediator.core.sharing import PAGES_PER_STEP, release_argument, release_buffer
@@ -29,6 +31,8 @@ from mediator.core.steps import (
     GUEST_ISOLATED,
     GUEST_QUARANTINED,
     GUEST_REFUSED,
+    LIMITS_CHANGED,
+    POOL_CHANGED,
     SECURE_WORLD_FAULT,
     Event,
     Forward,
@@ -95,6 +99,7 @@ class Mediator:
         """Whether events of level "debug" are wanted: which pages were pinned for what."""
         self.rpc_argument_size = 0
         self._ledger = ledger
+        self.pool = Pool(policy.pool_pages)
         self.learn_rpc_params(DEFAULT_RPC_PARAMS)
         self.commands = {int(command): command for command in policy.commands}
         self._guests: dict[VmId, Guest] = {}
@@ -122,27 +127,79 @@ class Mediator:
         """
         return Forward((int(Function.CALLS_UID), 0, 0, 0, 0, 0, 0, HYPERVISOR_CLIENT_ID), Lifecycle())
 
-    def create(self, vm: VmId, memory: GuestMemory) -> Step:
+    def create(self, vm: VmId, memory: GuestMemory, limits: PolicyLimits | None = None) -> Step:
         """Announce a VM (R24). Ends in a `Reply`: a0 is OK, or ENOTAVAIL and there is no such guest.
 
-        `vm` is 1..65535 and not in use (R1).
+        `vm` is 1..65535 and not in use (R1); `limits` are its own, if not the policy's. ENOMEM: there is no memory,
+        or not enough in the host's pool for what is reserved for it.
         """
         if not self.threads or not 0 < vm <= MAX_VM or vm in self._guests:
             return self._host_reply(
                 ReturnCode.ENOTAVAIL, Event(GUEST_REFUSED, "info", vm, {"why": "id in use or out of range"})
             )
-        limits = self.policy.limits
-        calls = self.threads if limits.calls is None else min(limits.calls, self.threads)
-        arguments = 2 * self.threads if limits.rpc_arguments is None else limits.rpc_arguments
-        bounds = Limits(limits.pages, limits.buffers, arguments, calls, limits.memory, limits.pages_per_buffer)
+        limits = limits or self.policy.limits
         try:
-            guest = Guest(vm, memory, self._ledger(bounds))
-        except OverLimit:
-            return self._host_reply(
-                ReturnCode.ENOMEM, Event(GUEST_REFUSED, "info", vm, {"why": "no memory for another guest"})
-            )
+            ledger = self._ledger(self._bounds(limits))
+            self.pool.join(ledger)
+        except OverLimit as over:
+            why = "no memory for another guest" if over.resource == "memory" else f"the host's pool: {over}"
+            return self._host_reply(ReturnCode.ENOMEM, Event(GUEST_REFUSED, "info", vm, {"why": why}))
+        guest = Guest(vm, memory, ledger, limits)
         self._guests[vm] = guest
         return self._announce(Function.VM_CREATED, Lifecycle(guest))
+
+    def _bounds(self, limits: PolicyLimits) -> Limits:
+        """What limits mean on this OP-TEE."""
+        calls = self.threads if limits.calls is None else min(limits.calls, self.threads)
+        arguments = 2 * self.threads if limits.rpc_arguments is None else limits.rpc_arguments
+        return Limits(
+            limits.pages,
+            limits.buffers,
+            arguments,
+            calls,
+            limits.memory,
+            limits.pages_per_buffer,
+            limits.reserved_pages,
+        )
+
+    def change_limits(self, limits: Mapping[VmId, PolicyLimits], pool_pages: int | None) -> tuple[Event, ...]:
+        """Give guests other limits, and the pool another size, all at once; say what has changed.
+
+        Nothing that is held is revoked: what is new is refused until enough was given back (R21). A client id that
+        is not in use is left out. Raises OverLimit, and changes nothing, where the pool cannot hold what is to be
+        reserved.
+        """
+        guests = {guest: wanted for vm, wanted in limits.items() if (guest := self._guests.get(vm)) is not None}
+        before = {guest: guest.ledger.limits for guest in guests}
+        size = self.pool.capacity
+        self.pool.change(pool_pages, {guest.ledger: self._bounds(wanted) for guest, wanted in guests.items()})
+        events = []
+        if pool_pages != size:
+            events.append(Event(POOL_CHANGED, "info", HYPERVISOR_CLIENT_ID, {"pages": [size, pool_pages]}))
+        for guest, wanted in guests.items():
+            guest.limits = wanted
+            old, new = before[guest], guest.ledger.limits
+            changed = {
+                name: [getattr(old, name), getattr(new, name)]
+                for name in Limits.__slots__
+                if getattr(old, name) != getattr(new, name)
+            }
+            if changed:
+                events.append(Event(LIMITS_CHANGED, "info", guest.vm, changed))
+        return tuple(events)
+
+    def adopt(self, policy: Policy, limits: Mapping[VmId, PolicyLimits]) -> tuple[Event, ...]:
+        """Go on under another policy, which differs from this one in limits only; `limits` are those of the guests.
+
+        Raises ValueError for one that differs in more, OverLimit as `change_limits`; the old one stays then.
+        """
+        fixed = replace(policy, limits=self.policy.limits, guests=self.policy.guests, pool_pages=self.policy.pool_pages)
+        if fixed != self.policy:
+            names = [name for name in Policy.__slots__ if getattr(fixed, name) != getattr(self.policy, name)]
+            raise ValueError(f"policy {policy.name}: {', '.join(names)} cannot change while guests run")
+        events = self.change_limits(limits, policy.pool_pages)
+        self.policy = policy
+        return events
 
     def destroy(self, vm: VmId) -> Step:
         """End a VM at whatever point it is (R24). Ends in a `Reply`; an unknown id is answered OK.
@@ -374,7 +431,7 @@ class Mediator:
             advance(guest, GuestEvent.CREATED if ok else GuestEvent.REFUSED, GUEST_TABLE)
             if ok:
                 return self._host_reply(ReturnCode.OK, Event(GUEST_CREATED, "info", guest.vm, {}))
-            del self._guests[guest.vm]
+            self._forget(guest)
             return self._host_reply(
                 ReturnCode.ENOTAVAIL,
                 Event(GUEST_REFUSED, "info", guest.vm, {"why": f"OP-TEE answered {answer[0] & LOW:#x}"}),
@@ -406,11 +463,15 @@ class Mediator:
             done += max(buffer.pages, SMALLEST_RELEASE)
         guest.in_flight -= 1
         advance(guest, event, GUEST_TABLE)
-        del self._guests[guest.vm]
+        self._forget(guest)
         guest.events.append(Event(GUEST_DESTROYED, "info", guest.vm, guest.ledger.sums()))
         if ticket.again:
-            return self.create(guest.vm, guest.memory)
+            return self.create(guest.vm, guest.memory, guest.limits)
         return self._host_reply(ReturnCode.OK)
+
+    def _forget(self, guest: Guest) -> None:
+        del self._guests[guest.vm]
+        self.pool.leave(guest.ledger)
 
     def _probe_returned(self, ticket: Lifecycle, answer: Regs) -> Step:
         ticket.stage += 1

@@ -1,7 +1,7 @@
 """A policy: which calls a guest may make, what it is told, and how much it may hold. Data, no behaviour."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from optee.abi.message import Command
@@ -23,7 +23,10 @@ Words = tuple[Word, Word, Word]
 
 @dataclass(frozen=True, slots=True)
 class PolicyLimits:
-    """Limits per guest; None for `calls` and `rpc_arguments` means: from OP-TEE's number of threads."""
+    """Limits per guest; None for `calls` and `rpc_arguments` means: from OP-TEE's number of threads.
+
+    memory is in bytes, all else are counts; reserved_pages, at most `pages`, are the guest's own in the pool.
+    """
 
     pages: int
     buffers: int
@@ -31,6 +34,7 @@ class PolicyLimits:
     rpc_arguments: int | None
     calls: int | None
     memory: int
+    reserved_pages: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,8 @@ class Policy:
     answers: for each function, what a1..a3 hold when OP-TEE has answered; `completed` for a
     yielding call that ended, `suspended` for an RPC, `failed` beside an error in a0, `local` beside an answer of
     the mediator's own. shared_pages: IPAs of pages that a guest may share although another VM
-    maps the same frame (R26).
+    maps the same frame (R26). guests: limits of guests by name, for those that have others than `limits`.
+    pool_pages: 4 KiB pages that all guests together may share, None without a bound (R22).
     """
 
     name: str
@@ -63,3 +68,9 @@ class Policy:
     answers: Mapping[str, Words]
     limits: PolicyLimits
     shared_pages: frozenset[int] = frozenset()
+    guests: Mapping[str, PolicyLimits] = field(default_factory=dict)
+    pool_pages: int | None = None
+
+    def limits_of(self, name: str) -> PolicyLimits:
+        """The limits of the guest with this name."""
+        return self.guests.get(name, self.limits)

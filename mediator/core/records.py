@@ -6,11 +6,12 @@ guest that dies at any moment can never leave it half done.
 
 from collections import deque
 from collections.abc import Generator, Sequence
-from typing import Final
+from typing import Any, Final
 
 from hv_models.memory import PAGE_SIZE, Ipa
 from hv_models.stage2 import Pinned, Reason, Stage2Fault
 from mediator.core.ledger import Charge, Ledger
+from mediator.core.policy import PolicyLimits
 from mediator.core.ports import GuestMemory, SharedPage
 from mediator.core.states import ArgumentState, BufferState, CallState, GuestState
 from mediator.core.steps import Event, Regs, Step, Ticket
@@ -32,6 +33,7 @@ class Guest:
         "events",
         "in_flight",
         "ledger",
+        "limits",
         "memory",
         "next_call",
         "notifications",
@@ -40,10 +42,12 @@ class Guest:
         "vm",
     )
 
-    def __init__(self, vm: VmId, memory: GuestMemory, ledger: Ledger) -> None:
+    def __init__(self, vm: VmId, memory: GuestMemory, ledger: Ledger, limits: PolicyLimits) -> None:
         self.vm = vm
         self.memory = memory
         self.ledger = ledger
+        self.limits = limits
+        """As they were asked for; the ledger has what became of them."""
         self.state = GuestState.CREATING
         self.calls: dict[int, Call] = {}
         self.suspended: dict[ThreadId, Call] = {}
@@ -57,9 +61,11 @@ class Guest:
 
 
 class Counters:
-    """What a guest did, since its creation."""
+    """What a guest did, since its creation. refusals: `refused` by resource; last_refusal: the detail of its event."""
 
-    __slots__ = ("calls", "denied", "forwarded", "refused", "rejected", "rpcs", "translated")
+    __slots__ = (
+        "calls", "denied", "forwarded", "last_refusal", "refusals", "refused", "rejected", "rpcs", "translated"
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.calls = 0
@@ -67,6 +73,8 @@ class Counters:
         self.rpcs = 0
         self.denied = 0
         self.refused = 0
+        self.refusals: dict[str, int] = {}
+        self.last_refusal: dict[str, Any] | None = None
         self.rejected = 0
         self.translated = 0
 

@@ -13,6 +13,7 @@ from mediator.core.parameters import RMEM_INOUT, RMEM_INPUT, TMEM_INOUT, TMEM_IN
 from mediator.core.ports import SharedPage
 from mediator.core.records import Buffer, Call, Guest, RpcArgument
 from mediator.core.sharing import (
+    MEDIATOR_PAGES,
     OFFSET_MASK,
     PIN_MEMORY,
     RECORD_MEMORY,
@@ -220,7 +221,9 @@ def resume(core: "Mediator", guest: Guest, vcpu: int, regs: Regs) -> Step:
         and core.policy.compare_resume_cookie
         and _cookie(regs) != _cookie((CMD, *call.rpc_words))
     ):
-        return refuse(core, guest, regs, CallRefused(ReturnCode.ERESUME, "another RPC argument than the saved one"))
+        return refuse(
+            core, guest, regs, CallRefused(ReturnCode.ERESUME, "another RPC argument than the saved one"), call
+        )
     del guest.suspended[thread]
     call.thread = None
     call.vcpu = vcpu
@@ -257,7 +260,7 @@ def _resume_alloc(core: "Mediator", call: Call, thread: ThreadId) -> Step:
     try:
         pa = _allocate_argument(core, guest, ipa, cookie)
     except CallRefused as refused:
-        refuse(core, guest, regs, refused)
+        refuse(core, guest, regs, refused, call)
     return _forward(core, call, thread, pa >> 32, pa & LOW, regs[4] & LOW, regs[5] & LOW)
 
 
@@ -269,7 +272,7 @@ def _allocate_argument(core: "Mediator", guest: Guest, ipa: Ipa, cookie: Cookie)
     try:
         charge = guest.ledger.charge(0, 0, 1, 0, ARGUMENT_MEMORY)
     except OverLimit as over:
-        raise CallRefused(ReturnCode.ENOMEM, f"{over.resource} at their limit", limit=over.resource) from None
+        raise CallRefused(ReturnCode.ENOMEM, over) from None
     try:
         pinned = guest.memory.pin(np.array([ipa], np.uint64))
     except Stage2Fault as fault:
@@ -279,7 +282,7 @@ def _allocate_argument(core: "Mediator", guest: Guest, ipa: Ipa, cookie: Cookie)
     if page is None:
         guest.memory.unpin(pinned)
         charge.refund()
-        raise CallRefused(ReturnCode.ENOMEM, "no page left for an RPC argument", limit="memory")
+        raise CallRefused(ReturnCode.ENOMEM, OverLimit(MEDIATOR_PAGES, rule="R22"))
     guest.arguments[cookie] = RpcArgument(cookie, ipa, pinned, page, charge)
     return page.pa
 

@@ -39,6 +39,8 @@ RECORD_MEMORY: Final = 256
 """Bytes of mediator memory that a record is charged with; keeps record floods within the guest's own share."""
 PIN_MEMORY: Final = 16
 """Bytes of mediator memory per pinned page: its physical address and its place in the guest's memory."""
+MEDIATOR_PAGES: Final = "mediator_pages"
+"""The resource that has run out when `SecureWorld.lend` has no page: the host's, in numbers that only it knows."""
 LISTS_PER_STEP: Final = 33
 """List pages handled before others get a turn: one buffer of the default limit, 16384 pages, in one step.
 Stops a guest from holding everybody up with long lists (rule R23)."""
@@ -160,18 +162,15 @@ def _open(
     limits = guest.ledger.limits
     pages = page_count(size, offset)
     if pages > limits.pages_per_buffer:
-        raise MessageRejected(
-            Result.OUT_OF_MEMORY,
-            f"a buffer of {pages} pages, {limits.pages_per_buffer} are allowed",
-            limit="pages_per_buffer",
-        )
+        over = OverLimit("pages_per_buffer", pages, None, limits.pages_per_buffer)
+        raise MessageRejected(Result.OUT_OF_MEMORY, over)
     if pages == 0:
         raise MessageRejected(Result.BAD_PARAMETERS, "a page list for no pages")
     lists = 1 if pages <= ENTRIES_PER_PAGE else list_pages(pages)
     try:
         charge = guest.ledger.charge(pages, 1, 0, 0, RECORD_MEMORY + PIN_MEMORY * pages + PAGE_SIZE * lists)
     except OverLimit as over:
-        raise MessageRejected(Result.OUT_OF_MEMORY, f"{over.resource} at their limit", limit=over.resource) from None
+        raise MessageRejected(Result.OUT_OF_MEMORY, over) from None
     if cookie in guest.buffers:
         charge.refund()
         raise MessageRejected(Result.BAD_PARAMETERS, "a buffer with this cookie is live")
@@ -181,7 +180,7 @@ def _open(
     while lists:
         page = world.lend()
         if page is None:
-            raise MessageRejected(Result.OUT_OF_MEMORY, "no page left for a page list")
+            raise MessageRejected(Result.OUT_OF_MEMORY, OverLimit(MEDIATOR_PAGES, lists, rule="R22"))
         buffer.lists.append(page)
         lists -= 1
     return buffer

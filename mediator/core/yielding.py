@@ -11,6 +11,7 @@ from mediator.core.parameters import RMEM_INPUT, parameters
 from mediator.core.policy import Policy
 from mediator.core.records import BufferPlace, Call, Guest
 from mediator.core.sharing import (
+    MEDIATOR_PAGES,
     OFFSET_MASK,
     RECORD_MEMORY,
     mark_written,
@@ -73,7 +74,7 @@ def enter(core: "Mediator", guest: Guest, vcpu: int, regs: Regs, function: Funct
         charge = guest.ledger.charge(0, 0, 0, 1, CALL_MEMORY)
     except OverLimit as over:
         code = ReturnCode.ETHREAD_LIMIT if over.resource == "calls" else ReturnCode.ENOMEM
-        return refuse(core, guest, regs, CallRefused(code, f"{over.resource} at their limit", limit=over.resource))
+        return refuse(core, guest, regs, CallRefused(code, over))
     call = Call(guest, vcpu, regs, function, charge)
     try:
         message = _take_message(core, call)
@@ -81,7 +82,7 @@ def enter(core: "Mediator", guest: Guest, vcpu: int, regs: Regs, function: Funct
             return _send(core, call)
     except CallRefused as refused:
         end(core, call, CallEvent.REJECT)
-        return refuse(core, guest, regs, refused)
+        return refuse(core, guest, regs, refused, call)
     except MessageRejected as rejected:
         return _reject(core, call, rejected)
     call.work = _translate(core, call, message)
@@ -118,7 +119,7 @@ def _reject(core: "Mediator", call: Call, rejected: MessageRejected) -> Step:
     try:
         call.write(OFFSET_RET, rejected.result.to_bytes(4, "little") + _COMMS, _WHY)
     except Stage2Fault as fault:
-        return refuse(core, guest, regs, CallRefused(ReturnCode.EBADADDR, str(fault)))
+        return refuse(core, guest, regs, CallRefused(ReturnCode.EBADADDR, str(fault)), call)
     return core.local(regs, ReturnCode.OK)
 
 
@@ -135,7 +136,7 @@ def _take_message(core: "Mediator", call: Call) -> bytes:
         data = None
     shadow = core.world.lend()
     if shadow is None:
-        raise CallRefused(ReturnCode.ENOMEM, "no page left for a shadow", limit="memory")
+        raise CallRefused(ReturnCode.ENOMEM, OverLimit(MEDIATOR_PAGES, rule="R22"))
     call.shadow = shadow
     if data is None:
         try:
@@ -247,7 +248,7 @@ def completed(core: "Mediator", call: Call, answer: Regs) -> Step:
     try:
         call.write(0, data, _ANSWER + call.outputs)
     except Stage2Fault as fault:
-        return refuse(core, guest, regs, CallRefused(ReturnCode.EBADADDR, str(fault)))
+        return refuse(core, guest, regs, CallRefused(ReturnCode.EBADADDR, str(fault)), call)
     return core.completed(regs, answer)
 
 
@@ -295,26 +296,40 @@ def end(core: "Mediator", call: Call, event: CallEvent) -> None:
     del guest.calls[call.id]
 
 
-def refuse(core: "Mediator", guest: Guest, regs: Regs, refused: CallRefused) -> Reply:
+def refuse(core: "Mediator", guest: Guest, regs: Regs, refused: CallRefused, call: Call | None = None) -> Reply:
     """Answer an error in a0 and count it."""
-    detail = {"function": regs[0] & LOW, "a0": int(refused.code)}
-    _count(guest, refused.why, refused.limit, detail)
+    detail = {
+        "call": None if call is None else call.id,
+        "function": regs[0] & LOW,
+        "answer": int(refused.code),
+        "origin": None,
+    }
+    _count(guest, refused.why, refused.over, detail)
     return core.local(regs, refused.code)
 
 
 def note_rejection(guest: Guest, call: Call, rejected: MessageRejected) -> None:
     """Count a rejected message."""
-    command = None if call.command is None else call.command.name
-    detail = {"call": call.id, "command": command, "ret": int(rejected.result)}
-    _count(guest, rejected.why, rejected.limit, detail)
+    detail = {
+        "call": call.id,
+        "function": int(call.function),
+        "command": None if call.command is None else call.command.name,
+        "answer": int(rejected.result),
+        "origin": int(Origin.COMMS),
+    }
+    _count(guest, rejected.why, rejected.over, detail)
 
 
-def _count(guest: Guest, why: str, limit: str | None, detail: dict[str, Any]) -> None:
+def _count(guest: Guest, why: str, over: OverLimit | None, detail: dict[str, Any]) -> None:
     """Something was refused: over a limit, or malformed."""
-    name = CALL_REJECTED
-    if limit is None:
+    detail["why"] = why
+    if over is None:
         guest.counters.rejected += 1
-    else:
-        guest.counters.refused += 1
-        name = CALL_REFUSED
-    guest.events.append(Event(name, "info", guest.vm, {**detail, "why": why, "limit": limit}))
+        guest.events.append(Event(CALL_REJECTED, "info", guest.vm, detail))
+        return
+    counters = guest.counters
+    counters.refused += 1
+    counters.refusals[over.resource] = counters.refusals.get(over.resource, 0) + 1
+    detail.update(rule=over.rule, resource=over.resource, asked=over.asked, held=over.held, limit=over.limit)
+    counters.last_refusal = detail
+    guest.events.append(Event(CALL_REFUSED, "info", guest.vm, detail))

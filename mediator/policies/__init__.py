@@ -1,10 +1,19 @@
 """Policies as YAML documents: the built-in ones beside this file, and a user's own."""
 
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Final, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from mediator.core.mediator import HANDLED
 from mediator.core.policy import Policy, PolicyLimits, Word, Words
@@ -26,6 +35,7 @@ _NEVER_OFFERED: Final = (
     SecCapability.DYNAMIC_PROTMEM,
 )
 _RPMB_COMMANDS: Final = {RpcCommand.RPMB_PROBE_RESET, RpcCommand.RPMB_PROBE_NEXT, RpcCommand.RPMB_FRAMES}
+_NULLABLE: Final = ("calls", "rpc_arguments")
 _STATUS_ANSWERS: Final = ("completed", "suspended", "failed", "local")
 
 
@@ -56,17 +66,77 @@ _Sec = Annotated[SecCapability, _named(SecCapability)]
 _Word = Annotated[Word, BeforeValidator(_word)]
 
 
+def _check_reserved(reserved: int, pages: int) -> None:
+    if reserved > pages:
+        raise ValueError(f"reserved_pages: {reserved} of at most {pages} pages")
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True)
 
 
+_Pages = Annotated[int, Field(ge=1, le=1 << 32)]
+_Reserved = Annotated[int, Field(ge=0, le=1 << 32)]
+_Buffers = Annotated[int, Field(ge=1, le=1 << 20)]
+_PagesPerBuffer = Annotated[int, Field(ge=1, le=1 << 24)]
+_Arguments = Annotated[int, Field(ge=1, le=1 << 20)] | None
+_Calls = Annotated[int, Field(ge=1, le=1 << 16)] | None
+_Kib = Annotated[int, Field(ge=16, le=1 << 24)]
+
+
 class _Limits(_Strict):
-    pages: Annotated[int, Field(ge=1, le=1 << 32)]
-    buffers: Annotated[int, Field(ge=1, le=1 << 20)]
-    pages_per_buffer: Annotated[int, Field(ge=1, le=1 << 24)]
-    rpc_arguments: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
-    calls: Annotated[int, Field(ge=1, le=1 << 16)] | None = None
-    memory_kib: Annotated[int, Field(ge=16, le=1 << 24)]
+    pages: _Pages
+    reserved_pages: _Reserved = 0
+    buffers: _Buffers
+    pages_per_buffer: _PagesPerBuffer
+    rpc_arguments: _Arguments = None
+    calls: _Calls = None
+    memory_kib: _Kib
+
+    def limits(self) -> PolicyLimits:
+        """The same as the core wants it."""
+        return PolicyLimits(
+            pages=self.pages,
+            buffers=self.buffers,
+            pages_per_buffer=self.pages_per_buffer,
+            rpc_arguments=self.rpc_arguments,
+            calls=self.calls,
+            memory=self.memory_kib * 1024,
+            reserved_pages=self.reserved_pages,
+        )
+
+    @model_validator(mode="after")
+    def _within(self) -> Self:
+        _check_reserved(self.reserved_pages, self.pages)
+        return self
+
+
+class QuotaDocument(_Strict):
+    """Limits of one guest that are not those of all: what is left out stays as it is."""
+
+    pages: _Pages | None = None
+    reserved_pages: _Reserved | None = None
+    buffers: _Buffers | None = None
+    pages_per_buffer: _PagesPerBuffer | None = None
+    rpc_arguments: _Arguments = None
+    calls: _Calls = None
+    memory_kib: _Kib | None = None
+
+    def apply(self, limits: PolicyLimits) -> PolicyLimits:
+        """Return `limits` with what is given changed; null for `calls` or `rpc_arguments` counts as given.
+
+        Raises ValueError if more pages are reserved than allowed then.
+        """
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        kib = given.pop("memory_kib", None)
+        nullable = {name: value for name, value in given.items() if value is not None or name in _NULLABLE}
+        changed = replace(limits, **nullable, **({} if kib is None else {"memory": kib * 1024}))
+        _check_reserved(changed.reserved_pages, changed.pages)
+        return changed
+
+
+class _Pool(_Strict):
+    pages: _Pages | None
 
 
 class _Capabilities(_Strict):
@@ -93,7 +163,22 @@ class PolicyDocument(_Strict):
     rules: _Rules
     answers: dict[str, Annotated[list[_Word], Field(min_length=3, max_length=3)]]
     limits: _Limits
+    guests: dict[str, QuotaDocument] = {}
+    pool: _Pool = _Pool(pages=None)
     shared_pages: list[Annotated[int, Field(ge=4096, multiple_of=4096)]] = []
+
+    @field_validator("guests")
+    @classmethod
+    def _applicable(cls, guests: dict[str, QuotaDocument], info: ValidationInfo) -> dict[str, QuotaDocument]:
+        limits = info.data.get("limits")
+        if not isinstance(limits, _Limits):
+            return guests  # said there
+        for name, quota in guests.items():
+            try:
+                quota.apply(limits.limits())
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        return guests
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -131,6 +216,7 @@ class PolicyDocument(_Strict):
 
     def policy(self) -> Policy:
         """The same as the core wants it."""
+        limits = self.limits.limits()
         nsec = self.capabilities.nsec
         answers: dict[str, Words] = {name: (words[0], words[1], words[2]) for name, words in self.answers.items()}
         for function in Function:
@@ -153,14 +239,9 @@ class PolicyDocument(_Strict):
             cookie_zero=self.rules.cookie_zero,
             compare_resume_cookie=self.rules.compare_resume_cookie,
             answers=answers,
-            limits=PolicyLimits(
-                pages=self.limits.pages,
-                buffers=self.limits.buffers,
-                pages_per_buffer=self.limits.pages_per_buffer,
-                rpc_arguments=self.limits.rpc_arguments,
-                calls=self.limits.calls,
-                memory=self.limits.memory_kib * 1024,
-            ),
+            limits=limits,
+            guests={name: quota.apply(limits) for name, quota in self.guests.items()},
+            pool_pages=self.pool.pages,
             shared_pages=frozenset(self.shared_pages),
         )
 
