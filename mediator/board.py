@@ -47,7 +47,8 @@ class Board:
 
     policy: what the mediator allows, or the name of a built-in policy. config: how OP-TEE was built. check: look at
     every step with the invariant checker, whose findings are `violations`; thorough: at all invariants, not the
-    cheap ones only. on_event: told what happens in the mediator.
+    cheap ones only. on_event: told what happens in the mediator. world: what stands before OP-TEE's model, if it is
+    more than a counter of calls. modelled: False if some answers are not the model's, so that its threads say nothing.
     """
 
     def __init__(
@@ -58,12 +59,15 @@ class Board:
         check: bool = True,
         thorough: bool = True,
         on_event: Callable[[Event], None] = lambda event: None,
+        world: Callable[[Machine, SecureWorld], LocalSecureWorld] = LocalSecureWorld,
+        modelled: bool = True,
     ) -> None:
         self.machine = Machine()
         self.model = SecureWorld(self.machine.memory, config)
-        self.world = LocalSecureWorld(self.machine, self.model)
+        self.world = world(self.machine, self.model)
         self.core = Mediator(load_policy(policy) if isinstance(policy, str) else policy, self.world)
-        self.checker = Checker(self.core, self.world, self.model.threads_held, thorough=thorough) if check else None
+        threads = self.model.threads_held if modelled else None
+        self.checker = Checker(self.core, self.world, threads, thorough=thorough) if check else None
         self.service = Service(self.checker or self.core, self.world, on_event)
         self.model.on_notification = self.service.notify
         self.clients: set[int] = set()

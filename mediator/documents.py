@@ -125,6 +125,22 @@ class _Reader:
         return self.places.get(path)
 
 
+class Places:
+    """Where each piece of a document stands, by its path of keys and indices."""
+
+    def __init__(self, reader: _Reader) -> None:
+        self._reader = reader
+
+    def line(self, path: Path) -> str:
+        """file:line of a piece, or of the nearest one around it."""
+        mark = self._reader.nearest(path)
+        return self._reader.name if mark is None else f"{self._reader.name}:{mark.line + 1}"
+
+    def error(self, path: Path, text: str) -> str:
+        """A line about something that is wrong there, with file:line:column."""
+        return self._reader.at(self._reader.nearest(path), text)
+
+
 def load_document(model: type[M], text: str, name: str) -> M:
     """Read one YAML document into a pydantic model.
 
@@ -132,6 +148,11 @@ def load_document(model: type[M], text: str, name: str) -> M:
         DocumentError: with file:line:column for each thing that is wrong.
 
     """
+    return load_located(model, text, name)[0]
+
+
+def load_located(model: type[M], text: str, name: str) -> tuple[M, Places]:
+    """The same, with the places of its pieces. Raises DocumentError."""
     reader = _Reader(name)
     if len(text) > MAX_SIZE:
         raise DocumentError([reader.at(None, f"larger than {MAX_SIZE >> 20} MiB")])
@@ -149,11 +170,27 @@ def load_document(model: type[M], text: str, name: str) -> M:
         document = model.model_validate(data)
     except ValidationError as error:
         for problem in error.errors(include_url=False):
-            path = tuple(problem["loc"])
+            path = _path(tuple(problem["loc"]), data)
             label = ".".join(str(part) for part in path)
             message = problem["msg"].removeprefix("Value error, ")
             reader.errors.append(reader.at(reader.nearest(path), f"{label}: {message}" if label else message))
         raise DocumentError(reader.errors) from None
     if reader.errors:
         raise DocumentError(reader.errors)
-    return document
+    return document, Places(reader)
+
+
+def _path(location: Path, data: Data) -> Path:
+    """The keys and indices of a location: pydantic also names the branch that a union took, in angle brackets."""
+    kept: list[int | str] = []
+    for part in location:
+        if isinstance(part, str) and part.startswith("<") and not (isinstance(data, dict) and part in data):
+            continue
+        kept.append(part)
+        if isinstance(data, dict) and isinstance(part, str):
+            data = data.get(part)
+        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
+            data = data[part]
+        else:
+            data = None
+    return tuple(kept)

@@ -137,6 +137,12 @@ class Service:
         self._changed.unpark_all()
         return reply[0] == ReturnCode.OK
 
+    async def reset(self, vm: VirtualMachine) -> bool:
+        """A VM starts anew with the same memory (R28); False if OP-TEE did not let go of it, or not take it again."""
+        reply = await self._ask(lambda: self.mediator.reset(vm.client_id))
+        self._changed.unpark_all()
+        return reply[0] == ReturnCode.OK
+
     def pause(self, vm: VirtualMachine) -> bool:
         """Let a VM's calls wait (R28); False if it is not live."""
         return self.mediator.pause(vm.client_id)

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from mediator import __version__
-from mediator.cli import bench, conform, ctl, decode, replay, serve, show, store, trace
+from mediator.cli import bench, conform, ctl, decode, replay, run, serve, show, store, trace
 from mediator.cli.output import GOOD, emit
 
 SETTINGS = {"help_option_names": ["-h", "--help"]}
@@ -36,6 +36,7 @@ def _options(
 
 
 app.command()(serve.serve)
+app.command()(run.run)
 app.command()(replay.replay)
 app.command()(conform.conform)
 app.command()(decode.decode)

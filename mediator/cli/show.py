@@ -39,17 +39,32 @@ def policy(
 
 @app.command()
 def schema(
-    kind: Annotated[str, typer.Argument(metavar="policy", help="Which document's schema.")],
+    kind: Annotated[str, typer.Argument(metavar="policy|scenario", help="Which document's schema.")],
 ) -> int:
     """Print the JSON Schema of a document, for editors."""
-    if kind != "policy":
-        raise BadInput(f"show schema: there is a schema of policy, none of {kind!r}")
+    from pydantic import BaseModel
     from pydantic.json_schema import GenerateJsonSchema
 
-    from mediator.policies import PolicyDocument
+    from mediator.scenario.expressions import Expression
+
+    model: type[BaseModel]
+    if kind == "policy":
+        from mediator.policies import PolicyDocument
+
+        model = PolicyDocument
+    elif kind == "scenario":
+        from mediator.scenario.language import Scenario
+
+        model = Scenario
+    else:
+        raise BadInput(f"show schema: there is a schema of policy and of scenario, none of {kind!r}")
 
     class ByName(GenerateJsonSchema):
         """Documents name the members of enumerations; numbers are the ABI's."""
+
+        def encode_default(self, dft: Any) -> Any:
+            """Sizes and names are shown as they are written."""
+            return super().encode_default(dft.text if isinstance(dft, Expression) else dft)
 
         def enum_schema(self, schema: Any) -> dict[str, Any]:
             made = super().enum_schema(schema)
@@ -58,7 +73,7 @@ def schema(
                 made["type"] = "string"
             return made
 
-    document = PolicyDocument.model_json_schema(schema_generator=ByName)
+    document = model.model_json_schema(schema_generator=ByName)
     emit_json({"$schema": ByName.schema_dialect, **document})
     return GOOD
 

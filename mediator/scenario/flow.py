@@ -1,0 +1,157 @@
+"""Steps that hold other steps: sequence, parallel, repeat, for_each, wait_until."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, ClassVar, Final
+
+import trio
+from pydantic import Field
+
+from mediator.scenario.expectations import StateExpectation
+from mediator.scenario.expressions import EvaluationError, Expression, Number, Seconds, Value
+from mediator.scenario.guest import GuestDied
+from mediator.scenario.steps import Content, Name, Octets, Step, StepFailed, octets
+
+if TYPE_CHECKING:
+    from mediator.scenario.actor import Actor
+    from mediator.scenario.language import AnyStep
+
+MAX_TURNS: Final = 1_000_000
+"""Turns of one loop: stops a file from running for ever."""
+_POLL: Final = 0.001
+
+
+class Flow(Step):
+    """A step that holds others; `guest` is theirs unless they say otherwise. `guest: every` does it for each guest
+    at the same time.
+    """
+
+    needs_guest: ClassVar[bool] = False
+
+
+class InOrder(Flow):
+    """One step after the other."""
+
+    verb = "sequence"
+    sequence: list[AnyStep]
+
+    async def run(self, actor: Actor) -> None:
+        """See `Step`."""
+        await actor.run_steps(self.sequence)
+
+
+class Parallel(Flow):
+    """All steps at the same time; it ends when the last one has ended.
+
+    The death of a guest ends its branch. Names that a branch defines are known after the end of all.
+    """
+
+    verb = "parallel"
+    parallel: list[AnyStep]
+
+    async def run(self, actor: Actor) -> None:
+        """See `Step`."""
+        await side_by_side([(actor.branch(), [step]) for step in self.parallel], actor)
+
+
+async def side_by_side(branches: Sequence[tuple[Actor, Sequence[Step]]], joined: Actor) -> None:
+    """Run branches at the same time. Raises what the first one raises that fails."""
+    async with trio.open_nursery() as nursery:
+        for branch, steps in branches:
+            nursery.start_soon(_branch, branch, steps)
+    joined.join([branch for branch, _ in branches])
+
+
+async def _branch(actor: Actor, steps: Sequence[Step]) -> None:
+    try:
+        await actor.run_steps(steps)
+    except GuestDied:
+        return
+
+
+class Repeat(Flow):
+    """Do steps so many times, one turn after the other."""
+
+    verb = "repeat"
+    repeat: Number
+    do: list[AnyStep]
+
+    async def run(self, actor: Actor) -> None:
+        """See `Step`."""
+        turns = actor.number(self.repeat)
+        if turns > MAX_TURNS:
+            raise EvaluationError(f"repeat: {turns} is more than {MAX_TURNS}")
+        for _ in range(turns):
+            await actor.run_steps(self.do)
+
+
+class ForEach(Flow):
+    """Do steps for each of some values: a list, or all numbers `from` ... `to`, both included.
+
+    at_once: all turns at the same time.
+    """
+
+    verb = "for_each"
+    for_each: Name
+    values: Annotated[list[Octets] | None, Field(alias="in")] = None
+    first: Annotated[Number | None, Field(alias="from")] = None
+    last: Annotated[Number | None, Field(alias="to")] = None
+    at_once: bool = False
+    do: list[AnyStep]
+
+    async def run(self, actor: Actor) -> None:
+        """See `Step`."""
+        if self.values is not None:
+            values = [
+                actor.value(value) if isinstance(value, Expression) else octets(value, actor) for value in self.values
+            ]
+        elif self.last is not None:
+            first = 1 if self.first is None else actor.number(self.first)
+            last = actor.number(self.last)
+            if last - first >= MAX_TURNS:
+                raise EvaluationError(f"for_each: more than {MAX_TURNS} turns")
+            values = list(range(first, last + 1))
+        else:
+            raise EvaluationError("for_each: in, or from and to, are missing")
+        if not self.at_once:
+            for value in values:
+                actor.define(self.for_each, value)
+                await actor.run_steps(self.do)
+            return
+        branches = [(actor.branch(), self.do) for _ in values]
+        for (branch, _), value in zip(branches, values, strict=True):
+            branch.define(self.for_each, value)
+        await side_by_side(branches, actor)
+
+    def definitions(self) -> Sequence[str]:
+        """See `Step`."""
+        return [self.for_each]
+
+
+def _value(source: Content | Expression, actor: Actor) -> Value:
+    return actor.value(source) if isinstance(source, Expression) else octets(source, actor)
+
+
+class WaitUntil(Step):
+    """Wait in virtual time until what is expected is so; looks at it every millisecond."""
+
+    verb = "wait_until"
+    wait_until: StateExpectation
+    within: Seconds = 10.0
+
+    async def run(self, actor: Actor) -> None:
+        """See `Step`."""
+        deadline = trio.current_time() + self.within
+        while True:
+            try:
+                self.wait_until.check(actor)
+            except StepFailed:
+                if trio.current_time() >= deadline:
+                    raise
+                await trio.sleep(_POLL)
+            else:
+                return
+
+
+STEPS: Final = (InOrder, Parallel, Repeat, ForEach, WaitUntil)

@@ -1,0 +1,284 @@
+"""A guest of a scenario: its VM, its driver, its processes, and what happened to it lately."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Mapping
+from random import Random
+from typing import TYPE_CHECKING, Final
+from uuid import UUID
+
+import trio
+
+import guests
+from guests.memory import PageAllocator
+from hv_models.conduit import InProcessConduit
+from hv_models.memory import GuestRam
+from hv_models.vm import VirtualMachine
+from mediator.core.steps import Event
+from optee.abi.registers import name_of
+from optee.abi.smc import Function, Registers, ReturnCode, RpcReturn, is_rpc
+
+if TYPE_CHECKING:
+    from mediator.scenario.language import GuestSpec
+    from mediator.scenario.run import Run
+
+SHOWN_EVENTS: Final = 12
+"""Events of a guest that a failure prints."""
+_LOW: Final = 0xFFFFFFFF
+_VARIANTS: Final = {variant.name.lower(): variant for variant in guests.Misbehaviour}
+SUPPLICANTS: Final = ("usual", "none", "slow", *_VARIANTS)
+
+
+class GuestDied(Exception):
+    """The guest of a step is gone: the step, and the sequence that it stands in, end there."""
+
+
+class PowerCut:
+    """The guest dies at its nth SMC from now: before the mediator has it, or before the guest sees the answer."""
+
+    def __init__(self, calls: int, *, answered: bool) -> None:
+        self.calls = calls
+        self.answered = answered
+
+    def due(self, *, answered: bool) -> bool:
+        """Whether this is the moment; counts SMCs."""
+        if not answered:
+            self.calls -= 1
+        return self.calls == 0 and answered is self.answered
+
+
+class ScenarioGuest:
+    """One guest by name. It can be created, killed and created again; `vm` is that of its present life."""
+
+    def __init__(self, run: Run, name: str, number: int, spec: GuestSpec) -> None:
+        self.run = run
+        self.name = name
+        self.number = number
+        self.spec = spec
+        self.events: deque[str] = deque(maxlen=SHOWN_EVENTS)
+        self.event_counts: Counter[str] = Counter()
+        self.events_mark: Counter[str] = Counter()
+        self.traffic_mark: Counter[str] = Counter()
+        self.draw = Random(f"{run.seed} {name}")
+        self.lives = 0
+        self.smcs = 0
+        self.cut: PowerCut | None = None
+        self.driver: guests.Driver | None = None
+        self._vm: VirtualMachine | None = None
+        self._conduit: InProcessConduit | None = None
+        self._allocator: PageAllocator | None = None
+        self._contexts: dict[str, guests.Context] = {}
+        self._guest: guests.Guest | None = None
+        self._power = trio.CancelScope()
+        self._off = trio.Event()
+        self._gone = trio.Event()
+        self._steps: set[trio.CancelScope] = set()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has a VM now."""
+        return self._vm is not None
+
+    @property
+    def vm(self) -> VirtualMachine:
+        """Its VM. Raises GuestDied when it has none."""
+        if self._vm is None:
+            raise GuestDied(self.name)
+        return self._vm
+
+    @property
+    def client(self) -> int:
+        """OP-TEE's id of its present VM."""
+        return self.vm.client_id
+
+    @property
+    def ram(self) -> GuestRam:
+        """Its first piece of RAM."""
+        return self.vm.ram[0]
+
+    @property
+    def allocator(self) -> PageAllocator:
+        """Where its pages come from: the driver's allocator, if there is a driver."""
+        if self.driver is not None:
+            return self.driver.allocator
+        assert self._allocator is not None
+        return self._allocator
+
+    @property
+    def linux(self) -> guests.Driver:
+        """Its driver. Raises GuestDied, ValueError where it has none."""
+        _ = self.vm
+        if self.driver is None:
+            raise ValueError(f"{self.name} has no driver")
+        return self.driver
+
+    def note(self, text: str) -> None:
+        """Keep a line of what happened."""
+        self.events.append(f"{trio.current_time() - self.run.began:10.6f} s  {text}")
+
+    def told(self, event: Event) -> None:
+        """The core says that something happened to this guest."""
+        self.event_counts[event.name] += 1
+        detail = ", ".join(f"{key} {value}" for key, value in event.detail.items())
+        self.note(f"event {event.name}{': ' + detail if detail else ''}")
+
+    # Its life
+
+    async def create(self) -> None:
+        """Make the VM and announce it to OP-TEE. Raises BoardError."""
+        if self.alive:
+            raise ValueError(f"{self.name} is alive already")
+        spec = self.spec
+        self._vm = await self.run.board.create(
+            spec.flavour(self.number), self.name, ram=spec.ram_bytes, vcpus=spec.vcpus
+        )
+        self.run.by_client[self._vm.client_id] = self
+        self.lives += 1
+        self.cut = None
+        self.traffic_mark = Counter()
+        self._conduit = InProcessConduit(self._vm, self._mediate)
+        self._allocator = PageAllocator(self.ram.base, self.ram.size)
+        self._allocator.page()  # the first page of RAM is the kernel's own, as with Linux
+        self.run.limit(self)
+        self.note(f"created, client id {self._vm.client_id}")
+
+    async def boot(self, nursery: trio.Nursery) -> None:
+        """Start the kernel, its driver and tee-supplicant. Raises ProbeError."""
+        self._power, self._off, self._gone = trio.CancelScope(), trio.Event(), trio.Event()
+        if not self.spec.has_driver:
+            self._gone.set()
+            return
+        await nursery.start(self._live)
+
+    async def _live(self, task_status: trio.TaskStatus[None]) -> None:
+        """The guest from boot to its end, in order or by power cut."""
+        vm, spec = self.vm, self.spec
+        assert self._conduit is not None
+        method = guests.ConduitMethod(vm.hypervisor.conduit)
+        boot = guests.boot(self.ram, self._conduit, name=self.name, vcpus=spec.vcpus, method=method)
+        started = False
+        try:
+            with self._power:
+                async with boot as guest:
+                    self._guest, self.driver = guest, guest.driver
+                    supplicant = _supplicant(spec.supplicant, spec.supplicant_delay, self.run.images)
+                    if supplicant is not None:
+                        await guest.driver.start_supplicant(supplicant)
+                    started = True
+                    task_status.started()
+                    await self._off.wait()
+                    for context in self._contexts.values():
+                        await context.close()
+            if not started:
+                task_status.started()
+        finally:
+            self._gone.set()
+
+    def context(self, process: str) -> guests.Context:
+        """A process of the guest: its connection to the TEE is made when it is first needed."""
+        _ = self.linux
+        assert self._guest is not None
+        if process not in self._contexts:
+            self._contexts[process] = self._guest.context()
+        return self._contexts[process]
+
+    async def shut_down(self) -> None:
+        """End in order: sessions closed, memory released, driver unloaded, VM destroyed."""
+        if not self.alive:
+            return
+        self._off.set()
+        await self._gone.wait()
+        await self._destroy("shut down")
+
+    async def kill(self) -> None:
+        """Cut the power: whatever is under way in the guest ends."""
+        if not self.alive:
+            return
+        if self.driver is not None:
+            self.driver.uninterruptible.lift()
+        self._power.cancel()
+        for scope in list(self._steps):
+            scope.cancel()
+        with trio.CancelScope(shield=True):
+            await self._gone.wait()
+            await self._destroy("killed")
+
+    async def kexec(self, nursery: trio.Nursery) -> None:
+        """Start a new kernel in the same VM, without a word to OP-TEE; the hypervisor resets the VM (R28)."""
+        if self.driver is not None:
+            self.driver.uninterruptible.lift()
+        self._power.cancel()
+        for scope in list(self._steps):
+            scope.cancel()
+        await self._gone.wait()
+        self._forget_kernel()
+        await self.run.board.service.reset(self.vm)
+        self._conduit = InProcessConduit(self.vm, self._mediate)
+        self.note("kexec")
+        await self.boot(nursery)
+
+    def _forget_kernel(self) -> None:
+        self.driver = self._guest = None
+        self._contexts.clear()
+
+    async def _destroy(self, word: str) -> None:
+        vm = self._vm
+        if vm is None:
+            return
+        self.note(word)
+        self._forget_kernel()
+        self._vm = None
+        await self.run.board.destroy(vm)
+        self.run.by_client.pop(vm.client_id, None)
+
+    # What its steps do
+
+    def enter_step(self) -> trio.CancelScope:
+        """A scope that a power cut cancels."""
+        scope = trio.CancelScope()
+        self._steps.add(scope)
+        return scope
+
+    def leave_step(self, scope: trio.CancelScope) -> None:
+        """The step is over."""
+        self._steps.discard(scope)
+
+    async def smc(self, vcpu: int, regs: Registers) -> Registers:
+        """Execute one SMC on a vCPU, past the driver."""
+        _ = self.vm
+        assert self._conduit is not None
+        if vcpu >= self.spec.vcpus:
+            raise ValueError(f"{self.name} has {self.spec.vcpus} vCPUs, none with the number {vcpu}")
+        return await self._conduit.call(vcpu, regs)
+
+    async def _mediate(self, vm: VirtualMachine, vcpu: int, regs: Registers) -> Registers:
+        """A trapped call on its way to the mediator and back."""
+        self.smcs += 1
+        if self.cut is not None and self.cut.due(answered=False):
+            await self._die_here()
+        answer = await self.run.board.service.mediate(vm, vcpu, regs)
+        self.note(f"vCPU {vcpu}: {name_of(Function, regs[0] & _LOW)} → {_status(answer[0] & _LOW)}")
+        if self.cut is not None and self.cut.due(answered=True):
+            await self._die_here()
+        return answer
+
+    async def _die_here(self) -> None:
+        """The power cut that was asked for: somebody else pulls the plug, this vCPU stops where it is."""
+        self.cut = None
+        self.run.nursery.start_soon(self.kill)
+        await trio.sleep_forever()
+
+
+def _status(code: int) -> str:
+    return name_of(RpcReturn, code) if is_rpc(code) else name_of(ReturnCode, code)
+
+
+def _supplicant(variant: str, delay: float, images: Mapping[UUID, bytes]) -> guests.Supplicant | None:
+    if variant == "none":
+        return None
+    if variant == "slow":
+        return guests.SlowSupplicant(delay, images)
+    if variant in _VARIANTS:
+        return guests.MisbehavingSupplicant(_VARIANTS[variant], images)
+    return guests.Supplicant(images)

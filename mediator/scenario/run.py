@@ -1,0 +1,317 @@
+"""Run a scenario: in virtual time, everything random from the seed, all invariants on.
+
+The same seed makes the same run on any machine; another seed makes another interleaving. See
+`mediator.interleaving` for the order of tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache
+from random import Random
+from typing import Any, Final
+from uuid import UUID
+
+import trio
+
+from guests import GuestError
+from hv_models.conduit import ConduitClosed
+from hv_models.stage2 import Stage2Fault
+from mediator.board import NOTHING_LEFT, Board, BoardError, images
+from mediator.core.policy import Policy
+from mediator.core.steps import Event
+from mediator.interleaving import run as run_seeded
+from mediator.invariants import Violation
+from mediator.policies import QuotaDocument, load_policy
+from mediator.scenario.actor import Actor, Scope
+from mediator.scenario.client import ta_uuid
+from mediator.scenario.expressions import EvaluationError
+from mediator.scenario.flow import Flow, side_by_side
+from mediator.scenario.guest import GuestDied, ScenarioGuest
+from mediator.scenario.language import EVERY, Scenario
+from mediator.scenario.secure_side import ScriptedWorld
+from mediator.scenario.steps import Step, StepFailed
+from optee.config import Config
+from optee.errors import SecureWorldFault
+from optee.tas.catalogue import EXAMPLES, EXERCISES
+
+_UNDER_WAY: Final = 8
+"""Steps that a report of a hang names."""
+
+
+@dataclass
+class Outcome:
+    """How one run ended."""
+
+    scenario: Scenario
+    seed: int
+    guests: int
+    failure: StepFailed | None = None
+    events: list[str] = field(default_factory=list)
+    """Of a failure: what last happened to the guest."""
+    violations: list[Violation] = field(default_factory=list)
+    left: dict[str, int] = field(default_factory=dict)
+    """What was still held after the last guest's end, as far as it is not zero."""
+    seconds: float = 0.0
+    """Virtual time."""
+    steps: int = 0
+    smcs: int = 0
+
+    @property
+    def good(self) -> bool:
+        """Whether everything was as expected, no invariant violated, and nothing left."""
+        return self.failure is None and not self.violations and not self.left
+
+    def as_data(self) -> dict[str, Any]:
+        """For JSON."""
+        failure = self.failure
+        return {
+            "scenario": self.scenario.scenario,
+            "purpose": self.scenario.purpose,
+            "seed": self.seed,
+            "guests": self.guests,
+            "good": self.good,
+            "virtual_seconds": round(self.seconds, 6),
+            "steps": self.steps,
+            "smcs": self.smcs,
+            "failure": None
+            if failure is None
+            else {
+                "at": failure.place,
+                "step": failure.step,
+                "guest": failure.guest,
+                "what": failure.what,
+                "expected": failure.expected,
+                "got": failure.got,
+                "events": self.events,
+            },
+            "violations": [violation.as_data() for violation in self.violations],
+            "left": self.left,
+        }
+
+
+class Run:
+    """One run of a scenario, inside trio."""
+
+    def __init__(self, scenario: Scenario, seed: int, guests: int | None) -> None:
+        self.scenario = scenario
+        self.seed = seed
+        specs = scenario.machine.specs(guests)
+        self.images = _images()
+        self.by_client: dict[int, ScenarioGuest] = {}
+        self.began = 0.0
+        self.steps = 0
+        self.guests = {
+            name: ScenarioGuest(self, name, number, spec) for number, (name, spec) in enumerate(specs.items(), 1)
+        }
+        self._world: ScriptedWorld | None = None
+        self._board: Board | None = None
+        self._nursery: trio.Nursery | None = None
+        self._interrupted: list[tuple[float, str]] = []
+
+    @property
+    def board(self) -> Board:
+        """The machine."""
+        assert self._board is not None
+        return self._board
+
+    @property
+    def world(self) -> ScriptedWorld:
+        """What stands before OP-TEE's model."""
+        assert self._world is not None
+        return self._world
+
+    @property
+    def nursery(self) -> trio.Nursery:
+        """Where guests live."""
+        assert self._nursery is not None
+        return self._nursery
+
+    def guest(self, name: str) -> ScenarioGuest:
+        """A guest by name. Raises EvaluationError."""
+        if name not in self.guests:
+            raise EvaluationError(f"there is no guest {name}")
+        return self.guests[name]
+
+    async def play(self) -> Outcome:
+        """Do all of it."""
+        outcome = Outcome(self.scenario, self.seed, len(self.guests))
+        self.began = trio.current_time()
+        async with self._make_board() as board:
+            try:
+                with trio.fail_after(self.scenario.timeout):
+                    await self._play()
+            except* (StepFailed, trio.TooSlowError, SecureWorldFault) as group:
+                outcome.failure = self._failure(group)
+                outcome.events = list(self.guests[outcome.failure.guest].events) if outcome.failure.guest else []
+            else:
+                outcome.left = {name: count for name, count in board.left().items() if count != NOTHING_LEFT[name]}
+                if board.machine.pinned_frames():
+                    outcome.left["pinned_frames"] = len(board.machine.pinned_frames())
+        assert board.checker is not None
+        outcome.violations = [one for one in board.checker.violations if one.invariant not in self.scenario.violations]
+        outcome.seconds = trio.current_time() - self.began
+        outcome.steps = self.steps
+        outcome.smcs = sum(guest.smcs for guest in self.guests.values())
+        return outcome
+
+    def _make_board(self) -> Board:
+        machine = self.scenario.machine
+        optee = machine.optee
+        more: dict[str, Any] = {}
+        if optee.core_heap is not None:
+            more["core_heap_size"] = optee.core_heap.number(_NoNames())
+        config = Config(
+            threads=optee.threads,
+            guests=optee.guests or len(self.guests),
+            early_tas=None if optee.early_tas == "all" else frozenset(map(ta_uuid, optee.early_tas)),
+            seed=self.seed,
+            **more,
+        )
+        self._board = board = Board(
+            _policy(self.scenario),
+            config,
+            world=self._make_world,
+            on_event=self._told,
+            modelled=not self.scenario.scripts_the_secure_world(),
+        )
+        draw = Random(f"{self.seed} interrupts")
+        if machine.interrupts:
+            board.model.interrupt_pending = lambda _: draw.random() < machine.interrupts
+        board.model.clock = lambda: round((trio.current_time() - self.began) * 1000)
+        return board
+
+    def _make_world(self, *parts: Any) -> ScriptedWorld:
+        self._world = ScriptedWorld(*parts)
+        return self._world
+
+    def _told(self, event: Event) -> None:
+        guest = self.by_client.get(event.vm)
+        if guest is not None:
+            guest.told(event)
+
+    async def _play(self) -> None:
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            present = [guest for guest in self.guests.values() if guest.spec.created]
+            for guest in present:
+                await self._create(guest)
+            async with trio.open_nursery() as boots:
+                for guest in present:
+                    boots.start_soon(guest.boot, nursery)
+            scopes = {name: Scope() for name in self.guests}
+            only = self.scenario.only_guest
+            actor = Actor(self, scopes, None if only is None else self.guests[only])
+            with suppress(GuestDied):
+                await actor.run_steps(self.scenario.steps)
+            if self.board.checker is not None:
+                self.board.checker.scan(memory=True)
+            async with trio.open_nursery() as ends:
+                for guest in self.guests.values():
+                    ends.start_soon(guest.shut_down)
+
+    async def _create(self, guest: ScenarioGuest) -> None:
+        try:
+            await guest.create()
+        except BoardError as error:
+            raise StepFailed(f"create {guest.name}", "a VM", str(error)) from None
+
+    async def do(self, step: Step, actor: Actor) -> None:
+        """Do a step as whoever it names. Raises StepFailed, GuestDied."""
+        if step.guest == EVERY:
+            branches = [(actor.of(name).branch(), [step.model_copy(update={"guest": name})]) for name in self.guests]
+            await side_by_side(branches, actor)
+            return
+        actor = actor.of(step.guest)
+        try:
+            if isinstance(step, Flow) or actor.guest_name is None or not step.needs_guest:
+                await self._do(step, actor)
+                return
+            scope = actor.guest.enter_step()
+            try:
+                with scope:
+                    await self._do(step, actor)
+            finally:
+                actor.guest.leave_step(scope)
+            if scope.cancelled_caught:
+                raise GuestDied(actor.guest.name)
+        except StepFailed as failed:
+            if not failed.place:
+                failed.place, failed.step, failed.guest = step.place, step.words(), actor.guest_name
+            raise
+
+    async def _do(self, step: Step, actor: Actor) -> None:
+        self.steps += 1
+        try:
+            await step.run(actor)
+        except ConduitClosed:
+            raise GuestDied(actor.guest_name) from None
+        except EvaluationError as error:
+            raise StepFailed("this step", "names and numbers that fit", str(error)) from None
+        except (GuestError, Stage2Fault, ValueError) as error:
+            if actor.guest_name is not None and not actor.guest.alive:
+                raise GuestDied(actor.guest_name) from None
+            raise StepFailed("this step", "no error", f"{type(error).__name__}: {error}") from None
+        except trio.Cancelled:
+            if not isinstance(step, Flow):
+                whose = "" if actor.guest_name is None else f" of {actor.guest_name}"
+                self._interrupted.append((trio.current_time(), f"{step.place}: {step.words()}{whose}"))
+            raise
+
+    async def until(self, happened: Callable[[], bool]) -> None:
+        """Wait for something that other tasks do without time."""
+        while not happened():
+            await trio.lowlevel.checkpoint()
+
+    def limit(self, guest: ScenarioGuest) -> None:
+        """Give a new guest the quotas that its description says. Raises OverLimit."""
+        names = _NoNames()
+        self.set_limits(guest, {name: value.number(names) for name, value in guest.spec.quotas.items()})
+
+    def set_limits(self, guest: ScenarioGuest, given: Mapping[str, int]) -> None:
+        """Change what a guest may hold, and the host's pool (R21, R22). Raises OverLimit, ValueError."""
+        core, client = self.board.core, guest.vm.client_id
+        quotas = dict(given)
+        pool = quotas.pop("pool_pages", core.pool.capacity)
+        limits = QuotaDocument.model_validate(quotas).apply(core.guests[client].limits)
+        for event in core.change_limits({client: limits}, pool):
+            self._told(event)
+
+    def _failure(self, group: BaseExceptionGroup[Exception]) -> StepFailed:
+        """The first failure of a group; a hang, and OP-TEE's death, are failures as well."""
+        first: BaseException = group
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        if isinstance(first, StepFailed):
+            return first
+        if isinstance(first, SecureWorldFault):
+            return StepFailed("OP-TEE", "alive", f"dead: {first}")
+        now = trio.current_time()
+        waiting = [words for time, words in self._interrupted if time == now][:_UNDER_WAY]
+        got = "still waiting: " + "; ".join(waiting) if waiting else "still waiting for guests to end"
+        return StepFailed("the scenario", f"an end within {self.scenario.timeout:g} s of virtual time", got)
+
+
+class _NoNames:
+    """Sizes in the machine's description refer to nothing."""
+
+    def look_up(self, name: str) -> Any:
+        raise EvaluationError(f"${name} is not known here")
+
+
+@cache
+def _images() -> Mapping[UUID, bytes]:
+    """Images of all user TAs that the model knows."""
+    return images(*EXAMPLES, *EXERCISES)
+
+
+def _policy(scenario: Scenario) -> Policy:
+    policy = scenario.machine.policy
+    return load_policy(policy) if isinstance(policy, str) else policy.policy()
+
+
+def run_scenario(scenario: Scenario, seed: int = 1, guests: int | None = None) -> Outcome:
+    """Run a scenario once. guests: how many, where it is written for any number."""
+    return run_seeded(Run(scenario, seed, guests).play, seed)

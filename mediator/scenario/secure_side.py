@@ -1,0 +1,217 @@
+"""The secure world of a scenario: OP-TEE's model, with answers of its own script and faults on demand."""
+
+import struct
+from collections import Counter, defaultdict, deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from hv_models.machine import Machine
+from hv_models.memory import PAGE_SIZE, PhysicalFault
+from mediator.core.ports import SharedPage
+from mediator.core.steps import Regs
+from mediator.world import LocalSecureWorld
+from optee.abi.message import (
+    ENTRIES_PER_PAGE,
+    HEADER,
+    HEADER_SIZE,
+    MAX_PARAMS,
+    NONCONTIG,
+    PARAM_SIZE,
+    TYPE_MASK,
+    Command,
+    Message,
+    ParamType,
+    message_size,
+    page_count,
+)
+from optee.abi.registers import Named, name_of
+from optee.abi.rpc import FsOperation, NotificationOperation, RpcCommand
+from optee.abi.smc import Function, RpcReturn, from_pair, is_rpc
+from optee.secure_world import SecureWorld
+
+_LOW: Final = 0xFFFFFFFF
+_TMEM: Final = range(int(ParamType.TMEM_INPUT), int(ParamType.TMEM_INOUT) + 1)
+_WITH_MESSAGE: Final = frozenset({int(Function.CALL_WITH_ARG), int(Function.CALL_WITH_RPC_ARG)})
+_OPERATIONS: Final[dict[int, type[Named]]] = {
+    RpcCommand.FS: FsOperation,
+    RpcCommand.NOTIFICATION: NotificationOperation,
+}
+
+
+@dataclass
+class Conversation:
+    """A yielding call as the secure world sees it: where its message and its RPC argument are."""
+
+    message: int
+    argument: int | None = None
+    asked: int | None = None
+    """Where the RPC argument of the RPC under way is."""
+
+
+@dataclass(frozen=True)
+class Forwarded:
+    """One SMC that reached the secure world, as it was then.
+
+    message: of a new call; argument: the RPC argument of a resumed one. lists: by parameter of either, the page
+    addresses of its page list.
+    """
+
+    regs: Regs
+    message: Message | None = None
+    argument: Message | None = None
+    lists: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+
+
+class Script(Protocol):
+    """An answer that waits for its call."""
+
+    def fits(self, regs: Regs) -> bool:
+        """Whether it is meant for this call."""
+        ...
+
+    def __call__(self, regs: Regs, conversation: Conversation | None) -> Regs:
+        """Write what it writes, and give x0..x3."""
+        ...
+
+
+@dataclass
+class Inbox:
+    """What one guest's calls were at OP-TEE."""
+
+    total: int = 0
+    """SMCs so far; `forwarded` keeps the last ones."""
+    forwarded: deque[Forwarded] = field(default_factory=lambda: deque(maxlen=256))
+    traffic: Counter[str] = field(default_factory=Counter)
+    """Messages by command, RPCs by command and operation; interrupts as FOREIGN_INTR."""
+    scripts: list[Script] = field(default_factory=list)
+    conversations: dict[int, Conversation] = field(default_factory=dict)
+    pages: dict[int, int] = field(default_factory=dict)
+    asked_for_page: set[int] = field(default_factory=set)
+
+
+class ScriptedWorld(LocalSecureWorld):
+    """Stands before the model: counts what passes, answers by script where there is one, and lends pages or not."""
+
+    def __init__(self, machine: Machine, model: SecureWorld) -> None:
+        super().__init__(machine, model)
+        self.inboxes: defaultdict[int, Inbox] = defaultdict(Inbox)
+        self.pages_until_failure: int | None = None
+
+    def lend(self) -> SharedPage | None:
+        """See `SecureWorld.lend`; None when a failure was asked for."""
+        if self.pages_until_failure is not None:
+            self.pages_until_failure -= 1
+            if self.pages_until_failure <= 0:
+                self.pages_until_failure = None
+                return None
+        return super().lend()
+
+    def call(self, regs: Regs) -> Regs:
+        """Execute one SMC, or answer it by script."""
+        client = regs[7] or regs[1]
+        inbox = self.inboxes[client]
+        function = regs[0] & _LOW
+        conversation = self._conversation(inbox, function, regs)
+        inbox.total += 1
+        inbox.forwarded.append(self._seen(inbox, function, regs, conversation))
+        script = next((script for script in inbox.scripts[:1] if script.fits(regs)), None)
+        if script is None:
+            answer = super().call(regs)
+        else:
+            inbox.scripts.remove(script)
+            self.inbox[function, regs[7]] += 1
+            answer = script(regs, conversation)
+        if conversation is not None:
+            self._note(inbox, conversation, answer)
+        return answer
+
+    def _seen(self, inbox: Inbox, function: int, regs: Regs, conversation: Conversation | None) -> Forwarded:
+        """Look at a call as OP-TEE does, and count its message."""
+        if conversation is None:
+            return Forwarded(regs)
+        if function in _WITH_MESSAGE:
+            message = self._message(conversation.message)
+            if message is None:
+                return Forwarded(regs)
+            inbox.traffic[name_of(Command, message.cmd)] += 1
+            return Forwarded(regs, message=message, lists=self._lists(message))
+        at = conversation.asked
+        argument = None if at is None else self._message(at)
+        return Forwarded(regs, argument=argument, lists={} if argument is None else self._lists(argument))
+
+    def _lists(self, message: Message) -> dict[int, tuple[int, ...]]:
+        """The page addresses that a message's page lists name."""
+        found: dict[int, tuple[int, ...]] = {}
+        for index, (attribute, pointer, size, _) in enumerate(message.params):
+            if attribute & TYPE_MASK not in _TMEM or not attribute & NONCONTIG or not pointer:
+                continue
+            left = page_count(size, pointer % PAGE_SIZE)
+            page = pointer - pointer % PAGE_SIZE
+            addresses: list[int] = []
+            while left > 0 and page in self.machine.pages:
+                words = struct.unpack(f"<{PAGE_SIZE // 8}Q", self.read(page, PAGE_SIZE))
+                addresses += words[: min(left, ENTRIES_PER_PAGE)]
+                left -= ENTRIES_PER_PAGE
+                page = words[ENTRIES_PER_PAGE]
+            found[index] = tuple(addresses)
+        return found
+
+    def _conversation(self, inbox: Inbox, function: int, regs: Regs) -> Conversation | None:
+        if function in _WITH_MESSAGE:
+            at = from_pair(regs[1], regs[2])
+            message = self._message(at)
+            behind = at + message_size(len(message.params)) if message is not None else None
+            return Conversation(at, behind if function == Function.CALL_WITH_RPC_ARG else None)
+        if function != Function.RETURN_FROM_RPC:
+            return None
+        thread = regs[3] & _LOW
+        if thread in inbox.asked_for_page:
+            inbox.asked_for_page.discard(thread)
+            inbox.pages[from_pair(regs[4], regs[5])] = from_pair(regs[1], regs[2])
+        return inbox.conversations.pop(thread, None)
+
+    def _note(self, inbox: Inbox, conversation: Conversation, answer: Regs) -> None:
+        """Remember which thread a suspended call has, and count its RPC."""
+        code = answer[0] & _LOW
+        if not is_rpc(code):
+            return
+        thread = answer[3] & _LOW
+        inbox.conversations[thread] = conversation
+        conversation.asked = None
+        if code == RpcReturn.ALLOC:
+            inbox.asked_for_page.add(thread)
+        if code != RpcReturn.CMD:
+            inbox.traffic[name_of(RpcReturn, code)] += 1
+            return
+        conversation.asked = conversation.argument or inbox.pages.get(from_pair(answer[1], answer[2]))
+        request = None if conversation.asked is None else self._message(conversation.asked)
+        if request is None:
+            return
+        name = name_of(RpcCommand, request.cmd)
+        if request.cmd in _OPERATIONS and request.params:
+            name = f"{name}.{name_of(_OPERATIONS[request.cmd], request.params[0].a)}"
+        inbox.traffic[name] += 1
+
+    def argument(self, client: int, conversation: Conversation, cookie: int) -> int | None:
+        """PA of the RPC argument of a call: behind its message, or the page that has this cookie."""
+        return conversation.argument or self.inboxes[client].pages.get(cookie)
+
+    def write(self, pa: int, data: bytes) -> None:
+        """Write into a page that OP-TEE may reach. Raises PhysicalFault."""
+        self.machine.memory.write(pa, data)
+
+    def read(self, pa: int, size: int) -> bytes:
+        """Read such memory. Raises PhysicalFault."""
+        return self.machine.memory.read(pa, size)
+
+    def _message(self, pa: int) -> Message | None:
+        """The message at a PA as far as it lies in one page; None for what cannot be one."""
+        room = PAGE_SIZE - pa % PAGE_SIZE
+        try:
+            data = self.machine.memory.read(pa, room)
+        except PhysicalFault:
+            return None
+        if room < HEADER_SIZE or HEADER.unpack_from(data)[7] > min(MAX_PARAMS, (room - HEADER_SIZE) // PARAM_SIZE):
+            return None
+        return Message.unpack(data)

@@ -1,0 +1,113 @@
+"""What a run reports: the step that failed, hangs, violated invariants, what is left behind."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mediator.cli import run
+from mediator.scenario import Outcome, load_scenario, run_scenario
+from tests.docs.pages import DOCS, blocks
+
+HEAD = "scenario: x\npurpose: p\n"
+
+
+def play(body: str, seed: int = 1, guests: int | None = None) -> Outcome:
+    return run_scenario(load_scenario(HEAD + body, "f.yaml"), seed, guests)
+
+
+def test_a_failure_says_step_expected_got_and_what_went_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = DOCS / "how-to" / "write-a-scenario.md"
+    first = next(text for language, text in blocks(page) if language == "yaml")
+    file = tmp_path / "first.yaml"
+    file.write_text(first, encoding="utf-8")
+    assert run(["run", str(file)]) == 1
+    out = capsys.readouterr().out
+    shown = next(text for language, text in blocks(page) if language == "text")
+    assert shown.replace("first.yaml", str(file)).strip() in out
+    assert "CALL_WITH_REGD_ARG → OK" in out and f"again: mediator run {file} --seed 1" in out
+    assert run(["run", str(file), "--json"]) == 1
+    document = json.loads(capsys.readouterr().out)
+    failure = document["scenarios"][0]["failure"]
+    assert document["format"] == "mediator-run/1" and document["failed"] == 1
+    assert failure["at"] == f"{file}:5" and (failure["expected"], failure["got"]) == ("44", "43")
+
+
+def test_the_scenarios_of_the_documentation_run() -> None:
+    pages = (DOCS / "how-to" / "write-a-scenario.md", DOCS / "reference" / "scenario.md")
+    texts = [text for page in pages for language, text in blocks(page) if language == "yaml"]
+    assert len(texts) == 4
+    for text in texts[1:]:
+        outcome = run_scenario(load_scenario(text, "page.yaml"))
+        assert outcome.good, outcome.as_data()
+
+
+def test_a_hang_names_who_waits_for_what() -> None:
+    outcome = play(
+        "timeout: 5\nmachine: {each: {supplicant: silent}, optee: {early_tas: []}}\nsteps:\n- {open: hello_world}\n"
+    )
+    assert outcome.failure is not None
+    assert outcome.failure.expected == "an end within 5 s of virtual time"
+    assert outcome.failure.got == "still waiting: f.yaml:6: open: hello_world of kvm-1"
+
+
+def test_a_sweep_reports_the_first_seed_that_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two counters race; which one is first is the seed's to say."""
+    file = tmp_path / "race.yaml"
+    file.write_text(
+        "scenario: race\npurpose: A race.\nsteps:\n"
+        "- {open: single_instance, as: one}\n- {open: single_instance, as: two}\n"
+        "- parallel:\n  - {invoke: COUNT, session: $one, params: [{value: 1}], expect: {params: [{value: 1}]}}\n"
+        "  - {invoke: COUNT, session: $two, params: [{value: 1}]}\n",
+        encoding="utf-8",
+    )
+    assert run(["run", str(file), "--seeds", "50", "--json"]) == 1
+    (found,) = json.loads(capsys.readouterr().out)["scenarios"]
+    assert found["failure"]["got"] == "2" and found["seeds"] == found["seed"]
+    assert run(["run", str(file), "--seed", str(found["seed"]), "--json"]) == 1
+    (again,) = json.loads(capsys.readouterr().out)["scenarios"]
+    assert again["failure"] == found["failure"]
+    if found["seed"] > 1:
+        assert run(["run", str(file), "--seeds", str(found["seed"] - 1)]) == 0
+
+
+def test_the_number_of_guests_is_a_parameter() -> None:
+    body = (
+        "machine: {guests: 2, each: {hypervisor: mixed}}\nsteps:\n"
+        "- {guest: every, open: hello_world}\n- {guest: every, invoke: INC_VALUE, params: [{value: $guest.number}]}\n"
+    )
+    assert play(body).guests == 2
+    outcome = play(body, guests=5)
+    assert outcome.good and outcome.guests == 5
+
+
+def test_a_guest_that_dies_ends_its_branch_and_nothing_is_left() -> None:
+    outcome = play(
+        "machine: {guests: {a: , b: {hypervisor: xen}}}\nsteps:\n"
+        "- {guest: every, open: exercise}\n"
+        "- parallel:\n"
+        "  - guest: a\n    sequence:\n"
+        "    - {invoke: WAIT, params: [{value: 10000, direction: input}]}\n"
+        "    - {expect: {alive: false}}\n"
+        "  - sequence: [{advance: 1}, {kill: a}]\n"
+        "- {guest: a, expect: {alive: false}}\n"
+        "- {guest: b, invoke: COUNT, params: [{value: 1}]}\n"
+        "- {create: a}\n- {guest: a, open: exercise}\n"
+    )
+    assert outcome.good, outcome.as_data()
+    assert outcome.seconds < 5
+
+
+def test_what_a_scripted_secure_world_breaks_is_noticed() -> None:
+    """OP-TEE names a thread that is already suspended: the guest is isolated."""
+    outcome = play(
+        "machine: {each: {driver: none, vcpus: 2}}\nsteps:\n"
+        "- {message: CLOSE_SESSION}\n"
+        "- {secure_world: [{a0: FOREIGN_INTR, a3: 1}, {a0: FOREIGN_INTR, a3: 1}]}\n"
+        "- {smc: CALL_WITH_ARG, a1:a2: $message, expect: {a0: FOREIGN_INTR, a3: 1}}\n"
+        "- {message: CLOSE_SESSION}\n"
+        "- {smc: CALL_WITH_ARG, a1:a2: $message, expect: {a0: UNKNOWN_FUNCTION, events: {guest_isolated: 1}}}\n"
+    )
+    assert outcome.good, outcome.as_data()
