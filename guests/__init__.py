@@ -25,6 +25,7 @@ from guests.parameters import (
     Values,
     Whole,
 )
+from guests.rpmb import RpmbDevice
 from guests.supplicant import MisbehavingSupplicant, Misbehaviour, SlowSupplicant, Supplicant
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "PowerOffError",
     "ProbeError",
     "RegistrationError",
+    "RpmbDevice",
     "Session",
     "SharedMemory",
     "SlowSupplicant",

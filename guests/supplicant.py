@@ -1,4 +1,4 @@
-"""tee-supplicant: the process that does for OP-TEE what a kernel cannot: files and TA images.
+"""tee-supplicant: the process that does for OP-TEE what a kernel cannot: files, TA images and the RPMB device.
 
 Source: optee_client's tee-supplicant, and what the recordings show of it. One object is one process: it is
 started once, by `guests.driver.Driver.start_supplicant`.
@@ -16,6 +16,7 @@ import trio
 
 from guests.errors import OutOfGuestMemoryError
 from guests.files import DirectoryFiles, Files, MemoryFiles, OpenFile, path_parts
+from guests.rpmb import RpmbDevice, answer_request
 from guests.supplicant_device import MemoryParam, RpcParam, SupplicantMemory, ValueParam
 from hv_models.memory import PAGE_SIZE
 from optee.abi.results import Result
@@ -34,12 +35,13 @@ _Answer: TypeAlias = tuple[tuple[type[RpcParam], ...], Callable[..., int]]
 
 
 class Supplicant:
-    """The usual tee-supplicant: LOAD_TA, FS, and shared memory; it answers everything else NOT_SUPPORTED.
+    """The usual tee-supplicant: LOAD_TA, FS, RPMB, and shared memory; it answers everything else NOT_SUPPORTED.
 
     images: TA images by UUID. ta_directory: where `<uuid>.ta` files are looked for besides. storage: directory for
     OP-TEE's files; without one they live in memory as long as this object (a second supplicant can be given the
-    first one's `files`). Files are read and written in the task of the call that needs them: keep both
-    directories on a disk that answers quickly.
+    first one's `files`). rpmb: the device that this guest was given; it is number 0.
+    Files are read and written in the task of the call that needs them: keep both directories on a disk that answers
+    quickly.
     """
 
     pauses = False
@@ -51,9 +53,11 @@ class Supplicant:
         ta_directory: Path | None = None,
         storage: Path | None = None,
         files: Files | None = None,
+        rpmb: RpmbDevice | None = None,
     ) -> None:
         self._images = images
         self._ta_directory = ta_directory
+        self._rpmb = rpmb
         self.files: Files = files or (DirectoryFiles(storage) if storage else MemoryFiles())
         self._memory: SupplicantMemory | None = None
         self._open: dict[int, OpenFile | list[str]] = {}
@@ -190,6 +194,11 @@ class Supplicant:
         name.write(entry)
         return Result.SUCCESS
 
+    def _rpmb_request(self, request: MemoryParam, response: MemoryParam) -> int:
+        result, answer = answer_request(self._rpmb, request.read(), response.size)
+        response.write(answer)
+        return result
+
     def _add(self, handle: ValueParam, make: Callable[[], OpenFile | list[str]]) -> int:
         if len(self._open) >= MAX_OPEN_FILES:
             return Result.GENERIC
@@ -214,6 +223,7 @@ _COMMANDS: Final[Mapping[int, _Answer]] = {
     RpcCommand.SHM_FREE: ((ValueParam,), Supplicant._free),
     RpcCommand.LOAD_TA: ((ValueParam, MemoryParam), Supplicant._load_ta),
     RpcCommand.FS: ((ValueParam,), Supplicant._file_operation),
+    RpcCommand.RPMB: ((MemoryParam, MemoryParam), Supplicant._rpmb_request),
 }
 _OPERATIONS: Final[Mapping[int, _Answer]] = {
     FsOperation.OPEN: ((MemoryParam, ValueParam), Supplicant._open_file),

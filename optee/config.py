@@ -61,8 +61,29 @@ class Config:
     chip_id: bytes = DEFAULT_CHIP_ID
     """Die id of the machine, 32 bytes."""
 
+    guest_storage_keys: bool = False
+    """Ours, not OP-TEE's: let each guest's keys of secure storage depend on its client id too, so that files of one
+    guest do not open in another. It must then have the same client id each time."""
+
+    rpmb_fs: bool = False
+    """CFG_RPMB_FS: storage TEE_STORAGE_PRIVATE_RPMB. One guest can have it at a time: the device is shared."""
+
+    rpmb_write_key: bool = False
+    """CFG_RPMB_WRITE_KEY: program the key of a device that has none; else such a device is not available."""
+
+    ree_fs_integrity_rpmb: bool | None = None
+    """CFG_REE_FS_INTEGRITY_RPMB: keep the root hash of dirf.db in RPMB, against rollback. None: as rpmb_fs."""
+
+    ree_fs_allow_reset: bool = False
+    """CFG_REE_FS_ALLOW_RESET: begin an empty store where the anchored dirf.db is gone; else SECURITY."""
+
     seed: int = 0
     """Everything random in the model comes from here."""
+
+    @property
+    def is_anchored(self) -> bool:
+        """REE FS has its anchor in RPMB."""
+        return self.rpmb_fs if self.ree_fs_integrity_rpmb is None else self.ree_fs_integrity_rpmb
 
     def is_early(self, uuid: UUID) -> bool:
         """Tell whether a user TA is part of the image."""

@@ -9,11 +9,16 @@ only have to call `wake_next` at their end when the queue is not empty, as the u
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from optee.abi.rpc import NotificationOperation, RpcCommand
 from optee.config import NOTIFICATION_VALUES
+from optee.errors import TeeError
 from optee.rpc import VALUE_INPUT, rpc_command
 from optee.steps import Steps
 from optee.threads import Thread
+
+T = TypeVar("T")
 
 _NOTIFICATION = int(RpcCommand.NOTIFICATION)
 _WAIT = int(NotificationOperation.WAIT)
@@ -82,6 +87,18 @@ class Mutex:
         while not waiter.done:
             yield from rpc_command(thread, _NOTIFICATION, ((VALUE_INPUT, _WAIT, waiter.value, 0),))
         self.queue.remove(waiter)
+
+
+def while_locked(mutex: Mutex, thread: Thread, steps: Steps[T]) -> Steps[T]:
+    """Run steps with a mutex held. No `finally`: a guest that dies meanwhile must not suspend again."""
+    yield from mutex.lock(thread)
+    try:
+        result = yield from steps
+    except TeeError:
+        yield from mutex.unlock(thread)
+        raise
+    yield from mutex.unlock(thread)
+    return result
 
 
 class Condition:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import count
+from typing import TYPE_CHECKING
 
 from optee.abi.results import Result
 from optee.errors import TeeError
@@ -18,25 +19,56 @@ from optee.storage.ree_file import read_content, write_content
 from optee.storage.tree_files import TreeFiles
 from optee.threads import Thread
 
+if TYPE_CHECKING:
+    from optee.storage.anchor import Anchor
+
+
+def _open_latest(thread: Thread, files: TreeFiles) -> Steps[HashTree]:
+    """Open dirf.db without an anchor: the version with the larger counter; create it if it is not there."""
+    try:
+        return (yield from files.open(thread, DIRECTORY_NAME, None, None))
+    except TeeError as error:
+        if error.result != Result.ITEM_NOT_FOUND:
+            raise
+    return (yield from files.create(thread, DIRECTORY_NAME, None))
+
+
+def _open_anchored(thread: Thread, files: TreeFiles, anchor: Anchor) -> Steps[HashTree]:
+    """Open the dirf.db whose root hash is anchored: CORRUPT_OBJECT for another one, SECURITY if there is none.
+
+    Where nothing is anchored yet, an empty dirf.db is made and anchored, over whatever lies there.
+    """
+    expected = yield from anchor.read(thread)
+    if expected is not None:
+        try:
+            return (yield from files.open(thread, DIRECTORY_NAME, None, expected))
+        except TeeError as error:
+            if error.result != Result.ITEM_NOT_FOUND:
+                raise
+        yield from anchor.reset(thread)
+    tree = yield from files.create(thread, DIRECTORY_NAME, None)
+    try:
+        yield from anchor.write(thread, tree.root_hash)
+    except TeeError:
+        yield from files.close(thread, tree)
+        raise TeeError(Result.SECURITY) from None
+    return tree
+
 
 class Directory:
     """Entries by index. Changes are committed by `commit`."""
 
-    def __init__(self, files: TreeFiles, tree: HashTree) -> None:
+    def __init__(self, files: TreeFiles, tree: HashTree, anchor: Anchor | None) -> None:
         self._files = files
         self._tree = tree
+        self._anchor = anchor
         self._numbers: set[int] = set()
 
     @classmethod
-    def open(cls, thread: Thread, files: TreeFiles) -> Steps[Directory]:
+    def open(cls, thread: Thread, files: TreeFiles, anchor: Anchor | None) -> Steps[Directory]:
         """Open dirf.db, or create it, and learn which file numbers are in use. Raises TeeError."""
-        try:
-            tree = yield from files.open(thread, DIRECTORY_NAME, None, None)
-        except TeeError as error:
-            if error.result != Result.ITEM_NOT_FOUND:
-                raise
-            tree = yield from files.create(thread, DIRECTORY_NAME, None)
-        directory = cls(files, tree)
+        tree = yield from _open_anchored(thread, files, anchor) if anchor else _open_latest(thread, files)
+        directory = cls(files, tree, anchor)
         try:
             for index in directory._indices():
                 entry = yield from directory.read(thread, index)
@@ -105,3 +137,5 @@ class Directory:
     def commit(self, thread: Thread) -> Steps[None]:
         """Make all changes since the last commit count, together."""
         yield from self._tree.sync(thread)
+        if self._anchor is not None:
+            yield from self._anchor.write(thread, self._tree.root_hash)

@@ -1,7 +1,8 @@
 """All that OP-TEE keeps of secure storage for one guest.
 
 Source: OP-TEE secure storage, introduction: with virtualization every guest has its own copy of all state, and files
-in its own file system; the keys are the machine's.
+in its own file system; the keys are the machine's. The RPMB device is the machine's too: of several guests that ask for
+it only one may be answered, which the mediator sees to.
 """
 
 from __future__ import annotations
@@ -9,11 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from optee.abi.results import StorageId
 from optee.memory.heap import Heap
+from optee.storage.anchor import Anchor
+from optee.storage.file_system import Storage
 from optee.storage.hash_tree import Services
 from optee.storage.keys import StorageKeys
 from optee.storage.ree_fs import ReeFs
 from optee.storage.registry import ObjectRegistry
+from optee.storage.rpmb_fs import RpmbFs
 from optee.storage.ta_database import TaDatabase
 from optee.storage.tree_files import TreeFiles
 
@@ -22,10 +27,18 @@ if TYPE_CHECKING:
 
 
 class GuestStorage:
-    """File system, registry of open objects, and the core's own files."""
+    """What each storage id stands for, and the core's own files."""
 
     def __init__(self, config: Config, random: Callable[[int], bytes], heap: Heap, guest: int) -> None:
-        services = Services(StorageKeys(config.huk, config.chip_id), random, heap, guest)
-        self.ree_fs = ReeFs(TreeFiles(services))
-        self.registry = ObjectRegistry()
-        self.ta_database = TaDatabase(self.ree_fs)
+        keys = StorageKeys(config.huk, config.chip_id, guest if config.guest_storage_keys else None)
+        self.storages: dict[int, Storage] = {}
+        anchor = None
+        if config.rpmb_fs:
+            rpmb_fs = RpmbFs(keys, random, write_key=config.rpmb_write_key)
+            self.storages[StorageId.PRIVATE_RPMB] = Storage(rpmb_fs, ObjectRegistry())
+            if config.is_anchored:
+                anchor = Anchor(rpmb_fs, allow_reset=config.ree_fs_allow_reset)
+        ree_fs = ReeFs(TreeFiles(Services(keys, random, heap, guest)), anchor)
+        ree = Storage(ree_fs, ObjectRegistry())
+        self.storages |= {StorageId.PRIVATE: ree, StorageId.PRIVATE_REE: ree}
+        self.ta_database = TaDatabase(ree_fs)

@@ -12,7 +12,7 @@ from optee.storage.layout import ObjectHeader
 from optee.storage.registry import Record
 
 if TYPE_CHECKING:
-    from optee.storage.ree_fs import OpenDirectory, ReeFile
+    from optee.storage.file_system import OpenFile, Storage
 
 PERSISTENT: Final = 0x10000
 INITIALIZED: Final = 0x20000
@@ -43,13 +43,14 @@ class TransientKey(NamedTuple):
 class ObjectHandle:
     """A handle on an open object (TEE_ObjectHandle); `number` names it within its instance."""
 
-    __slots__ = ("data_size", "file", "flags", "header", "number", "position", "record", "serialized")
+    __slots__ = ("data_size", "file", "flags", "header", "number", "position", "record", "serialized", "storage")
 
-    def __init__(self, number: int, record: Record, flags: int) -> None:
+    def __init__(self, number: int, storage: Storage, record: Record, flags: int) -> None:
         self.number = number
+        self.storage = storage
         self.record = record
         self.flags = flags
-        self.file: ReeFile
+        self.file: OpenFile
         self.header: ObjectHeader
         self.serialized = b""
         """Attributes as they stand in the file."""
@@ -73,11 +74,13 @@ class ObjectHandle:
 class Enumerator:
     """TEE_ObjectEnumHandle."""
 
-    __slots__ = ("number", "opened")
+    __slots__ = ("number", "opened", "storage")
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.opened: OpenDirectory | None = None
+        self.storage: Storage
+        self.opened: object | None = None
+        """What the storage's file system has open for it; None before a start and after a reset."""
 
 
 class Handles:

@@ -1,6 +1,6 @@
 """Keys of secure storage: HUK -> SSK -> TSK -> FEK, and what a file's key seals.
 
-Source: OP-TEE secure storage, sections 2 and 3, with CFG_CORE_HUK_SUBKEY_COMPAT=y and
+Source: OP-TEE secure storage, sections 2 to 4, with CFG_CORE_HUK_SUBKEY_COMPAT=y and
 CFG_REE_FS_HTREE_HASH_SIZE_COMPAT=y, the defaults. The hardware unique key belongs to the machine: guests have no keys
 of their own.
 """
@@ -16,9 +16,9 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
-from cryptography.hazmat.primitives.ciphers.modes import ECB, GCM
+from cryptography.hazmat.primitives.ciphers.modes import CBC, ECB, GCM
 
-from optee.storage.layout import TAG_SIZE, Head, Meta, Node
+from optee.storage.layout import IV_SIZE, TAG_SIZE, Head, Meta, Node
 
 HUK_SIZE: Final = 16
 CHIP_ID_SIZE: Final = 32
@@ -27,7 +27,10 @@ DEFAULT_HUK: Final = bytes(HUK_SIZE)
 DEFAULT_CHIP_ID: Final = b"BEEF" * 8
 """tee_otp_get_die_id of a platform that has none of its own."""
 
+_CID_CHANGING: Final = (9, 15)  # product revision and checksum: a firmware update of the card changes them
+_ESSIV_KEY_SIZE: Final = 16
 _SSK_USAGE: Final = b"ONLY_FOR_tee_fs_ssk\0"
+_GUEST_USAGE: Final = b"guest "
 _NO_OWNER: Final = b"\0"
 _ROOT_HASH_IN_HEAD: Final = 16  # bytes: CFG_REE_FS_HTREE_HASH_SIZE_COMPAT
 
@@ -86,16 +89,40 @@ class FileCipher:
         return Meta.unpack(Cipher(AES(self._fek), GCM(head.iv, head.tag)).decryptor().update(head.imeta))
 
 
+class RpmbFileCipher:
+    """The key of one file in RPMB: AES-CBC, block by block; the MAC of the frames is what authenticates."""
+
+    def __init__(self, fek: bytes) -> None:
+        self._fek = AES(fek)
+        self._essiv = AES(sha256(fek).digest()[:_ESSIV_KEY_SIZE])
+
+    def _cipher(self, index: int) -> Cipher[CBC]:
+        number = index.to_bytes(2, "little").ljust(IV_SIZE, b"\0")
+        return Cipher(self._fek, CBC(Cipher(self._essiv, ECB()).encryptor().update(number)))
+
+    def seal(self, index: int, block: bytes) -> bytes:
+        """Encrypt the block with that index in the device."""
+        return self._cipher(index).encryptor().update(block)
+
+    def open(self, index: int, block: bytes) -> bytes:
+        """Decrypt the block with that index in the device."""
+        return self._cipher(index).decryptor().update(block)
+
+
 class StorageKeys:
     """All keys that follow from the machine's hardware unique key.
 
-    huk: any number of bytes, 16 as a rule. chip_id: 32 bytes.
+    huk: any number of bytes, 16 as a rule. chip_id: 32 bytes. guest: client id of a guest whose keys are to be its own;
+    OP-TEE has no such keys, so this is ours.
     """
 
-    def __init__(self, huk: bytes = DEFAULT_HUK, chip_id: bytes = DEFAULT_CHIP_ID) -> None:
+    def __init__(self, huk: bytes = DEFAULT_HUK, chip_id: bytes = DEFAULT_CHIP_ID, guest: int | None = None) -> None:
         if len(chip_id) != CHIP_ID_SIZE:
             raise ValueError(f"the chip id has {CHIP_ID_SIZE} bytes")
+        self._huk = huk
         self._ssk = hmac.digest(huk, chip_id + _SSK_USAGE, "sha256")
+        if guest is not None:
+            self._ssk = hmac.digest(self._ssk, _GUEST_USAGE + guest.to_bytes(2, "little"), "sha256")
         self._tsks: dict[bytes, AES] = {}
 
     def _tsk(self, owner: bytes | None) -> AES:
@@ -105,10 +132,27 @@ class StorageKeys:
             self._tsks[label] = AES(hmac.digest(self._ssk, label, "sha256"))
         return self._tsks[label]
 
+    def decrypt_fek(self, owner: bytes | None, enc_fek: bytes) -> bytes:
+        """Key of a file, as it is stored, in clear."""
+        return Cipher(self._tsk(owner), ECB()).decryptor().update(enc_fek)
+
+    def encrypt_fek(self, owner: bytes | None, fek: bytes) -> bytes:
+        """Key of a file as it is stored."""
+        return Cipher(self._tsk(owner), ECB()).encryptor().update(fek)
+
     def open_file(self, owner: bytes | None, enc_fek: bytes) -> FileCipher:
         """Key of an existing file, from its head."""
-        return FileCipher(Cipher(self._tsk(owner), ECB()).decryptor().update(enc_fek), enc_fek)
+        return FileCipher(self.decrypt_fek(owner, enc_fek), enc_fek)
 
     def new_file(self, owner: bytes | None, fek: bytes) -> FileCipher:
         """Key of a new file, from 16 random bytes."""
-        return FileCipher(fek, Cipher(self._tsk(owner), ECB()).encryptor().update(fek))
+        return FileCipher(fek, self.encrypt_fek(owner, fek))
+
+    def open_rpmb_file(self, owner: bytes, enc_fek: bytes) -> RpmbFileCipher:
+        """Key of a file in RPMB, from its FAT entry."""
+        return RpmbFileCipher(self.decrypt_fek(owner, enc_fek))
+
+    def rpmb_key(self, cid: bytes) -> bytes:
+        """Key of the RPMB of the card with this CID: 32 bytes."""
+        lasting = bytes(0 if index in _CID_CHANGING else byte for index, byte in enumerate(cid))
+        return hmac.digest(self._huk, lasting, "sha256")

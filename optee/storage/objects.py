@@ -13,17 +13,17 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
-from optee.abi.results import Result, StorageId, TaFlag
+from optee.abi.results import Result, TaFlag
 from optee.errors import TaPanic, TeeError
 from optee.parameters import Memref, PrivateBuffer
 from optee.steps import Steps
 from optee.storage.attributes import DATA_TYPE, pack_attributes
 from optee.storage.handles import Enumerator, ObjectHandle, ObjectInfo, TransientKey
 from optee.storage.layout import MAX_OBJECT_ID, OBJECT_HEADER_SIZE, USAGE_OFFSET, ObjectHeader
-from optee.storage.registry import OPEN_FLAGS, DataFlag, ObjectRegistry, Purpose, Record
+from optee.storage.registry import OPEN_FLAGS, DataFlag, Purpose
 
 if TYPE_CHECKING:
-    from optee.storage.ree_fs import ReeFs
+    from optee.storage.file_system import OpenFile, Storage
     from optee.ta_context import Instance
     from optee.threads import Thread
 
@@ -35,7 +35,6 @@ MAX_POSITION: Final = 0xFFFFFFFF
 """TEE_DATA_MAX_POSITION."""
 SEEK_SET, SEEK_CUR, SEEK_END = range(3)
 """TEE_DATA_SEEK_*."""
-_FILE_SYSTEMS: Final = (StorageId.PRIVATE, StorageId.PRIVATE_REE)
 _STORAGE_FAILED: Final = frozenset({Result.CORRUPT_OBJECT, Result.STORAGE_NOT_AVAILABLE})
 _OPENED: Final = _STORAGE_FAILED | {Result.ITEM_NOT_FOUND, Result.ACCESS_CONFLICT, Result.OUT_OF_MEMORY}
 _CREATED: Final = _OPENED | {Result.STORAGE_NO_SPACE}
@@ -54,8 +53,7 @@ class TrustedStorage:
         self._instance = instance
         self._thread = thread
         self._owner = instance.uuid.bytes_le
-        self._fs: ReeFs = thread.partition.storage.ree_fs
-        self._registry: ObjectRegistry = thread.partition.storage.registry
+        self._storages: dict[int, Storage] = thread.partition.storage.storages
 
     def handle(self, number: int) -> ObjectHandle:
         """The open object with that number. A wrong one is a panic."""
@@ -135,8 +133,8 @@ class TrustedStorage:
     def reset_enumerator(self, enumerator: Enumerator) -> Steps[None]:
         """TEE_ResetPersistentObjectEnumerator."""
         if enumerator.opened is not None:
-            enumerator.opened = None
-            yield from self._fs.close_directory(self._thread)
+            opened, enumerator.opened = enumerator.opened, None
+            yield from enumerator.storage.fs.close_directory(self._thread, opened)
 
     def start_enumerator(self, enumerator: Enumerator, storage_id: int) -> Steps[None]:
         """TEE_StartPersistentObjectEnumerator. Raises TeeError: ITEM_NOT_FOUND if the TA has no object."""
@@ -172,29 +170,33 @@ class TrustedStorage:
             raise TeeError(Result.BAD_PARAMETERS)
         return object_id
 
+    def _storage(self, storage_id: int) -> Storage:
+        if storage_id not in self._storages:
+            raise TeeError(Result.ITEM_NOT_FOUND)
+        return self._storages[storage_id]
+
     def _open(self, storage_id: int, object_id: ObjectId, flags: int) -> Steps[ObjectHandle]:
         if flags & ~OPEN_FLAGS:
             raise TeeError(Result.BAD_PARAMETERS)
-        if storage_id not in _FILE_SYSTEMS:
-            raise TeeError(Result.ITEM_NOT_FOUND)
-        record = self._registry.get(self._owner, self._object_id(object_id), flags, Purpose.OPEN)
-        handle = ObjectHandle(self._instance.handles.new_number(), record, flags)
+        storage = self._storage(storage_id)
+        record = storage.registry.get(self._owner, self._object_id(object_id), flags, Purpose.OPEN)
+        handle = ObjectHandle(self._instance.handles.new_number(), storage, record, flags)
         try:
             yield from self._read_header(handle)
         except TeeError as error:
             if error.result == Result.CORRUPT_OBJECT:
-                yield from self._remove_file(record)
-            self._registry.put(record)
+                yield from self._remove_file(handle)
+            storage.registry.put(record)
             raise
         self._instance.handles.objects[handle.number] = handle
         return handle
 
     def _read_header(self, handle: ObjectHandle) -> Steps[None]:
         """Open the file of a handle and learn what it holds; the file is closed again where that fails."""
-        record = handle.record
-        file = yield from self._fs.open(self._thread, record.owner, record.object_id)
+        record, fs = handle.record, handle.storage.fs
+        file: OpenFile = yield from fs.open(self._thread, record.owner, record.object_id)
         try:
-            data = yield from self._fs.read(self._thread, file, 0, OBJECT_HEADER_SIZE)
+            data = yield from fs.read(self._thread, file, 0, OBJECT_HEADER_SIZE)
             if len(data) < OBJECT_HEADER_SIZE:
                 raise TeeError(Result.CORRUPT_OBJECT)
             handle.header = header = ObjectHeader.unpack(data)
@@ -202,9 +204,9 @@ class TrustedStorage:
                 raise TeeError(Result.CORRUPT_OBJECT)
             if header.attr_size:
                 size = header.attr_size
-                handle.serialized = yield from self._fs.read(self._thread, file, OBJECT_HEADER_SIZE, size)
+                handle.serialized = yield from fs.read(self._thread, file, OBJECT_HEADER_SIZE, size)
         except TeeError:
-            yield from self._fs.close(self._thread, file)
+            yield from fs.close(self._thread, file)
             raise
         handle.file = file
         handle.data_size = file.length - header.data_offset
@@ -215,10 +217,9 @@ class TrustedStorage:
     ) -> Steps[ObjectHandle]:
         if flags & ~(OPEN_FLAGS | DataFlag.OVERWRITE):
             raise TeeError(Result.BAD_PARAMETERS)
-        if storage_id not in _FILE_SYSTEMS:
-            raise TeeError(Result.ITEM_NOT_FOUND)
-        record = self._registry.get(self._owner, self._object_id(object_id), flags, Purpose.CREATE)
-        handle = ObjectHandle(self._instance.handles.new_number(), record, flags)
+        storage = self._storage(storage_id)
+        record = storage.registry.get(self._owner, self._object_id(object_id), flags, Purpose.CREATE)
+        handle = ObjectHandle(self._instance.handles.new_number(), storage, record, flags)
         if key is None:
             key = TransientKey(DATA_TYPE, 0, ())
         handle.serialized = pack_attributes(key.attributes)
@@ -228,13 +229,13 @@ class TrustedStorage:
         pieces = handle.header.pack(), handle.serialized, data
         overwrite = bool(flags & DataFlag.OVERWRITE)
         try:
-            handle.file = yield from self._fs.create(
+            handle.file = yield from storage.fs.create(
                 self._thread, self._owner, record.object_id, pieces, overwrite=overwrite
             )
         except TeeError as error:
             if error.result == Result.CORRUPT_OBJECT:
-                yield from self._remove_file(record)
-            self._registry.put(record)
+                yield from self._remove_file(handle)
+            storage.registry.put(record)
             raise
         handle.data_size = len(data)
         record.usage = key.object_usage
@@ -243,13 +244,14 @@ class TrustedStorage:
         return handle
 
     def _release(self, handle: ObjectHandle) -> Steps[None]:
-        yield from self._fs.close(self._thread, handle.file)
-        self._registry.put(handle.record)
+        yield from handle.storage.fs.close(self._thread, handle.file)
+        handle.storage.registry.put(handle.record)
 
-    def _remove_file(self, record: Record) -> Steps[None]:
+    def _remove_file(self, handle: ObjectHandle) -> Steps[None]:
         """Remove an object that turned out corrupt; if that fails too, it stays."""
+        record = handle.record
         try:
-            yield from self._fs.remove(self._thread, record.owner, record.object_id)
+            yield from handle.storage.fs.remove(self._thread, record.owner, record.object_id)
         except TeeError:
             return
 
@@ -259,7 +261,7 @@ class TrustedStorage:
             return (yield from steps)
         except TeeError as error:
             if error.result == Result.CORRUPT_OBJECT:
-                yield from self._remove_file(handle.record)
+                yield from self._remove_file(handle)
                 if not self._instance.flags & TaFlag.DONT_CLOSE_HANDLE_ON_CORRUPT_OBJECT:
                     yield from self.close(handle)
             raise
@@ -276,7 +278,7 @@ class TrustedStorage:
         self._need(handle, DataFlag.ACCESS_WRITE_META)
         record = handle.record
         try:
-            yield from self._fs.remove(self._thread, record.owner, record.object_id)
+            yield from handle.storage.fs.remove(self._thread, record.owner, record.object_id)
         except TeeError:
             yield from self.close(handle)
             raise
@@ -285,18 +287,19 @@ class TrustedStorage:
     def _rename(self, handle: ObjectHandle, object_id: ObjectId) -> Steps[None]:
         self._need(handle, DataFlag.ACCESS_WRITE_META, Result.BAD_STATE)
         record, new = handle.record, self._object_id(object_id)
-        reserved = self._registry.get(self._owner, new, DataFlag.ACCESS_WRITE_META, Purpose.RENAME)
+        fs, registry = handle.storage
+        reserved = registry.get(self._owner, new, DataFlag.ACCESS_WRITE_META, Purpose.RENAME)
         try:
-            yield from self._fs.rename(self._thread, self._owner, record.object_id, new)
+            yield from fs.rename(self._thread, self._owner, record.object_id, new)
         except TeeError:
-            self._registry.put(reserved)
+            registry.put(reserved)
             raise
-        self._registry.rename(record, reserved)
+        registry.rename(record, reserved)
 
     def _read(self, handle: ObjectHandle, size: int) -> Steps[bytes]:
         self._need(handle, DataFlag.ACCESS_READ)
         position = handle.header.data_offset + handle.position
-        data = yield from self._touch(handle, self._fs.read(self._thread, handle.file, position, size))
+        data = yield from self._touch(handle, handle.storage.fs.read(self._thread, handle.file, position, size))
         handle.position += len(data)
         return data
 
@@ -306,40 +309,40 @@ class TrustedStorage:
         if end > MAX_POSITION:
             raise TeeError(Result.OVERFLOW)
         position = handle.header.data_offset + handle.position
-        yield from self._touch(handle, self._fs.write(self._thread, handle.file, position, data))
+        yield from self._touch(handle, handle.storage.fs.write(self._thread, handle.file, position, data))
         handle.position = end
         handle.data_size = max(handle.data_size, end)
 
     def _truncate(self, handle: ObjectHandle, size: int) -> Steps[None]:
         self._need(handle, DataFlag.ACCESS_WRITE)
         length = handle.header.data_offset + size
-        yield from self._touch(handle, self._fs.truncate(self._thread, handle.file, length))
+        yield from self._touch(handle, handle.storage.fs.truncate(self._thread, handle.file, length))
         handle.data_size = size
 
     def _restrict_usage(self, handle: ObjectHandle, usage: int) -> Steps[None]:
         usage &= self._live(handle).record.usage
         stored = usage.to_bytes(4, "little")
-        yield from self._touch(handle, self._fs.write(self._thread, handle.file, USAGE_OFFSET, stored))
+        yield from self._touch(handle, handle.storage.fs.write(self._thread, handle.file, USAGE_OFFSET, stored))
         handle.record.usage = usage
 
     def _start(self, enumerator: Enumerator, storage_id: int) -> Steps[None]:
         yield from self.reset_enumerator(enumerator)
-        if storage_id not in _FILE_SYSTEMS:
-            raise TeeError(Result.ITEM_NOT_FOUND)
-        enumerator.opened = yield from self._fs.open_directory(self._thread, self._owner)
+        enumerator.storage = self._storage(storage_id)
+        enumerator.opened = yield from enumerator.storage.fs.open_directory(self._thread, self._owner)
 
     def _next(self, enumerator: Enumerator) -> Steps[tuple[ObjectInfo, bytes]]:
         if enumerator.opened is None:
             raise TeeError(Result.ITEM_NOT_FOUND)
-        object_id = yield from self._fs.read_directory(self._thread, enumerator.opened)
+        storage = enumerator.storage
+        object_id = yield from storage.fs.read_directory(self._thread, enumerator.opened)
         if object_id is None:
             raise TeeError(Result.ITEM_NOT_FOUND)
-        record = self._registry.get(self._owner, object_id, 0, Purpose.ENUMERATE)
-        handle = ObjectHandle(0, record, 0)
+        record = storage.registry.get(self._owner, object_id, 0, Purpose.ENUMERATE)
+        handle = ObjectHandle(0, storage, record, 0)
         try:
             yield from self._read_header(handle)
         except TeeError:
-            self._registry.put(record)
+            storage.registry.put(record)
             raise
         info = handle.info._replace(handle_flags=0)
         yield from self._release(handle)

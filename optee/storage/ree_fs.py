@@ -6,7 +6,7 @@ Source: OP-TEE secure storage, sections 3, 5 and 6; the order of RPCs is that of
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from optee.abi.results import Result
 from optee.errors import TeeError
@@ -17,7 +17,10 @@ from optee.storage.layout import DirectoryEntry
 from optee.storage.ree_file import read_content, truncate_content, write_content
 from optee.storage.tree_files import TreeFiles
 from optee.threads import Thread
-from optee.wait_queue import Mutex
+from optee.wait_queue import Mutex, while_locked
+
+if TYPE_CHECKING:
+    from optee.storage.anchor import Anchor
 
 T = TypeVar("T")
 
@@ -48,26 +51,15 @@ class OpenDirectory:
         self.index = 0
 
 
-def while_locked(mutex: Mutex, thread: Thread, steps: Steps[T]) -> Steps[T]:
-    """Run steps with a mutex held. No `finally`: a guest that dies meanwhile must not suspend again."""
-    yield from mutex.lock(thread)
-    try:
-        result = yield from steps
-    except TeeError:
-        yield from mutex.unlock(thread)
-        raise
-    yield from mutex.unlock(thread)
-    return result
-
-
 class ReeFs:
     """The file system of one guest. Every method raises TeeError.
 
     Objects are named by their owner (a UUID as a C structure) and their id.
     """
 
-    def __init__(self, files: TreeFiles) -> None:
+    def __init__(self, files: TreeFiles, anchor: Anchor | None = None) -> None:
         self._files = files
+        self._anchor = anchor
         self._mutex = Mutex()  # ree_fs_mutex
         self._directory: Directory | None = None
         self._references = 0
@@ -116,7 +108,7 @@ class ReeFs:
         """Id of the next object; None at the end."""
         return self._run(thread, lambda directory: self._read_directory(thread, directory, opened))
 
-    def close_directory(self, thread: Thread) -> Steps[None]:
+    def close_directory(self, thread: Thread, opened: OpenDirectory) -> Steps[None]:
         """End an enumeration."""
         return while_locked(self._mutex, thread, self._put(thread, close=False))
 
@@ -125,7 +117,7 @@ class ReeFs:
 
     def _get(self, thread: Thread) -> Steps[Directory]:
         if self._directory is None:
-            self._directory = yield from Directory.open(thread, self._files)
+            self._directory = yield from Directory.open(thread, self._files, self._anchor)
         self._references += 1
         return self._directory
 

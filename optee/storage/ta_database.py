@@ -6,16 +6,16 @@ Source: OP-TEE secure storage, section 6; recordings of hello_world. Both are lo
 from __future__ import annotations
 
 import struct
-from typing import Final
+from typing import Any, Final
 from uuid import UUID
 
 from optee.abi.results import Result
 from optee.errors import TeeError
 from optee.steps import Steps
+from optee.storage.file_system import FileSystem, OpenFile
 from optee.storage.layout import CORE_OWNER
-from optee.storage.ree_fs import ReeFile, ReeFs, while_locked
 from optee.threads import Thread
-from optee.wait_queue import Mutex
+from optee.wait_queue import Mutex, while_locked
 
 TA_DATABASE: Final = b"ta.db\0"
 TA_VERSIONS: Final = b"ta_ver.db\0"
@@ -27,8 +27,8 @@ _VERSION: Final = struct.Struct("<16sI")  # UUID in the order of its text, versi
 class TaDatabase:
     """What loading a TA needs of secure storage, for one guest. Methods raise TeeError."""
 
-    def __init__(self, ree_fs: ReeFs) -> None:
-        self._fs = ree_fs
+    def __init__(self, fs: FileSystem[Any, Any]) -> None:
+        self._fs = fs
         self._database_mutex = Mutex()  # tadb_mutex
         self._versions_mutex = Mutex()  # ver_db_mutex
 
@@ -53,7 +53,7 @@ class TaDatabase:
             raise
         yield from self._fs.close(thread, versions)
 
-    def _update(self, thread: Thread, versions: ReeFile, created: bool, uuid: UUID, version: int) -> Steps[None]:
+    def _update(self, thread: Thread, versions: OpenFile, created: bool, uuid: UUID, version: int) -> Steps[None]:
         count = 0
         if not created:
             _, count = yield from self._read(thread, versions, 0, _HEADER)
@@ -70,14 +70,14 @@ class TaDatabase:
         yield from self._fs.write(thread, versions, place, _VERSION.pack(uuid.bytes, version))
         yield from self._fs.write(thread, versions, 0, _HEADER.pack(0, count + 1))
 
-    def _read(self, thread: Thread, file: ReeFile, offset: int, layout: struct.Struct) -> Steps[tuple[bytes, int]]:
+    def _read(self, thread: Thread, file: OpenFile, offset: int, layout: struct.Struct) -> Steps[tuple[bytes, int]]:
         data = yield from self._fs.read(thread, file, offset, layout.size)
         if len(data) < layout.size:
             raise TeeError(Result.CORRUPT_OBJECT)
         first, second = layout.unpack(data)
         return first, second
 
-    def _open_or_create(self, thread: Thread, name: bytes, content: bytes) -> Steps[tuple[ReeFile, bool]]:
+    def _open_or_create(self, thread: Thread, name: bytes, content: bytes) -> Steps[tuple[OpenFile, bool]]:
         """Open a file, and tell whether it had to be created."""
         try:
             return (yield from self._fs.open(thread, CORE_OWNER, name)), False

@@ -181,7 +181,7 @@ async def test_open_files_and_their_size_are_bounded() -> None:
     assert rpcs.open(b"/again") == (Result.SUCCESS, handle)
 
 
-@pytest.mark.parametrize("command", [RpcCommand.RPMB, RpcCommand.GPROF, RpcCommand.SOCKET, 99])
+@pytest.mark.parametrize("command", [RpcCommand.GPROF, RpcCommand.SOCKET, 99])
 async def test_what_it_does_not_know(command: int) -> None:
     assert Supplicant().process(command, []) == Result.NOT_SUPPORTED
 

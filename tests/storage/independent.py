@@ -5,11 +5,14 @@ It stops at the first thing that is wrong (AssertionError) and notes which bytes
 
 import hashlib
 import hmac
+import itertools
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+from guests.rpmb import RpmbDevice
 
 BLOCK = 4096
 HUK, CHIP_ID = bytes(16), b"BEEF" * 8
@@ -102,13 +105,18 @@ def read_file(raw: bytes, tsk: bytes, root: bytes | None, live: list[tuple[int, 
     return content[:length]
 
 
-def read(directory: Path | dict[str, bytes]) -> Read:
+def anchor(device: RpmbDevice | None) -> bytes | None:
+    """The root hash of dirf.db that RPMB holds."""
+    return read_rpmb(bytes(device.content))["/dirfile.db.hash"] if device is not None else None
+
+
+def read(directory: Path | dict[str, bytes], anchored: bytes | None = None) -> Read:
     """A whole store, from a directory or from a dictionary of its files."""
     files = directory if isinstance(directory, dict) else {path.name: path.read_bytes() for path in directory.iterdir()}
     ssk = hmac.new(HUK, CHIP_ID + b"ONLY_FOR_tee_fs_ssk\0", hashlib.sha256).digest()
     result = Read()
     entries = read_file(
-        files["dirf.db"], hmac.new(ssk, b"\0", hashlib.sha256).digest(), None, result.live.setdefault("dirf.db", [])
+        files["dirf.db"], hmac.new(ssk, b"\0", hashlib.sha256).digest(), anchored, result.live.setdefault("dirf.db", [])
     )
     for index in range(len(entries) // 120):
         owner, field_, size, root, number = struct.unpack_from("<16s64sI32sI", entries, 120 * index)
@@ -120,3 +128,53 @@ def read(directory: Path | dict[str, bytes]) -> Read:
         content = read_file(files[name], tsk, root, result.live.setdefault(name, []))
         result.objects.append(Object(owner, field_[:size], name, index, content))
     return result
+
+
+def root_hashes(raw: bytes) -> list[bytes]:
+    """Root hashes of both versions of a hash-tree file, the one with the larger counter last."""
+    counters = {struct.unpack_from("<I", raw, 68 * slot + 64)[0]: slot for slot in (0, 1)}
+    return [raw[4096 + 66 * slot :][:32] for _, slot in sorted(counters.items())]
+
+
+def read_rpmb(content: bytes) -> dict[str, bytes]:
+    """Files of an RPMB device with OP-TEE's file system, by the names that it gave them."""
+    magic, version, _, at = struct.unpack_from("<4I", content)
+    assert (magic, version, at) == (0x52504D42, 2, 512)
+    ssk = hmac.new(HUK, CHIP_ID + b"ONLY_FOR_tee_fs_ssk\0", hashlib.sha256).digest()
+    files: dict[str, bytes] = {}
+    taken: list[tuple[int, int]] = []
+    while True:
+        start, size, flags, unused, wrapped, name = struct.unpack_from("<4I16s224s", content, at)
+        at += 256
+        if flags & 1:
+            text = name.rstrip(b"\0").decode()
+            assert text not in files and not unused and not start % 256 and any(wrapped)
+            owner = bytes.fromhex(text[1:33]) if text.count("/") == 2 else bytes(16)
+            tsk = hmac.new(ssk, owner, hashlib.sha256).digest()
+            fek = Cipher(algorithms.AES(tsk), modes.ECB()).decryptor().update(wrapped)
+            data = b""
+            for block in range(start // 256, (start + size + 255) // 256):
+                number = struct.pack("<H14x", block)
+                iv = Cipher(algorithms.AES(hashlib.sha256(fek).digest()[:16]), modes.ECB()).encryptor().update(number)
+                decryptor = Cipher(algorithms.AES(fek), modes.CBC(iv)).decryptor()
+                data += decryptor.update(content[256 * block :][:256])
+            files[text] = data[:size]
+            taken.append((start, start + size))
+        else:
+            assert not any(name) and not size
+        if flags & 2:
+            break
+    for (_, end), (start, _) in itertools.pairwise(sorted([(0, at), *taken, (len(content) - 256, len(content))])):
+        assert end <= start or start == end, "files, FAT and the last block lie apart"
+    return files
+
+
+def rpmb_objects(content: bytes, owner: bytes) -> dict[bytes, bytes]:
+    """Data of one TA's objects in RPMB by id."""
+    prefix = f"/{owner.hex().upper()}/"
+    found = {name.removeprefix(prefix): data for name, data in read_rpmb(content).items() if name.startswith(prefix)}
+    return {
+        bytes.fromhex(name): data[24 + struct.unpack_from("<I", data)[0] :]
+        for name, data in found.items()
+        if not name.startswith(".")
+    }

@@ -1,10 +1,14 @@
-"""A guest with secure storage: every change of its disk is noted, and the power can be cut at any of them."""
+"""A guest with secure storage: every change of its disk is noted, and the power can be cut at any of them.
+
+So it is with its RPMB device, which lies on the same disk.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import UUID
 
+from guests.rpmb import RpmbDevice, answer_request
 from optee.abi.message import Message, Param, ParamType
 from optee.abi.results import Result, StorageId
 from optee.abi.rpc import FsOperation, RpcCommand
@@ -18,6 +22,8 @@ ALL = DataFlag.ACCESS_READ | DataFlag.ACCESS_WRITE | DataFlag.ACCESS_WRITE_META
 READ_WRITE = DataFlag.ACCESS_READ | DataFlag.ACCESS_WRITE
 SHARED_READ = DataFlag.ACCESS_READ | DataFlag.SHARE_READ
 PRIVATE = int(StorageId.PRIVATE)
+RPMB = int(StorageId.PRIVATE_RPMB)
+RPMB_ASKED = 1000
 CHANGES = (FsOperation.CREATE, FsOperation.WRITE, FsOperation.TRUNCATE, FsOperation.REMOVE)
 
 
@@ -28,9 +34,10 @@ class Disk:
     files: dict[str, bytearray] = field(default_factory=dict)
     changes: list[str] = field(default_factory=list)
     asked: list[int] = field(default_factory=list)
-    """File operations, in order."""
+    """File operations, in order; RPMB requests are RPMB_ASKED."""
     cut_after: int | None = None
-    """File operations until the power is cut."""
+    """File operations and RPMB requests until the power is cut."""
+    rpmb: RpmbDevice | None = None
     open_files: dict[int, tuple[str, bytearray]] = field(default_factory=dict)
 
     @classmethod
@@ -41,13 +48,23 @@ class Disk:
         return {name: bytes(content) for name, content in self.files.items()}
 
     def serve(self, rig: "StorageRig", rpc: Rpc) -> Result:
-        operation = FsOperation(rpc.params[0].a)
         if self.cut_after is not None:
             if not self.cut_after:
                 return Result.GENERIC
             self.cut_after -= 1
+        if rpc.command == RpcCommand.RPMB:
+            self.asked.append(RPMB_ASKED)
+            return self.serve_rpmb(rig, rpc)
+        operation = FsOperation(rpc.params[0].a)
         self.asked.append(operation)
         return self._serve(rig, rpc, operation)
+
+    def serve_rpmb(self, rig: "StorageRig", rpc: Rpc) -> Result:
+        asked, wanted = rpc.params
+        request = rig.memory.read(rig.supplicant.buffers[asked.c] + asked.a, asked.b)
+        result, response = answer_request(self.rpmb, request, wanted.b)
+        rig.memory.write(rig.supplicant.buffers[wanted.c] + wanted.a, response)
+        return Result(result)
 
     def _serve(self, rig: "StorageRig", rpc: Rpc, operation: FsOperation) -> Result:
         _, _, fd, offset = rpc.params[0]
@@ -107,7 +124,7 @@ class StorageRig(Rig):
     def serve(self, rpc: Rpc) -> None:
         """Files from the disk; buffers of RPCs are used again, so that a test may make as many as it likes."""
         self.served.append(Rpc(rpc.at, rpc.command, list(rpc.params)))
-        if rpc.command == RpcCommand.FS:
+        if rpc.command in (RpcCommand.FS, RpcCommand.RPMB):
             self.answer(rpc, self.disk.serve(self, rpc))
         elif rpc.command == RpcCommand.SHM_ALLOC:
             size = rpc.params[0].b
@@ -122,6 +139,8 @@ class StorageRig(Rig):
             size, listed = self._lists.pop(rpc.params[0].b)
             self._free[size].append((self.supplicant.buffers.pop(rpc.params[0].b), listed))
             self.answer(rpc)
+        elif rpc.command == RpcCommand.RPMB_PROBE_RESET:
+            self.answer(rpc, Result.NOT_SUPPORTED)
         else:
             self.supplicant.serve(rpc)
 
@@ -133,10 +152,10 @@ class StorageRig(Rig):
         assert answer == (ReturnCode.OK, 0, 0, 0), answer
         return self.read(self._page)
 
-    def session(self, ta: UUID = StorageTest.uuid) -> "Client":
+    def session(self, ta: UUID = StorageTest.uuid, storage: int = PRIVATE) -> "Client":
         opened = self.send(open_message(ta))
         assert opened.ret == 0, hex(opened.ret)
-        return Client(self, opened.session)
+        return Client(self, opened.session, storage)
 
     def memref(self, name: str, data: bytes | int, kind: ParamType) -> Param:
         """A temporary buffer, filled, or of so many bytes."""
@@ -161,11 +180,15 @@ VALUE = ParamType.VALUE_INPUT
 
 
 class Client:
-    """Commands of the storage test TA in one session. A result that is no success raises StorageError."""
+    """Commands of the storage test TA in one session, on one storage unless told otherwise.
 
-    def __init__(self, rig: StorageRig, number: int) -> None:
+    A result that is no success raises StorageError.
+    """
+
+    def __init__(self, rig: StorageRig, number: int, storage: int = PRIVATE) -> None:
         self.rig = rig
         self.number = number
+        self.storage = storage
 
     def invoke(self, command: int, *params: Param) -> Sequence[Param]:
         done = self.rig.send(invoke_message(self.number, command, *params))
@@ -176,12 +199,14 @@ class Client:
     def name(self, object_id: bytes) -> Param:
         return self.rig.memref("id", object_id, INPUT)
 
-    def open(self, object_id: bytes, flags: int = ALL, storage: int = PRIVATE) -> int:
-        return self.invoke(0, self.name(object_id), value(flags), value(storage, kind=VALUE))[1].b
+    def open(self, object_id: bytes, flags: int = ALL, storage: int | None = None) -> int:
+        place = value(self.storage if storage is None else storage, kind=VALUE)
+        return self.invoke(0, self.name(object_id), value(flags), place)[1].b
 
-    def create(self, object_id: bytes, data: bytes = b"", flags: int = ALL, storage: int = PRIVATE) -> int:
+    def create(self, object_id: bytes, data: bytes = b"", flags: int = ALL, storage: int | None = None) -> int:
+        place = value(0, self.storage if storage is None else storage, VALUE)
         content = self.rig.memref("data", data, INPUT)
-        return self.invoke(4, self.name(object_id), value(flags), value(0, storage, VALUE), content)[1].b
+        return self.invoke(4, self.name(object_id), value(flags), place, content)[1].b
 
     def close(self, handle: int) -> None:
         self.invoke(1, value(handle, kind=VALUE))
@@ -212,8 +237,9 @@ class Client:
         _, *found = self.invoke(21, value(handle, kind=VALUE), *outputs)
         return tuple(word for param in found for word in (param.a, param.b))
 
-    def enumerate(self, storage: int = PRIVATE) -> list[tuple[bytes, int]]:
+    def enumerate(self, storage: int | None = None) -> list[tuple[bytes, int]]:
         """Ids and sizes of all objects."""
+        storage = self.storage if storage is None else storage
         (handle, *_) = self.invoke(9, value(kind=ParamType.VALUE_OUTPUT))
         found = []
         try:

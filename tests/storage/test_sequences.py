@@ -1,13 +1,17 @@
 """Any sequence of operations: a dictionary says what must come of it, a second reader what is on the disk."""
 
+from typing import ClassVar
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
+from guests.rpmb import RpmbDevice
 from optee.abi.results import Result
 from optee.storage.registry import DataFlag
+from optee.tas.secure_storage_test import StorageTest
 from tests.storage import independent
-from tests.storage.rig import ALL, Disk, StorageError, StorageRig
+from tests.storage.rig import ALL, PRIVATE, RPMB, Disk, StorageError, StorageRig
 
 NAMES = st.sampled_from([b"", b"a", b"\1", b"b" * 64])
 SIZES = st.one_of(st.sampled_from([0, 1, 4071, 4072, 4073, 8168, 20000]), st.integers(0, 30000))
@@ -17,10 +21,12 @@ BYTES = st.builds(lambda size, byte: bytes([byte]) * size, SIZES, st.integers(1,
 class Storage(RuleBasedStateMachine):
     handles: Bundle = Bundle("handles")
 
+    storage = PRIVATE
+    config: ClassVar[dict[str, object]] = {}
+
     def __init__(self) -> None:
         super().__init__()
-        self.rig = StorageRig()
-        self.clients = [self.rig.session(), self.rig.session()]
+        self.start(Disk(rpmb=RpmbDevice()))
         self.contents: dict[bytes, bytearray] = {}
         self.positions: dict[tuple[int, int], int] = {}
         self.names: dict[tuple[int, int], bytes] = {}
@@ -129,28 +135,69 @@ class Storage(RuleBasedStateMachine):
             self.clients[held[0]].unlink(held[1])
             del self.contents[self.release(held)]
 
+    def start(self, disk: Disk) -> None:
+        self.rig = StorageRig(disk, **self.config)
+        self.clients = [self.rig.session(storage=self.storage), self.rig.session(storage=self.storage)]
+
     @rule()
     def restart(self) -> None:
         files = {name: bytearray(content) for name, content in self.rig.disk.snapshot().items()}
-        self.rig = StorageRig(Disk(files))
-        self.clients = [self.rig.session(), self.rig.session()]
+        self.start(Disk(files, rpmb=self.rig.disk.rpmb))
         self.names.clear()
         self.positions.clear()
 
     @invariant()
     def the_disk_has_it(self) -> None:
+        assert self.on_disk() == self.contents
+
+    def on_disk(self) -> dict[bytes, bytes]:
         if "dirf.db" not in self.rig.disk.files:
-            assert not self.contents
-            return
-        assert independent.read(self.rig.disk.snapshot()).by_id == self.contents
+            return {}
+        return independent.read(self.rig.disk.snapshot()).by_id
 
     def teardown(self) -> None:
         for who, handle in list(self.names):
             self.clients[who].close(handle)
         assert not self.rig.disk.open_files
-        assert dict(self.clients[0].enumerate()) == {name: len(data) for name, data in self.contents.items()}
+        assert dict(self.clients[0].enumerate()) == self.enumerated()
+
+    def enumerated(self) -> dict[bytes, int]:
+        return {name: len(data) for name, data in self.contents.items()}
+
+
+class AnchoredStorage(Storage):
+    """REE FS with its anchor in RPMB: the same answers and the same files."""
+
+    config: ClassVar[dict[str, object]] = {"rpmb_fs": True, "rpmb_write_key": True}
+
+    def on_disk(self) -> dict[bytes, bytes]:
+        found = super().on_disk()
+        device = self.rig.disk.rpmb
+        if found and device is not None:
+            anchor = independent.read_rpmb(bytes(device.content))["/dirfile.db.hash"]
+            assert independent.root_hashes(self.rig.disk.snapshot()["dirf.db"])[-1] == anchor
+        return found
+
+
+class RpmbStorage(Storage):
+    storage = RPMB
+    config: ClassVar[dict[str, object]] = {"rpmb_fs": True, "rpmb_write_key": True}
+
+    def on_disk(self) -> dict[bytes, bytes]:
+        device = self.rig.disk.rpmb
+        if device is None or device.key is None:
+            return {}
+        return independent.rpmb_objects(bytes(device.content), StorageTest.uuid.bytes_le)
+
+    def enumerated(self) -> dict[bytes, int]:
+        """As in OP-TEE, an object with the empty id is not among them."""
+        return {name: size for name, size in super().enumerated().items() if name}
 
 
 TestSequences = Storage.TestCase
 TestSequences.settings = settings(max_examples=settings.default.max_examples // 4, stateful_step_count=30)
 """A sequence takes as long as several examples of other tests."""
+TestAnchoredSequences = AnchoredStorage.TestCase
+TestAnchoredSequences.settings = settings(TestSequences.settings, max_examples=TestSequences.settings.max_examples // 3)
+TestRpmbSequences = RpmbStorage.TestCase
+TestRpmbSequences.settings = TestAnchoredSequences.settings
