@@ -121,7 +121,8 @@ class Service:
         """Announce a VM (R24); False if OP-TEE has no room for it."""
         vm.allowed_shared_frames = self.mediator.policy.shared_pages
         memory = GuestMemoryCount(vm)
-        reply = await self._ask(lambda: self.mediator.create(vm.client_id, memory))
+        limits = self.mediator.policy.limits_of(vm.name)
+        reply = await self._ask(lambda: self.mediator.create(vm.client_id, memory, limits))
         if reply[0] != ReturnCode.OK:
             return False
         self.memories[vm.client_id] = memory
@@ -224,7 +225,7 @@ class Service:
     def _settle(self, step: Step, witness: Witness | None) -> Step:
         """Take the steps that need no waiting."""
         if step.events:
-            self._tell(step.events)
+            self.tell(step.events)
         while isinstance(step, Forward):
             if witness is not None:
                 witness.forward(step.regs)
@@ -235,7 +236,7 @@ class Service:
             if self._changed:
                 self._changed.unpark_all()
             if step.events:
-                self._tell(step.events)
+                self.tell(step.events)
         return step
 
     async def _finish(self, step: Step, request: Callable[[], Step], witness: Witness | None) -> Regs:
@@ -252,6 +253,7 @@ class Service:
             step = self._settle(step, witness)
         return step.regs
 
-    def _tell(self, events: Sequence[Event]) -> None:
+    def tell(self, events: Sequence[Event]) -> None:
+        """Pass on what happened in the core."""
         for event in events:
             self._on_event(event)

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
 import typer
 
 from mediator.cli.options import Json
-from mediator.cli.output import GOOD, BadInput, emit, emit_json, on_terminal, show, table
+from mediator.cli.output import GOOD, BadInput, emit, emit_json, heading, on_terminal, show, table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 TIMEOUT_SECONDS: Final = 10.0
 """For an answer of a `serve` that may be busy."""
+_QUOTA_KEYS: Final = ("held", "limit", "reserved", "borrowed", "peak")
 _COLUMNS: Final = ("id", "calls", "invokes", "RPCs", "denied", "refused", "errors", "pages pinned", "threads")
 
 app = typer.Typer(help="Look into a running serve, and change it.", no_args_is_help=True)
@@ -58,6 +59,19 @@ def _address(text: str) -> int:
     if not re.fullmatch("0x[0-9a-fA-F]{1,16}|[0-9]{1,20}", text):
         raise BadInput(f"{text!r} is no address: digits, or 0x and hexadecimal digits")
     return int(text, 0 if text.startswith("0x") else 10)
+
+
+def _limits(texts: list[str]) -> dict[str, int | None]:
+    """What `pages=100 buffers=8` says."""
+    limits: dict[str, int | None] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not re.fullmatch("[0-9]{1,20}|null", value):
+            raise BadInput(f"{text!r} is no limit: a name, =, and a number")
+        if name in limits:
+            raise BadInput(f"{name} is given twice")
+        limits[name] = None if value == "null" else int(value)
+    return limits
 
 
 def _table(status: dict[str, Any]) -> "Table":
@@ -102,8 +116,41 @@ def _print_status(control: Path, json: bool) -> None:
     found = _ask(control, ask="status")
     if json:
         emit_json(found)
-    else:
-        show(_table(found))
+        return
+    show(_table(found), heading("\nquota"), _quota_table(found), *_refusals(found))
+
+
+def _quota_table(status: dict[str, Any]) -> "Table":
+    """What each running guest holds of what it may hold, and the most that it ever held."""
+    rows = []
+    for guest in status["guests"]:
+        if guest["ended"] or "quota" not in guest:
+            continue
+        for name, quota in guest["quota"].items():
+            if "held" in quota:
+                held = [str(quota[key]) if key in quota else "" for key in _QUOTA_KEYS]
+                rows.append((guest["name"], name, *held, str(guest["refusals"].get(name, 0))))
+    pool = status["pool"]
+    if pool["capacity"] is not None:
+        numbers = (str(pool[key]) for key in ("held", "capacity", "reserved", "borrowed"))
+        refused = sum(guest.get("refusals", {}).get("host_pages", 0) for guest in status["guests"])
+        rows.append(("(all)", "pages of the pool", *numbers, "", str(refused)))
+    columns = ("held", "limit", "reserved", "borrowed", "peak", "refused")
+    return table("guest", "resource", *columns, right=columns, rows=rows)
+
+
+def _refusals(status: dict[str, Any]) -> list[str]:
+    """The last refusal of each guest, in words."""
+    lines = []
+    for guest in status["guests"]:
+        last = guest.get("last_refusal")
+        if last is not None:
+            where = "a0" if last["origin"] is None else f"ret, origin {last['origin']}"
+            lines.append(
+                f"{guest['name']}: last refused ({last['rule']}, function {last['function']:#x}): {last['why']}; "
+                f"answer {last['answer']:#x} in {where}"
+            )
+    return lines
 
 
 @app.command()
@@ -111,6 +158,25 @@ def destroy(control: ControlPath, guest: Guest) -> int:
     """Cut a guest's power: its VM is destroyed, and everything of it given back."""
     emit(f"{_ask(control, ask='destroy', guest=guest)['destroyed']} is destroyed")
     return GOOD
+
+
+@app.command()
+def quota(
+    control: ControlPath,
+    guest: Guest,
+    limits: Annotated[
+        list[str], typer.Argument(metavar="LIMIT=N...", help="pages=, reserved_pages=, buffers=, calls= and so on.")
+    ],
+) -> int:
+    """Change what a guest may hold; nothing that it holds is taken away."""
+    found = _ask(control, ask="quota", guest=guest, limits=_limits(limits))
+    now = found["limits"]
+    emit(f"{found['guest']}: " + ", ".join(f"{name} {_shown(value)}" for name, value in now.items()))
+    return GOOD
+
+
+def _shown(value: int | None) -> str:
+    return "as OP-TEE has threads" if value is None else str(value)
 
 
 @app.command()

@@ -10,6 +10,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -244,6 +245,15 @@ class PolicyDocument(_Strict):
             pool_pages=self.pool.pages,
             shared_pages=frozenset(self.shared_pages),
         )
+
+
+def read_quota(data: object) -> QuotaDocument:
+    """Check limits that came as data. Raises DocumentError, one line each."""
+    try:
+        return QuotaDocument.model_validate(data)
+    except ValidationError as error:
+        lines = [f"quota: {'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors(include_url=False)]
+        raise DocumentError(lines) from None
 
 
 def policy_text(name: str) -> str:

@@ -2,6 +2,7 @@
 
     {"ask": "status"}
     {"ask": "destroy", "guest": "kvm-1"}
+    {"ask": "quota", "guest": "kvm-1", "limits": {"pages": 100}}
     {"ask": "trace", "on": true}
     {"ask": "translate", "guest": "kvm-1", "address": 1073741824, "pa": false}
 
@@ -11,11 +12,14 @@ An answer has `error`, or what was asked for.
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
 from hv_models.vm import VirtualMachine
+from mediator.documents import DocumentError
+from mediator.service import quota
 from mediator.service.served import ServedGuest
 
 if TYPE_CHECKING:
@@ -65,6 +69,8 @@ class Control:
                 return {"tracing": on}
             case {"ask": "destroy", "guest": str(name)}:
                 return self._destroy(name)
+            case {"ask": "quota", "guest": str(name), "limits": dict(limits)}:
+                return self._change_quota(name, limits)
             case {"ask": "translate", "guest": str(name), "address": int(address), "pa": bool(physical)}:
                 return self._translate(name, address, physical=physical)
         return {"error": "unknown request"}
@@ -78,12 +84,30 @@ class Control:
 
     def _status(self) -> dict[str, Any]:
         bench = self._bench
+        core = bench.board.core
+        guests = []
+        for guest in bench.guests:
+            status = guest.status().as_data(*STATUS_KEYS)
+            if guest.accounts is not None:
+                status.update(quota.describe(guest.accounts.ledger, guest.accounts.counters))
+            guests.append(status)
         return {
             "format": FORMAT,
-            "policy": bench.board.core.policy.name,
-            "tracing": bench.board.core.tracing,
-            "guests": [guest.status().as_data(*STATUS_KEYS) for guest in bench.guests],
+            "policy": core.policy.name,
+            "tracing": core.tracing,
+            "pool": asdict(core.pool.status()),
+            "guests": guests,
         }
+
+    def _change_quota(self, name: str, limits: dict[Any, Any]) -> dict[str, Any]:
+        guest = self._find(name)
+        if guest is None or guest.vm is None:
+            return {"error": f"no guest {name} runs"}
+        try:
+            now = quota.change(self._bench.board, guest.vm.client_id, limits)
+        except DocumentError as error:
+            return {"error": "; ".join(error.lines)}
+        return {"guest": guest.name, "limits": asdict(now)}
 
     def _destroy(self, name: str) -> dict[str, Any]:
         guest = self._find(name)

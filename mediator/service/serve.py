@@ -25,6 +25,7 @@ from mediator.service.listener import listening
 from mediator.service.log import EventLog
 from mediator.service.options import ServeOptions
 from mediator.service.processes import GuestProcess, WarmParent, open_warm_parent
+from mediator.service.quota import adopt
 from mediator.service.recording import Recordings
 from mediator.service.served import ServedGuest
 from mediator.service.summary import Summary
@@ -97,6 +98,7 @@ class Bench:
         """Start the guests, and wait until they have ended and nobody else is wanted."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._stop_on_signal)
+            nursery.start_soon(self._read_policy_on_signal)
             nursery.start_soon(display, self.guests, self.options.duration)
             nursery.start_soon(self._watch_up, started)
             async with trio.open_nursery() as running:
@@ -264,6 +266,23 @@ class Bench:
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
             async for _ in signals:
                 self.stop()
+
+    async def _read_policy_on_signal(self) -> None:
+        with trio.open_signal_receiver(signal.SIGHUP) as signals:
+            async for _ in signals:
+                self.read_policy()
+
+    def read_policy(self) -> None:
+        """Read the policy again; what is wrong with it is one line, and the old one stays."""
+        name = self.options.policy
+        try:
+            adopt(self.board, name)
+        except DocumentError as error:
+            more = f" (and {len(error.lines) - 1} more)" if len(error.lines) > 1 else ""
+            text = f"{error.lines[0]}{more}; the old policy stays"
+        else:
+            text = f"policy {name} was read again"
+        print(text, file=sys.stderr, flush=True)
 
     def _summary(self, up: float, seconds: float) -> Summary:
         board = self.board

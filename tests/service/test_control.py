@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import stat
 from pathlib import Path
@@ -15,7 +17,7 @@ import trio.testing
 from hv_models.machine import RAM_BASE
 from mediator.cli import ctl, run
 from mediator.documents import DocumentError
-from mediator.policies import load_policy
+from mediator.policies import load_policy, policy_text
 from mediator.service.control import MAX_REQUEST, Control
 from mediator.service.listener import listening
 from mediator.service.options import ServeOptions
@@ -75,6 +77,83 @@ async def test_status(running: Running, tmp_path: Path) -> None:
     assert ctl._table(found).row_count == 2
 
 
+async def test_a_quota_is_changed_while_its_guest_runs(running: Running) -> None:
+    first, second = running.bench.guests
+    now = await running.request(ask="quota", guest="kvm-1", limits={"pages": 0x900, "reserved_pages": 7, "calls": 2})
+    assert now["guest"] == "kvm-1" and (now["limits"]["pages"], now["limits"]["calls"]) == (0x900, 2)
+    assert first.accounts is not None and second.accounts is not None
+    assert first.accounts.ledger.limits.pages == 0x900 and second.accounts.ledger.limits.pages == 65536
+    found = await running.request(ask="status")
+    one, other = found["guests"]
+    pages = one["quota"]["pages"]
+    assert (pages["limit"], pages["reserved"], one["quota"]["calls"]["limit"]) == (0x900, 7, 2)
+    assert pages["held"] <= pages["peak"] and pages["borrowed"] == max(pages["held"] - 7, 0)
+    assert other["quota"]["pages"]["reserved"] == 0 and "pages" not in other["refusals"]
+    assert found["pool"]["capacity"] is None and found["pool"]["reserved"] == 7
+    for limits, words in [
+        ({"pages": 0}, "pages"),
+        ({"pags": 1}, "pags"),
+        ({"pages": "8"}, "pages"),
+        ({"pages": 5}, "7 of at most 5"),
+        ({"calls": 0}, "calls"),
+    ]:
+        refused = await running.request(ask="quota", guest="kvm-1", limits=limits)
+        assert words in refused["error"] and "\n" not in refused["error"]
+    assert first.accounts.ledger.limits.pages == 0x900
+
+
+async def test_a_refusal_is_found_in_the_status(running: Running) -> None:
+    """The workload asks for a buffer that is larger than may be, now and then."""
+    refused: dict[str, Any] = {}
+    while not refused:
+        await trio.lowlevel.checkpoint()
+        found = await running.request(ask="status")
+        refused = found["guests"][0]["refusals"]
+    assert set(refused) == {"pages_per_buffer"}
+    last = found["guests"][0]["last_refusal"]
+    keys = {"call", "function", "rule", "resource", "asked", "held", "limit", "answer", "origin", "why"}
+    assert keys <= last.keys() and last["asked"] > last["limit"] == 16384 and last["rule"] == "R21"
+    assert any("kvm-1: last refused (R21" in line for line in ctl._refusals(found))
+    assert ctl._quota_table(found).row_count == 10
+
+
+async def test_a_policy_is_read_again_or_stays(tmp_path: Path, capsys: Capture) -> None:
+    """By SIGHUP: all guests get what the file says; a bad file is one line, and nothing changes."""
+    text = policy_text("default")
+    path = tmp_path / "own.yaml"
+    path.write_text(text)
+    chosen = ServeOptions(guests=2, workload="hello", policy=str(path))
+    bench = Bench(chosen, load_policy(str(path)))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(bench.run)
+        await bench.wait_until_up()
+
+        async def reread(changed: str) -> tuple[list[int], str]:
+            path.write_text(changed)
+            capsys.readouterr()
+            os.kill(os.getpid(), signal.SIGHUP)
+            said = ""
+            while not said:
+                await trio.lowlevel.checkpoint()
+                said = capsys.readouterr().err
+            return [guest.accounts.ledger.limits.pages for guest in bench.guests if guest.accounts], said
+
+        quotas = "guests:\n  xen-2: {pages: 100}\npool:"
+        good = text.replace("pages: 65536", "pages: 5000").replace("pool:", quotas)
+        assert await reread(good) == ([5000, 100], f"policy {path} was read again\n")
+        for bad, words in [
+            (good.replace("pages: 100", "pages: 0"), "pages"),
+            (good.replace("pages: 5000", "pages: no"), "no"),
+            (text.replace("cookie_zero: false", "cookie_zero: true"), "cookie_zero cannot change"),
+            ("{", ""),
+        ]:
+            limits, said = await reread(bad)
+            assert limits == [5000, 100] and said.count("\n") == 1 and str(path) in said and words in said
+            assert said.endswith("the old policy stays\n")
+        bench.stop()
+    bench.board.machine.close()
+
+
 @pytest.mark.parametrize("name", ["kvm-1", "1"])
 async def test_destroy_cuts_one_guests_power(running: Running, name: str) -> None:
     assert await running.request(ask="destroy", guest=name) == {"destroyed": "kvm-1"}
@@ -131,6 +210,8 @@ async def test_translate_walks_forth_and_back(running: Running) -> None:
         (b'{"ask": "destroy"}\n', "unknown request"),
         (b'{"ask": "destroy", "guest": 1}\n', "unknown request"),
         (b'{"ask": "trace", "on": 1}\n', "unknown request"),
+        (b'{"ask": "quota", "guest": "1", "limits": 5}\n', "unknown request"),
+        (b'{"ask": "quota", "guest": "7", "limits": {}}\n', "no guest 7 runs"),
         (b'{"ask": "translate", "guest": "1", "address": -1, "pa": false}\n', "an address has 64 bits"),
         (b'{"ask": "translate", "guest": "7", "address": 1, "pa": false}\n', "no guest 7 runs"),
         (b"x" * MAX_REQUEST, "not JSON"),
@@ -170,10 +251,18 @@ async def test_a_socket_that_is_served_is_not_taken_away(tmp_path: Path) -> None
     assert path.read_text() == "not a socket"
 
 
-@pytest.mark.parametrize("command", ["status", "destroy kvm-1", "trace on", "translate kvm-1 0x40000000"])
+@pytest.mark.parametrize(
+    "command", ["status", "destroy kvm-1", "quota kvm-1 pages=5", "trace on", "translate kvm-1 0x40000000"]
+)
 def test_ctl_without_a_serve_is_one_line(command: str, tmp_path: Path, capsys: Capture) -> None:
     name, *rest = command.split()
     assert run(["ctl", name, "--control", str(tmp_path / "none"), *rest]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("limits", ["pages", "pages=", "pages=x", "pages=-1", "pages=1 pages=2", "=1"])
+def test_ctl_wants_limits(limits: str, tmp_path: Path, capsys: Capture) -> None:
+    assert run(["ctl", "quota", "--control", str(tmp_path / "none"), "kvm-1", *limits.split()]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
