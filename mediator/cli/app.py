@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from mediator import __version__
-from mediator.cli import bench, conform, ctl, decode, replay, run, serve, show, store, trace
+from mediator.cli import bench, conform, ctl, decode, replay, run, serve, show, size, store, trace
 from mediator.cli.output import GOOD, emit
 
 SETTINGS = {"help_option_names": ["-h", "--help"]}
@@ -40,6 +40,7 @@ app.command()(run.run)
 app.command()(replay.replay)
 app.command()(conform.conform)
 app.command()(decode.decode)
+app.command()(size.size)
 app.command()(bench.bench)
 app.add_typer(ctl.app, name="ctl")
 app.add_typer(trace.app, name="trace")

@@ -9,6 +9,7 @@ block that has no free neighbour below it goes to the end of the list.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import itemgetter
 from typing import Final, NamedTuple
 
 from optee.abi.results import Result
@@ -77,12 +78,14 @@ class Heap:
         "_free_ends",
         "_used",
         "allocated",
+        "best_fit",
         "max_allocated",
         "name",
         "size",
     )
 
-    def __init__(self, size: int, name: str = "Heap") -> None:
+    def __init__(self, size: int, name: str = "Heap", *, best_fit: bool = False) -> None:
+        """best_fit: take from the smallest block that suffices (CFG_CORE_BGET_BESTFIT)."""
         self.name = name
         """As OP-TEE's statistics call the pool."""
         self.size = size
@@ -97,11 +100,13 @@ class Heap:
         self._free_ends = {size: address for address, size in self._free.items()}
         """Address of each free block by its end."""
         self._used: dict[int, tuple[int, Owner]] = {}
+        self.best_fit = best_fit
 
     def allocate(self, size: int, owner: Owner) -> int:
         """Take a block: its address. Raises TeeError(OUT_OF_MEMORY)."""
         need = (size + _ROUND & ~_ROUND or QUANTUM) + HEADER
-        for address, free in self._free.items():
+        candidates = self._smallest(need) if self.best_fit else self._free.items()
+        for address, free in candidates:
             if free < need:
                 continue
             end = address + free
@@ -122,6 +127,11 @@ class Heap:
             self._biggest_failure = size
             self._allocated_at_biggest_failure = self.allocated
         raise TeeError(Result.OUT_OF_MEMORY)
+
+    def _smallest(self, need: int) -> Iterable[tuple[int, int]]:
+        """The first of the smallest free blocks that suffice."""
+        enough = [(free, address) for address, free in self._free.items() if free >= need]
+        return [(address, free) for free, address in [min(enough, key=itemgetter(0))]] if enough else ()
 
     def free(self, address: int) -> None:
         """Give a block back. Raises KeyError for one that is not allocated."""
