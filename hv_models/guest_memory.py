@@ -27,7 +27,8 @@ from hv_models.walk import REFUSED_KINDS
 
 _SHIFT = np.array(PAGE_SHIFT, dtype=np.uint64)  # arrays without dimensions are the fastest operands
 _MASK = np.array(PAGE_MASK, dtype=np.uint64)
-_ONE = np.int32(1)
+_ONE = np.ones(1, dtype=np.int32)  # `ufunc.at` takes twice as long with a scalar
+_INT64 = np.dtype(np.int64)
 _READABLE: Final = frozenset({PageKind.RAM_RW, PageKind.RAM_RO})
 
 
@@ -254,7 +255,7 @@ class GuestMemory:
     def _pin_in(self, region: Region, ipas: PageArray) -> Pinned | None:
         """Pin pages all of which are in the TLB of one region; None if they are not."""
         offsets = ipas - region.base_word
-        index = (offsets >> _SHIFT).view(np.int64)
+        index = (offsets >> _SHIFT).view(_INT64)
         entries = region.entries.take(index, mode="clip")
         if np.count_nonzero(entries) != len(entries) or np.count_nonzero(offsets & _MASK):
             return None

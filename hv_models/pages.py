@@ -43,18 +43,21 @@ class PagePool:
         self._free: list[Page] = []
         self._blank = bytes([fill]) * PAGE_SIZE
         self.fill = fill
-        self.allocated = 0
+
+    @property
+    def peak(self) -> int:
+        """The most pages that were out at once: a fresh one is taken only when no other is free."""
+        return self.capacity - self._unused
+
+    @property
+    def allocated(self) -> int:
         """Pages that are out."""
-        self.peak = 0
-        """The most pages that were out at once."""
+        return self.peak - len(self._free)
 
     def allocate(self) -> Page:
         """Take a page; it is filled with `fill`."""
         page = self._free.pop() if self._free else self._fresh()
         page.live = True
-        self.allocated += 1
-        if self.allocated > self.peak:
-            self.peak = self.allocated
         return page
 
     def release(self, page: Page) -> None:
@@ -63,12 +66,11 @@ class PagePool:
             raise ValueError(f"{self._name}: the page at PA {page.pa:#x} was released before")
         page.live = False
         page.view[:] = self._blank
-        self.allocated -= 1
         self._free.append(page)
 
     def __contains__(self, pa: int) -> bool:
         """Whether an address lies in a page that this pool has ever handed out."""
-        return self._base <= pa < self._base + (self.capacity - self._unused) * PAGE_SIZE
+        return self._base <= pa < self._base + self.peak * PAGE_SIZE
 
     @property
     def capacity(self) -> int:

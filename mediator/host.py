@@ -20,6 +20,7 @@ class Host:
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
+        self._pages = machine.pages
 
     def call(self, regs: tuple[int, ...]) -> tuple[int, ...]:
         """Overridden where a secure world stands behind; a scripted one answers by itself."""
@@ -27,12 +28,12 @@ class Host:
 
     def lend(self) -> SharedPage | None:
         """See `SecureWorld.lend`."""
-        return self.machine.pages.allocate()
+        return self._pages.allocate()
 
     def take_back(self, page: SharedPage) -> None:
         """See `SecureWorld.take_back`."""
         assert isinstance(page, Page)
-        self.machine.pages.release(page)
+        self._pages.release(page)
 
     def pins(self, vm: int) -> Mapping[int, int]:
         """References per physical page of a VM."""

@@ -82,7 +82,7 @@ class Counters:
 class Pins:
     """What one `pin` returned, shared by the `buffers` of one message: the last one that is released unpins.
 
-    written: OP-TEE may have written some of these pages.
+    written: OP-TEE may write some of these pages.
     """
 
     __slots__ = ("buffers", "pinned", "written")
@@ -99,12 +99,11 @@ class Buffer:
     `offset` is that of the first byte in the first page; `written` says that OP-TEE may write it.
     """
 
-    __slots__ = ("charge", "cookie", "lists", "offset", "pages", "pins", "size", "state", "written")
+    __slots__ = ("charge", "cookie", "lists", "offset", "pages", "pins", "state", "written")
 
-    def __init__(self, cookie: Cookie, offset: int, size: int, pages: int, written: bool, charge: Charge) -> None:
+    def __init__(self, cookie: Cookie, offset: int, pages: int, written: bool, charge: Charge) -> None:
         self.cookie = cookie
         self.offset = offset
-        self.size = size
         self.pages = pages
         self.written = written
         self.charge = charge

@@ -10,7 +10,7 @@ from hv_models.stage2 import Reason, Stage2Fault
 from mediator.core.faults import MessageRejected
 from mediator.core.ledger import OverLimit
 from mediator.core.parameters import TMEM_INPUT
-from mediator.core.ports import SecureWorld, SharedPage
+from mediator.core.ports import GuestMemory, SecureWorld, SharedPage
 from mediator.core.records import Buffer, Call, Guest, Pins, RpcArgument
 from mediator.core.states import (
     ARGUMENT_TABLE,
@@ -47,6 +47,7 @@ Stops a guest from holding everybody up with long lists (rule R23)."""
 PAGES_PER_STEP: Final = LISTS_PER_STEP * ENTRIES_PER_PAGE
 
 _RELEASE: Final = BufferEvent.RELEASE
+_ADDRESSES: Final = np.dtype(np.uint64)
 _BUF_PTR: Final = 8
 """Offset of the address in a parameter."""
 
@@ -54,40 +55,70 @@ Work = Generator[None, None, None]
 
 
 class _Batch:
-    """Page lists that are read but not pinned yet: one pin serves all buffers of a message."""
+    """Page lists that are read but not pinned yet: one pin serves all buffers of a message.
 
-    __slots__ = ("buffers", "entries", "guest", "pages", "targets")
+    `entries` are the addresses that stand in the guest's lists, one run of bytes for each of our own `lists`.
+    """
 
-    def __init__(self, guest: Guest) -> None:
-        self.guest = guest
-        self.entries: list[bytes] = []
-        self.targets: list[tuple[SharedPage, int]] = []
+    __slots__ = ("buffers", "entries", "lists")
+
+    def __init__(self) -> None:
         self.buffers: list[Buffer] = []
-        self.pages = 0
+        self.entries: list[bytes] = []
+        self.lists: list[SharedPage] = []
 
-    def pin(self) -> None:
+    def read(self, memory: GuestMemory, source: Ipa, left: int, buffer: Buffer, page: SharedPage) -> Ipa:
+        """Copy the guest's list page at `source`, once, for a page of ours; returns the address of the next one.
+
+        The list ends after the `left` entries that are left, by count and never by trust (R7).
+
+        Raises:
+            MessageRejected: there is no such list page.
+
+        """
+        if not self.buffers or self.buffers[-1] is not buffer:
+            # Even if there is no such page: what was read of the list before is pinned, and undone with the buffer.
+            self.buffers.append(buffer)
+        try:
+            if source & OFFSET_MASK:
+                raise Stage2Fault(source, Reason.UNALIGNED)
+            if left <= ENTRIES_PER_PAGE:
+                entries = memory.read(source, left * 8, writable=True)
+            else:
+                words = memory.read(source, PAGE_SIZE, writable=True)
+                entries = words[:-8]
+                source = Ipa(int.from_bytes(words[-8:], "little"))
+        except Stage2Fault as fault:
+            raise MessageRejected(Result.BAD_PARAMETERS, str(fault)) from None
+        self.entries.append(entries)
+        self.lists.append(page)
+        return source
+
+    def pin(self, guest: Guest) -> None:
         """Translate and pin what was read, in one step, and fill in our own lists (R6).
 
         Raises:
             MessageRejected: some page cannot be shared; nothing of the batch is pinned then.
 
         """
-        if not self.pages:
+        if not self.entries:
             return
-        memory = self.guest.memory
         try:
-            pinned = memory.pin(np.frombuffer(b"".join(self.entries), np.uint64))
+            pinned = guest.memory.pin(np.frombuffer(b"".join(self.entries), _ADDRESSES))
         except Stage2Fault as fault:
             raise MessageRejected(Result.BAD_PARAMETERS, str(fault)) from None
         pins = Pins(pinned, len(self.buffers))
         for buffer in self.buffers:
             buffer.pins.append(pins)
+            if buffer.written:
+                pins.written = True
         octets = pinned.pas.data.cast("B")
         at = 0
-        for page, size in self.targets:
+        for page, entries in zip(self.lists, self.entries, strict=True):
+            size = len(entries)
             page.view[:size] = octets[at : at + size]
             at += size
-        self.guest.counters.translated += self.pages
+        guest.counters.translated += len(pinned.pas)
 
 
 def translate(
@@ -110,7 +141,7 @@ def translate(
 
     """
     guest = call.guest
-    batch = _Batch(guest)
+    batch = _Batch()
     done = 0
     try:
         for at in temporary:
@@ -121,21 +152,18 @@ def translate(
                 raise MessageRejected(Result.BAD_PARAMETERS, "a contiguous buffer outside reserved memory")
             offset = pointer & OFFSET_MASK
             written = attribute & TYPE_MASK != TMEM_INPUT
-            buffer = _open(core.world, guest, Cookie(cookie), offset, size, written, buffers)
-            source = Ipa(pointer - offset)
-            filled = 0
-            while filled < buffer.pages:
-                count = buffer.pages - filled
-                if count > PAGES_PER_STEP:  # plain comparisons: `min` costs more than the rest of this loop
-                    count = PAGES_PER_STEP
-                if done and done + count > PAGES_PER_STEP:
-                    batch.pin()
-                    batch = _Batch(guest)
+            buffer = _open(core.world, guest, cookie, offset, size, written, buffers)
+            source = pointer - offset
+            left = buffer.pages
+            for page in buffer.lists:
+                if done == LISTS_PER_STEP:
+                    batch.pin(guest)
+                    batch = _Batch()
                     yield
                     done = 0
-                source = _read_list(batch, buffer, source, filled, count)
-                filled += count
-                done += count
+                source = batch.read(guest.memory, source, left, buffer, page)
+                left -= ENTRIES_PER_PAGE
+                done += 1
             list_pa = buffer.lists[0].pa | offset
             at += base + _BUF_PTR
             shadow.view[at : at + 8] = list_pa.to_bytes(8, "little")
@@ -150,9 +178,9 @@ def translate(
                 )
     except MessageRejected:
         # A page of an earlier parameter that cannot be shared comes first.
-        batch.pin()
+        batch.pin(guest)
         raise
-    batch.pin()
+    batch.pin(guest)
 
 
 def _open(
@@ -174,52 +202,18 @@ def _open(
     if cookie in guest.buffers:
         charge.refund()
         raise MessageRejected(Result.BAD_PARAMETERS, "a buffer with this cookie is live")
-    buffer = Buffer(cookie, offset, size, pages, written, charge)
+    buffer = Buffer(cookie, offset, pages, written, charge)
     guest.buffers[cookie] = buffer
     buffers.append(buffer)
     while lists:
         page = world.lend()
         if page is None:
             raise MessageRejected(Result.OUT_OF_MEMORY, OverLimit(MEDIATOR_PAGES, lists, rule="R22"))
+        if buffer.lists:
+            buffer.lists[-1].words[ENTRIES_PER_PAGE] = page.pa
         buffer.lists.append(page)
         lists -= 1
     return buffer
-
-
-def _read_list(batch: _Batch, buffer: Buffer, source: Ipa, first: int, count: int) -> Ipa:
-    """Copy `count` entries from entry `first` on, listed in guest pages from `source`; returns the next list page.
-
-    The list ends by count, never by trust (R7). Each list page is read once.
-    """
-    memory = batch.guest.memory
-    lists = buffer.lists
-    number = first // ENTRIES_PER_PAGE
-    if not batch.buffers or batch.buffers[-1] is not buffer:
-        # Before reading: what was read of a list whose rest cannot be read is pinned too, and undone with the buffer.
-        batch.buffers.append(buffer)
-    try:
-        while True:
-            if source & OFFSET_MASK:
-                raise Stage2Fault(source, Reason.UNALIGNED)
-            page = lists[number]
-            number += 1
-            if number == len(lists):
-                batch.entries.append(memory.read(source, count * 8, writable=True))
-                batch.targets.append((page, count * 8))
-                batch.pages += count
-                break
-            data = memory.read(source, PAGE_SIZE, writable=True)
-            batch.entries.append(data[:-8])
-            batch.targets.append((page, PAGE_SIZE - 8))
-            batch.pages += ENTRIES_PER_PAGE
-            page.words[ENTRIES_PER_PAGE] = lists[number].pa
-            source = Ipa(int.from_bytes(data[-8:], "little"))
-            count -= ENTRIES_PER_PAGE
-            if not count:
-                break
-    except Stage2Fault as fault:
-        raise MessageRejected(Result.BAD_PARAMETERS, str(fault)) from None
-    return source
 
 
 def return_lists(core: "Mediator", buffer: Buffer) -> None:
@@ -235,8 +229,6 @@ def release_buffer(core: "Mediator", guest: Guest, buffer: Buffer) -> None:
     advance(buffer, _RELEASE, BUFFER_TABLE)
     for pins in buffer.pins:
         pins.buffers -= 1
-        if buffer.written:
-            pins.written = True
         if not pins.buffers:
             if pins.written:
                 guest.memory.mark_dirty(pins.pinned)

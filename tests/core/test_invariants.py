@@ -238,9 +238,9 @@ BREAKAGES = {
     ),
     "a list page is read very often": (
         10,
-        sharing._read_list,
-        r"page = lists\[number\]",
-        "page = lists[number]; [memory.read(source, 8, writable=True) for _ in range(2000)]",
+        sharing._Batch.read,
+        r"self\.lists\.append\(page\)",
+        "self.lists.append(page); [memory.read(source, 8, writable=True) for _ in range(2000)]",
         long_list,
     ),
     "a refusal is an error event": (11, yielding._count, '"info"', '"error"', refused),
