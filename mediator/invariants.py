@@ -173,11 +173,11 @@ class Checker:
         """See `Mediator.probe`."""
         return self._after(None, self.mediator.probe())
 
-    def create(self, vm: VmId, memory: GuestMemory, limits: PolicyLimits | None = None) -> Step:
+    def create(self, vm: VmId, memory: GuestMemory, limits: PolicyLimits | None = None, *, rpmb: bool = False) -> Step:
         """See `Mediator.create`."""
         watched = WatchedMemory(memory)
         known = vm in self.mediator.guests
-        step = self.mediator.create(vm, watched if self.thorough else memory, limits)
+        step = self.mediator.create(vm, watched if self.thorough else memory, limits, rpmb=rpmb)
         if not known:
             if self.thorough:
                 self._watched[vm] = watched

@@ -121,8 +121,9 @@ class Service:
         """Announce a VM (R24); False if OP-TEE has no room for it."""
         vm.allowed_shared_frames = self.mediator.policy.shared_pages
         memory = GuestMemoryCount(vm)
-        limits = self.mediator.policy.limits_of(vm.name)
-        reply = await self._ask(lambda: self.mediator.create(vm.client_id, memory, limits))
+        policy = self.mediator.policy
+        limits, rpmb = policy.limits_of(vm.name), vm.name == policy.rpmb_owner
+        reply = await self._ask(lambda: self.mediator.create(vm.client_id, memory, limits, rpmb=rpmb))
         if reply[0] != ReturnCode.OK:
             return False
         self.memories[vm.client_id] = memory

@@ -7,7 +7,7 @@ import pytest
 
 from hv_models.machine import Machine
 from mediator.core.mediator import Mediator
-from mediator.core.policy import Policy, Word
+from mediator.core.policy import ANY_GUEST, Policy, Word
 from mediator.documents import DocumentError
 from mediator.host import Host
 from mediator.policies import BUILT_IN, load_policy, policy_text
@@ -294,3 +294,15 @@ def test_a_file_of_a_hundred_megabytes_is_not_read_into_memory(tmp_path: Path) -
     finally:
         tracemalloc.stop()
     assert len(caught.value.lines) == 1
+
+
+def test_the_owner_of_the_rpmb_device(tmp_path: Path) -> None:
+    assert load_policy("default").rpmb_owner is None
+    assert load_policy("minimal").rpmb_owner is None
+    assert load_policy("xen").rpmb_owner == ANY_GUEST
+    path = tmp_path / "owner.yaml"
+    path.write_text(changed("rpmb_owner: null", "rpmb_owner: kvm-1"), encoding="utf-8")
+    assert load_policy(str(path)).rpmb_owner == "kvm-1"
+    for wrong in ('""', "[kvm-1, kvm-2]", "7"):
+        (line, *_) = errors(tmp_path, changed("rpmb_owner: null", f"rpmb_owner: {wrong}"))
+        assert "rpmb_owner" in line

@@ -12,7 +12,7 @@ from typing import Final
 from mediator.core import fast, rpc, yielding
 from mediator.core.faults import SecureWorldFault
 from mediator.core.ledger import Ledger, Limits, OverLimit
-from mediator.core.policy import Policy, PolicyLimits, Word, Words
+from mediator.core.policy import ANY_GUEST, Policy, PolicyLimits, Word, Words
 from mediator.core.pool import Pool
 from mediator.core.ports import GuestMemory, SecureWorld
 from mediator.core.records import Call, Guest
@@ -127,11 +127,12 @@ class Mediator:
         """
         return Forward((int(Function.CALLS_UID), 0, 0, 0, 0, 0, 0, HYPERVISOR_CLIENT_ID), Lifecycle())
 
-    def create(self, vm: VmId, memory: GuestMemory, limits: PolicyLimits | None = None) -> Step:
+    def create(self, vm: VmId, memory: GuestMemory, limits: PolicyLimits | None = None, *, rpmb: bool = False) -> Step:
         """Announce a VM (R24). Ends in a `Reply`: a0 is OK, or ENOTAVAIL and there is no such guest.
 
         `vm` is 1..65535 and not in use (R1); `limits` are its own, if not the policy's. ENOMEM: there is no memory,
-        or not enough in the host's pool for what is reserved for it.
+        or not enough in the host's pool for what is reserved for it. rpmb: the policy says that the RPMB device is this
+        guest's; it has it unless another guest that lives does.
         """
         if not self.threads or not 0 < vm <= MAX_VM or vm in self._guests:
             return self._host_reply(
@@ -144,7 +145,9 @@ class Mediator:
         except OverLimit as over:
             why = "no memory for another guest" if over.resource == "memory" else f"the host's pool: {over}"
             return self._host_reply(ReturnCode.ENOMEM, Event(GUEST_REFUSED, "info", vm, {"why": why}))
-        guest = Guest(vm, memory, ledger, limits)
+        owned = any(other.rpmb for other in self._guests.values())
+        rpmb = self.policy.rpmb_owner == ANY_GUEST or (rpmb and not owned)
+        guest = Guest(vm, memory, ledger, limits, rpmb=rpmb)
         self._guests[vm] = guest
         return self._announce(Function.VM_CREATED, Lifecycle(guest))
 
@@ -466,7 +469,7 @@ class Mediator:
         self._forget(guest)
         guest.events.append(Event(GUEST_DESTROYED, "info", guest.vm, guest.ledger.sums()))
         if ticket.again:
-            return self.create(guest.vm, guest.memory, guest.limits)
+            return self.create(guest.vm, guest.memory, guest.limits, rpmb=guest.rpmb)
         return self._host_reply(ReturnCode.OK)
 
     def _forget(self, guest: Guest) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Final
 
 from optee.abi.message import Command
 from optee.abi.smc import Function, SecCapability
@@ -37,6 +38,10 @@ class PolicyLimits:
     reserved_pages: int = 0
 
 
+ANY_GUEST: Final = "any"
+"""As `rpmb_owner`: every guest is asked for its RPMB device, as if each had one of its own."""
+
+
 @dataclass(frozen=True, slots=True)
 class Policy:
     """What the mediator does for a guest.
@@ -52,6 +57,7 @@ class Policy:
     the mediator's own. shared_pages: IPAs of pages that a guest may share although another VM
     maps the same frame (R26). guests: limits of guests by name, for those that have others than `limits`.
     pool_pages: 4 KiB pages that all guests together may share, None without a bound (R22).
+    rpmb_owner: name of the guest that the RPMB device belongs to (None: nobody's; ANY_GUEST: whoever's asks).
     """
 
     name: str
@@ -70,6 +76,7 @@ class Policy:
     shared_pages: frozenset[int] = frozenset()
     guests: Mapping[str, PolicyLimits] = field(default_factory=dict)
     pool_pages: int | None = None
+    rpmb_owner: str | None = None
 
     def limits_of(self, name: str) -> PolicyLimits:
         """The limits of the guest with this name."""

@@ -37,17 +37,22 @@ class Guest:
         "memory",
         "next_call",
         "notifications",
+        "rpmb",
         "state",
         "suspended",
         "vm",
     )
 
-    def __init__(self, vm: VmId, memory: GuestMemory, ledger: Ledger, limits: PolicyLimits) -> None:
+    def __init__(
+        self, vm: VmId, memory: GuestMemory, ledger: Ledger, limits: PolicyLimits, *, rpmb: bool = False
+    ) -> None:
         self.vm = vm
         self.memory = memory
         self.ledger = ledger
         self.limits = limits
         """As they were asked for; the ledger has what became of them."""
+        self.rpmb = rpmb
+        """The RPMB device is this guest's: OP-TEE's requests for it are delivered."""
         self.state = GuestState.CREATING
         self.calls: dict[int, Call] = {}
         self.suspended: dict[ThreadId, Call] = {}

@@ -1,7 +1,7 @@
 """RPC: OP-TEE asks normal world for something in the middle of a call (rules R16-R20)."""
 
 from collections.abc import Generator
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
@@ -75,6 +75,13 @@ _SHM_FREE: Final = int(RpcCommand.SHM_FREE)
 _SHM_ALLOC_REPLY: Final = int(ParamType.TMEM_OUTPUT) | NONCONTIG
 _KEPT: Final = (BufferState.REGISTERED, BufferState.UNREGISTERING)
 _GENERIC: Final = Result.GENERIC.to_bytes(4, "little")
+_NOT_SUPPORTED: Final = Result.NOT_SUPPORTED.to_bytes(4, "little")
+"""What a tee-supplicant answers to a command that it does not know: OP-TEE goes another way, where it has one."""
+_NOT_AVAILABLE: Final = Result.STORAGE_NOT_AVAILABLE.to_bytes(4, "little")
+"""What a TA may be told of its storage, so that it need not panic."""
+_RPMB: Final = frozenset(
+    map(int, (RpcCommand.RPMB, RpcCommand.RPMB_PROBE_RESET, RpcCommand.RPMB_PROBE_NEXT, RpcCommand.RPMB_FRAMES))
+)
 _NO_PARAMS: Final = b"\0\0\0\0"
 
 
@@ -97,11 +104,11 @@ def suspended(core: "Mediator", call: Call, answer: Regs) -> Step:
     call.argument = None
     if rpc == CMD:
         try:
-            why = _deliver(core, call, _cookie(answer))
+            refusal = _deliver(core, call, _cookie(answer))
         except Stage2Fault as fault:
-            return _undelivered(core, call, str(fault), contract=False)
-        if why is not None:
-            return _undelivered(core, call, why, contract=True)
+            refusal = _Refusal(str(fault), contract=False)
+        if refusal is not None:
+            return _undelivered(core, call, refusal)
     elif rpc == FREE:
         argument = guest.arguments.get(_cookie(answer))
         if argument is not None:
@@ -121,31 +128,42 @@ def _request(core: "Mediator", call: Call) -> tuple[SharedPage, int, int] | None
     return call.argument.page, 0, PAGE_SIZE
 
 
-def _deliver(core: "Mediator", call: Call, cookie: Cookie) -> str | None:
-    """Copy a request to the guest; or say what is wrong with it. Raises Stage2Fault."""
+class _Refusal(NamedTuple):
+    """Why a request does not go to the guest, and what OP-TEE is told instead."""
+
+    why: str
+    result: bytes = _GENERIC
+    contract: bool = True
+    """The request is one that OP-TEE should not have made; not so if only the policy is against it."""
+
+
+def _deliver(core: "Mediator", call: Call, cookie: Cookie) -> _Refusal | None:
+    """Copy a request to the guest; or say why not. Raises Stage2Fault."""
     guest = call.guest
     if not call.rpc_offset:
         call.argument = guest.arguments.get(cookie)
     elif cookie:
-        return "a cookie, though the RPC argument stands behind the message"
+        return _Refusal("a cookie, though the RPC argument stands behind the message")
     request = _request(core, call)
     if request is None:
-        return f"no RPC argument has the cookie {cookie:#x}"
+        return _Refusal(f"no RPC argument has the cookie {cookie:#x}")
     page, base, room = request
     header = HEADER.unpack_from(page.view, base)
     size = HEADER_SIZE + PARAM_SIZE * header[7]
     if size > room:
-        return f"{header[7]} parameters do not fit the RPC argument"
+        return _Refusal(f"{header[7]} parameters do not fit the RPC argument")
     if header[0] == _BENCH_REG:
-        return "an RPC command that carries a physical address"
+        return _Refusal("an RPC command that carries a physical address")
     allowed = core.policy.rpc_commands
     if allowed is not None and header[0] not in allowed:
-        return f"RPC command {header[0]:#x} is not for guests"
+        return _Refusal(f"RPC command {header[0]:#x} is not for guests", _NOT_SUPPORTED, contract=False)
+    if header[0] in _RPMB and not guest.rpmb:
+        return _Refusal("the RPMB device is not this guest's", _NOT_AVAILABLE, contract=False)
     data = page.view[base : base + size].tobytes()
     for attribute, a, b, c in PARAM.iter_unpack(data[HEADER_SIZE:]):
         kind = attribute & TYPE_MASK
         if TMEM_INPUT <= kind <= TMEM_INOUT and a:
-            return "a physical address in an RPC request"
+            return _Refusal("a physical address in an RPC request")
         if RMEM_INPUT <= kind <= RMEM_INOUT:
             mark_written(guest, Cookie(c))
         elif header[0] == _SHM_FREE:
@@ -181,22 +199,21 @@ def _read(call: Call, size: int) -> bytes:
     return call.guest.memory.read(call.argument.ipa, size)
 
 
-def _undelivered(core: "Mediator", call: Call, why: str, *, contract: bool) -> Step:
-    """Resume OP-TEE with an error in the buffer (R18); the call stays where it was, with OP-TEE.
-
-    contract: it is the request that is wrong, not the guest's memory.
-    """
+def _undelivered(core: "Mediator", call: Call, refusal: _Refusal) -> Step:
+    """Resume OP-TEE with an error in the buffer (R18); the call stays where it was, with OP-TEE."""
     guest = call.guest
     thread = call.thread
     assert thread is not None
     call.undelivered += 1
-    guest.events.append(Event(RPC_UNDELIVERED, "info", guest.vm, {"call": call.id, "thread": thread, "why": why}))
+    guest.events.append(
+        Event(RPC_UNDELIVERED, "info", guest.vm, {"call": call.id, "thread": thread, "why": refusal.why})
+    )
     request = _request(core, call)
     if request is not None:
         page, base, _ = request
-        page.view[base + OFFSET_RET : base + OFFSET_RET_ORIGIN] = _GENERIC
+        page.view[base + OFFSET_RET : base + OFFSET_RET_ORIGIN] = refusal.result
     if call.undelivered > MAX_UNDELIVERED:
-        if contract:
+        if refusal.contract:
             call.thread = None
             raise SecureWorldFault(f"{call.undelivered} RPCs of one call could not be delivered")
         call.rpc = FOREIGN_INTR

@@ -166,6 +166,7 @@ class PolicyDocument(_Strict):
     limits: _Limits
     guests: dict[str, QuotaDocument] = {}
     pool: _Pool = _Pool(pages=None)
+    rpmb_owner: Annotated[str, Field(min_length=1)] | None = None
     shared_pages: list[Annotated[int, Field(ge=4096, multiple_of=4096)]] = []
 
     @field_validator("guests")
@@ -244,6 +245,7 @@ class PolicyDocument(_Strict):
             guests={name: quota.apply(limits) for name, quota in self.guests.items()},
             pool_pages=self.pool.pages,
             shared_pages=frozenset(self.shared_pages),
+            rpmb_owner=self.rpmb_owner,
         )
 
 

@@ -373,7 +373,9 @@ class Pair:
     def threads_held(self, vm: int) -> int:
         return sum(owner == vm for owner, _ in self.world.suspended)
 
-    def guest(self, kind: str = "kvm", ram: Any = RAM, client_id: int | None = None) -> GuestSide:
+    def guest(
+        self, kind: str = "kvm", ram: Any = RAM, client_id: int | None = None, *, rpmb: bool = False
+    ) -> GuestSide:
         """Create a VM and announce it."""
         number = len(self.machine.vms)
         if kind == "kvm":
@@ -381,12 +383,12 @@ class Pair:
         else:
             domain = None if client_id is None else client_id - 1
             vm = self.machine.create_xen(f"xen-{number}", ram, domain=domain)
-        assert self.create(vm)[0] == 0
+        assert self.create(vm, rpmb=rpmb)[0] == 0
         return GuestSide(self, vm)
 
-    def create(self, vm: VirtualMachine, client_id: int | None = None) -> Regs:
+    def create(self, vm: VirtualMachine, client_id: int | None = None, *, rpmb: bool = False) -> Regs:
         number = vm.client_id if client_id is None else client_id
-        regs = self.drive(self.checker.create(number, vm))
+        regs = self.drive(self.checker.create(number, vm, rpmb=rpmb))
         if regs[0] == 0:
             self.records.append(self.mediator.guests[number])
         return regs

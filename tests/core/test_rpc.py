@@ -1,6 +1,7 @@
 """RPC: rules R16 to R20, R29 (B1, B6, B7, B13)."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -9,7 +10,8 @@ from hv_models.stage2 import PageKind
 from mediator.core.rpc import MAX_UNDELIVERED, OWN_THREADS
 from mediator.core.states import GuestState
 from mediator.core.steps import Forward, Preempt, Reply
-from optee.abi.message import META, NONCONTIG, Command, Message, Param
+from optee.abi.message import META, NONCONTIG, Command, Message, Param, message_size
+from optee.abi.results import Result
 from optee.abi.rpc import RpcCommand, ShmType
 from optee.abi.smc import Function, ReturnCode, RpcReturn, from_pair, to_pair
 from tests.core.pair import (
@@ -66,11 +68,20 @@ def resume_words(behind, cookie=0xC0):
 @BEHIND
 @pytest.mark.parametrize("command", [c for c in RpcCommand if c not in (RpcCommand.SHM_ALLOC, RpcCommand.SHM_FREE)])
 def test_a_request_is_delivered_as_it_is_or_answered_for_the_guest(make, command, behind):
-    """R18: what the policy does not deliver ends as an error for OP-TEE, and the call goes on."""
+    """R18: what the policy does not deliver ends as an error for OP-TEE, and the call goes on.
+
+    NOT_SUPPORTED is what a tee-supplicant says that does not know a command; the device of another guest is
+    STORAGE_NOT_AVAILABLE, which a TA survives; what should not have been asked is GENERIC.
+    """
     pair = make()
     guest = pair.guest()
     request = Message(command, 1, 2, 3, 0, GENERIC, 0, [Param(VALUE_INOUT, 4, 5, 6), Param(RMEM_INOUT, 1, 2, 3)])
-    allowed = command in pair.policy.rpc_commands
+    allowed = command in pair.policy.rpc_commands and command != RpcCommand.RPMB
+    ret = {
+        **dict.fromkeys(pair.policy.rpc_commands, GENERIC),
+        RpcCommand.RPMB: Result.STORAGE_NOT_AVAILABLE,
+        RpcCommand.BENCH_REG: GENERIC,
+    }.get(command, Result.NOT_SUPPORTED)
     replies = []
     if allowed:
         at, ipa = suspended_in_command(guest, request, behind=behind)
@@ -88,7 +99,7 @@ def test_a_request_is_delivered_as_it_is_or_answered_for_the_guest(make, command
         assert regs[0] == 0
         assert pair.names().count("rpc_undelivered") == 1
     (reply,) = replies
-    assert reply == request  # with ret = GENERIC, as OP-TEE preset it and as the error says
+    assert reply == replace(request, ret=ret)
     assert guest.read(ipa).ret == 0
 
 
@@ -233,6 +244,65 @@ def test_what_a_guest_made_undeliverable_is_bounded_and_is_no_error_of_the_secur
     assert len(pair.world.inbox) < 3 * MAX_UNDELIVERED
     assert [event for event in pair.events if event.level == "error"] == []
     assert other.invoke(other.tmem(1)).ret == 0
+
+
+RPMB_COMMANDS = (
+    RpcCommand.RPMB,
+    RpcCommand.RPMB_PROBE_RESET,
+    RpcCommand.RPMB_PROBE_NEXT,
+    RpcCommand.RPMB_FRAMES,
+)
+
+
+@pytest.mark.parametrize("command", RPMB_COMMANDS)
+def test_the_rpmb_device_is_one_guests(make, command):
+    """Whoever the policy says, as long as that guest lives; nobody else, not even by the same name."""
+    policy = policy_of()
+    pair = make(replace(policy, rpc_commands=policy.rpc_commands | set(RPMB_COMMANDS), rpmb_owner="first"))
+    first, second = pair.guest(rpmb=True), pair.guest(rpmb=True)
+
+    def delivered(guest) -> bool:
+        replies: list[Message] = []
+        pair.world.script += [ask(Message(command, ret=GENERIC)), reading(replies)]
+        regs, ipa = guest.call(invoke(), Function.CALL_WITH_RPC_ARG)
+        if regs[0] == RpcReturn.CMD:
+            assert guest.read(ipa + message_size(0)).cmd == command
+            guest.resume()
+        else:
+            assert (regs[0], replies[0].ret) == (0, Result.STORAGE_NOT_AVAILABLE)
+        return regs[0] == RpcReturn.CMD
+
+    assert (delivered(first), delivered(second)) == (True, False)
+    assert pair.drive(pair.checker.reset(first.id))[0] == 0
+    assert not delivered(second), "the first one has it again"
+    assert pair.drive(pair.checker.destroy(first.id))[0] == 0
+    assert not delivered(second), "it is not handed on to who lives"
+    third = pair.guest(rpmb=True)
+    assert (delivered(third), delivered(second)) == (True, False)
+
+
+def test_under_any_owner_each_guest_is_asked_for_its_own_device(make):
+    pair = make("xen")
+    for guest in (pair.guest("xen"), pair.guest()):
+        suspended_in_command(guest, Message(RpcCommand.RPMB, ret=GENERIC), behind=False)
+
+
+def test_asking_again_and_again_for_what_is_not_the_guests_is_no_error_of_the_secure_world(make):
+    """A TA may try as often as it likes: the guest gets its vCPU in between, and nobody is isolated."""
+    pair = make()
+    guest = pair.guest()
+    replies: list[Message] = []
+    request = Message(RpcCommand.RPMB, ret=GENERIC)
+    pair.world.script += [ask(request)] * (3 * MAX_UNDELIVERED) + [reading(replies)]
+    regs, _ = guest.call(invoke(), Function.CALL_WITH_RPC_ARG)
+    turns = 0
+    while regs[0] == RpcReturn.FOREIGN_INTR:
+        turns += 1
+        regs = guest.resume()
+    assert regs[0] == 0
+    assert 1 <= turns <= 3
+    assert replies[0].ret == Result.STORAGE_NOT_AVAILABLE
+    assert [event for event in pair.events if event.level == "error"] == []
 
 
 def test_a_secure_world_that_never_stops_asking_for_nothing_isolates_the_guest(make):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-PAGES = ("how-to/first-guest.md", "how-to/hostile-guest.md", "how-to/write-a-ta.md", "optee-model.md")
+PAGES = ("how-to/first-guest.md", "how-to/hostile-guest.md", "how-to/write-a-ta.md", "how-to/rpmb.md", "optee-model.md")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
