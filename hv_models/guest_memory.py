@@ -27,7 +27,6 @@ from hv_models.walk import REFUSED_KINDS
 
 _SHIFT = np.array(PAGE_SHIFT, dtype=np.uint64)  # arrays without dimensions are the fastest operands
 _MASK = np.array(PAGE_MASK, dtype=np.uint64)
-_ONE = np.ones(1, dtype=np.int32)  # `ufunc.at` takes twice as long with a scalar
 _INT64 = np.dtype(np.int64)
 _READABLE: Final = frozenset({PageKind.RAM_RW, PageKind.RAM_RO})
 
@@ -150,7 +149,7 @@ class GuestMemory:
             raise ValueError(f"{pinned!r} is not pinned by {self.name}")
         pinned.owner = None
         for part in pinned.parts:
-            np.subtract.at(part.bank.entry_pins, part.entries, _ONE)
+            part.bank.unpin(part.entries)
         if self._removed:
             self._release_removed()
 
@@ -182,7 +181,9 @@ class GuestMemory:
 
     def mark_dirty(self, pinned: Pinned) -> None:
         """Tell the hypervisor that the secure world may have written to all pages of a pin (R27)."""
-        self._mark(pinned, 0, len(pinned))
+        for part in pinned.parts:
+            if part.region is not None and part.region.dirty is not None:
+                part.region.dirty[part.places] = True
 
     def pinned(self) -> dict[Gfn, int]:
         """References per page, of the pages that have any. A page counts where its RAM lies, or lay."""
@@ -260,7 +261,7 @@ class GuestMemory:
         if np.count_nonzero(entries) != len(entries) or np.count_nonzero(offsets & _MASK):
             return None
         bank = region.bank
-        np.add.at(bank.entry_pins, entries, _ONE)
+        bank.pin(entries)
         return Pinned(self, bank.entry_pa[entries], (Part(bank, entries, region, index, None),))
 
     def _pin_slowly(self, ipas: PageArray) -> Pinned:
@@ -282,7 +283,7 @@ class GuestMemory:
             parts.append(Part(bank, np.array([page + 1]), named, np.array([index]), np.array([position])))
         pas = np.zeros(len(ipas), dtype=np.uint64)
         for part in parts:
-            np.add.at(part.bank.entry_pins, part.entries, _ONE)
+            part.bank.pin(part.entries)
             pas[part.positions] = part.bank.entry_pa[part.entries]
         return Pinned(self, pas, tuple(parts))
 

@@ -40,6 +40,7 @@ IndexArray: TypeAlias = npt.NDArray[np.int64]
 _BUCKET_SHIFT: Final = 32  # banks are looked up by the 4 GiB of address space they reach into
 _CACHED_FRAMES: Final = 65536  # bounds the host memory that look-ups of single frames may take
 _SHIFT: Final = np.uint64(PAGE_SHIFT)
+_ONE: Final = np.ones(1, dtype=np.int32)  # `ufunc.at` takes twice as long with a scalar
 
 
 class PhysicalFault(Exception):
@@ -197,9 +198,8 @@ class Frames:
 class Bank:
     """The frames of one page store, and how often each is pinned.
 
-    Translation tables number the pages of a bank from 1 and let 0 mean "no page". `entry_pa` and
-    `entry_pins` are indexed by such numbers; their element 0 belongs to no page. `pa` and `pins` are the
-    same memory without it, indexed by page.
+    Translation tables number the pages of a bank from 1 and let 0 mean "no page". `entry_pa` is indexed by
+    such numbers; its element 0 belongs to no page. `pa` is the same memory without it, indexed by page.
     """
 
     def __init__(self, name: str, store: PageStore, frames: Frames) -> None:
@@ -210,20 +210,38 @@ class Bank:
         self.frames = frames
         self.entry_pa: PageArray = np.zeros(store.pages + 1, dtype=np.uint64)
         self.entry_pa[1:] = frames.addresses()
-        self.entry_pins: npt.NDArray[np.int32] = np.zeros(store.pages + 1, dtype=np.int32)
         self.pa: PageArray = self.entry_pa[1:]
         """PA of each page of the store."""
-        self.pins: npt.NDArray[np.int32] = self.entry_pins[1:]
-        """References held on each page of the store."""
+        self._entry_pins: npt.NDArray[np.int32] = np.zeros(store.pages + 1, dtype=np.int32)
+        self._uncounted: dict[int, IndexArray] = {}
         self.pa.flags.writeable = self.entry_pa.flags.writeable = False
 
     def __repr__(self) -> str:
         return f"<Bank {self.name}: {self.store.pages} pages from PA {self.frames.base:#x}>"
 
+    def pin(self, entries: IndexArray) -> None:
+        """Hold a reference on each of the pages with these numbers, one per mention, until `unpin` of this array."""
+        # Most pins are gone before anybody asks for counts, and counting takes longer than translating.
+        self._uncounted[id(entries)] = entries
+
+    def unpin(self, entries: IndexArray) -> None:
+        """Give the references of one `pin` back."""
+        if self._uncounted.pop(id(entries), None) is None:
+            np.subtract.at(self._entry_pins, entries, _ONE)
+
+    @property
+    def pins(self) -> npt.NDArray[np.int32]:
+        """References held on each page of the store."""
+        for entries in self._uncounted.values():
+            np.add.at(self._entry_pins, entries, _ONE)
+        self._uncounted.clear()
+        return self._entry_pins[1:]
+
     def pinned(self) -> dict[int, int]:
         """References per page, of the pages that have any."""
-        pages = np.flatnonzero(self.pins)
-        return dict(zip(pages.tolist(), self.pins[pages].tolist(), strict=True))
+        pins = self.pins
+        pages = np.flatnonzero(pins)
+        return dict(zip(pages.tolist(), pins[pages].tolist(), strict=True))
 
     def page_view(self, page: int) -> memoryview:
         """The 4096 bytes of one page."""

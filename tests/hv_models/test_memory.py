@@ -1,5 +1,6 @@
 import fcntl
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hv_models.memory import PAGE_SIZE, Bank, Frames, GuestRam, PageStore, PhysicalFault, PhysicalMemory
+from hv_models.memory import (
+    PAGE_SIZE,
+    Bank,
+    Frames,
+    GuestRam,
+    IndexArray,
+    PageStore,
+    PhysicalFault,
+    PhysicalMemory,
+)
 
 BASE = 0x100_0000_0000
 
@@ -136,6 +146,28 @@ class TestFrames:
     def test_no_frame_has_address_0(self, base: int) -> None:
         with pytest.raises(ValueError, match="above 0"):
             Frames(base, 1)
+
+
+class TestPins:
+    @settings(deadline=None)
+    @given(st.lists(st.lists(st.integers(0, 3), max_size=5) | st.integers(0, 5) | st.none(), max_size=30))
+    def test_each_mention_counts_until_its_pin_ends_whenever_somebody_asks(
+        self, steps: list[list[int] | int | None]
+    ) -> None:
+        """A list of pages is pinned, a number unpins one of those, None asks for the counts."""
+        bank = bank_of(4)
+        held: list[tuple[list[int], IndexArray]] = []
+        for step in [*steps, None]:
+            if isinstance(step, list):
+                held.append((step, np.array(step, dtype=np.int64) + 1))
+                bank.pin(held[-1][1])
+            elif step is None:
+                counts = Counter(page for pages, _ in held for page in pages)
+                assert bank.pinned() == counts
+                assert bank.pins.tolist() == [counts[page] for page in range(4)]
+            elif step < len(held):
+                bank.unpin(held.pop(step)[1])
+        bank.store.close()
 
 
 class TestPhysicalMemory:
