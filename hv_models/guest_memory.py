@@ -163,14 +163,15 @@ class GuestMemory:
 
         Raises ValueError, with nothing written, for a field outside of the pages.
         """
-        end = base + max((field.stop for field in fields), default=0)
         number = base >> PAGE_SHIFT
-        if end <= (number + 1) << PAGE_SHIFT and base >= 0 and pinned.owner is self and number < len(pinned):
-            start = base & PAGE_MASK
-            page = pinned.page(number)
+        start = base & PAGE_MASK
+        end = base + len(data)
+        if start + len(data) <= PAGE_SIZE and base >= 0 and pinned.owner is self and number < len(pinned.pas):
+            page = pinned.page(number)[start : start + len(data)]
             for field in fields:
-                page[start + field.start : start + field.stop] = data[field]
+                page[field] = data[field]
         else:
+            end = base + max((field.stop for field in fields), default=0)
             pieces = [list(self._pieces(pinned, base + field.start, field.stop - field.start)) for field in fields]
             for field, places in zip(fields, pieces, strict=True):
                 done = field.start

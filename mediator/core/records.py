@@ -118,11 +118,13 @@ class Buffer:
 
     def load(self, memory: GuestMemory, offset: int, size: int) -> bytes:
         """Copy bytes of a registered buffer, `offset` counted from its first page; both were checked."""
+        if len(self.pins) == 1:
+            return memory.load(self.pins[0].pinned, offset, size)
         parts = []
-        for pinned in (pins.pinned for pins in self.pins):
-            length = len(pinned.pas) * PAGE_SIZE
+        for pins in self.pins:
+            length = len(pins.pinned.pas) * PAGE_SIZE
             if offset < length and size:
-                part = memory.load(pinned, offset, min(size, length - offset))
+                part = memory.load(pins.pinned, offset, min(size, length - offset))
                 parts.append(part)
                 size -= len(part)
                 offset = length
@@ -132,7 +134,8 @@ class Buffer:
     def store_fields(self, memory: GuestMemory, base: int, data: bytes, fields: Sequence[slice]) -> None:
         """Write fields of `data`, of a message `base` bytes behind the start of the first page; all was checked."""
         first = 0
-        for pinned in (pins.pinned for pins in self.pins):
+        for pins in self.pins:
+            pinned = pins.pinned
             length = len(pinned.pas) * PAGE_SIZE
             if first <= base and base + len(data) <= first + length:
                 memory.store_fields(pinned, base - first, data, fields)

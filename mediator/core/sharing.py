@@ -85,9 +85,9 @@ class _Batch:
             if left <= ENTRIES_PER_PAGE:
                 entries = memory.read(source, left * 8, writable=True)
             else:
-                words = memory.read(source, PAGE_SIZE, writable=True)
-                entries = words[:-8]
-                source = Ipa(int.from_bytes(words[-8:], "little"))
+                data = memory.read(source, PAGE_SIZE, writable=True)
+                entries = data[:-8]
+                source = Ipa(int.from_bytes(data[-8:], "little"))
         except Stage2Fault as fault:
             raise MessageRejected(Result.BAD_PARAMETERS, str(fault)) from None
         self.entries.append(entries)

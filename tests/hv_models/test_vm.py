@@ -276,6 +276,16 @@ class TestPinnedBytes:
             vm.load(pinned, offset, size)
         vm.unpin(pinned)
 
+    @pytest.mark.parametrize("base", [0, PAGE_SIZE - 100, PAGE_SIZE - 50, PAGE_SIZE - 1, PAGE_SIZE])
+    def test_fields_are_written_and_nothing_between(self, vm: VirtualMachine, base: int) -> None:
+        pinned = vm.pin(pages(RAM + PAGE_SIZE, RAM))
+        data = bytes(range(1, 101))
+        vm.store_fields(pinned, base, data, [slice(0, 3), slice(45, 55), slice(99, 100)])
+        expected = data[:3] + bytes(42) + data[45:55] + bytes(44) + data[99:]
+        assert vm.load(pinned, base, 100) == expected
+        assert vm.load(pinned, 0, 2 * PAGE_SIZE).count(0) == 2 * PAGE_SIZE - 14
+        vm.unpin(pinned)
+
 
 class TestSharedFrames:
     """Rule R26: a frame that two VMs map is refused unless it is named."""
