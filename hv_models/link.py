@@ -1,4 +1,4 @@
-"""The wire format between a VMM and the mediator: records of a Unix socket of type SOCK_SEQPACKET.
+"""The wire format between a VMM, the mediator and a secure world: records of a Unix socket of type SOCK_SEQPACKET.
 
 Vocabulary and layout are those of vhost-user: a header of three little-endian u32 (request, flags, size), feature
 negotiation first, then a memory table whose file descriptors travel as ancillary data (SCM_RIGHTS), then calls. One
@@ -39,6 +39,13 @@ MAX_REASON: Final = 200
 IPA_BITS: Final = 39
 """What the stage-2 tables of the machine translate."""
 
+PA_BITS: Final = 48
+"""What an address of the memory that a secure world is told of has at most."""
+MAX_FRAMES: Final = 4096
+"""Regions of physical memory that a mediator can announce: a guest has up to eight, its own pages come by 4 MiB."""
+MAX_MEMORY: Final = 256 << 30
+"""Bytes of all of them. Stops a mediator from costing a secure world tables in proportion to sparse files."""
+
 _HEADER: Final = struct.Struct("<3I")
 _U64: Final = struct.Struct("<Q")
 _VM: Final = struct.Struct(f"<2I{MAX_NAME}s")
@@ -46,33 +53,43 @@ _TABLE: Final = struct.Struct("<2I")
 _REGION: Final = struct.Struct("<4Q")
 _CALL: Final = struct.Struct("<2I8Q")
 _INTERRUPT: Final = struct.Struct("<2I")
+_FRAMES: Final = struct.Struct("<3Q2I")
+_CLIENT: Final = struct.Struct("<2I")
+_COUNTS: Final = struct.Struct("<6Q")
 _CONTROL: Final = socket.CMSG_SPACE(MAX_REGIONS * 4)
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
 class Request(IntEnum):
-    """What a message is. The first three numbers are vhost-user's."""
+    """What a message is. Numbers below 64 are vhost-user's."""
 
     GET_FEATURES = 1
     SET_FEATURES = 2
     SET_MEM_TABLE = 5
+    ADD_MEM_REG = 37
+    REM_MEM_REG = 38
     SET_VM = 64
     START = 65
     CALL = 66
     INTERRUPT = 67
     STOP = 68
     ERROR = 69
+    GET_COUNTS = 70
 
 
 class Feature(IntFlag):
     """What both ends must agree on before anything else."""
 
     INTERRUPTS = 1 << 0
-    """The mediator sends INTERRUPT messages."""
+    """INTERRUPT messages come unasked."""
+    COUNTS = 1 << 1
+    """A secure world says what it holds of a guest."""
 
 
 FEATURES: Final = Feature.INTERRUPTS
-"""What this version offers."""
+"""What a mediator offers a VMM in this version."""
+SECURE_FEATURES: Final = Feature.INTERRUPTS | Feature.COUNTS
+"""What our secure world offers a mediator."""
 
 
 class Flavour(IntEnum):
@@ -106,6 +123,28 @@ class MemoryRegion(NamedTuple):
     """Where the VMM has it mapped; not used by the mediator."""
     offset: int
     """Bytes into the file."""
+
+
+class FrameRegion(NamedTuple):
+    """A region of physical memory: page i of `size` bytes has PA base + ((i XOR permutation) * stride) * 4096."""
+
+    base: int
+    size: int
+    offset: int
+    """Bytes into the file."""
+    stride: int
+    permutation: int
+
+
+class Counts(NamedTuple):
+    """What a secure world holds of one guest, and what it has counted of all."""
+
+    threads: int
+    buffers: int
+    sessions: int
+    ta_invokes: int
+    panics: int
+    cancels: int
 
 
 def pack(request: int, payload: bytes = b"", *, reply: bool = False) -> bytes:
@@ -216,21 +255,68 @@ def read_memory_table(message: Message) -> list[MemoryRegion]:
     if sum(region.size for region in regions) > MAX_RAM:
         raise LinkError(f"SET_MEM_TABLE: more than {MAX_RAM >> 30} GiB")
     for region, fd in zip(regions, message.fds, strict=True):
-        _check_file(region, fd)
+        _check_file("SET_MEM_TABLE", region, fd)
     return regions
 
 
-def _check_file(region: MemoryRegion, fd: int) -> None:
+def _check_file(name: str, region: MemoryRegion | FrameRegion, fd: int) -> None:
     try:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     except OSError:
-        raise LinkError("SET_MEM_TABLE: guest memory must be a memfd") from None
+        raise LinkError(f"{name}: guest memory must be a memfd") from None
     if ~seals & _SEALS:
-        raise LinkError("SET_MEM_TABLE: guest memory must be sealed against shrinking and growing")
+        raise LinkError(f"{name}: guest memory must be sealed against shrinking and growing")
     if seals & fcntl.F_SEAL_WRITE:
-        raise LinkError("SET_MEM_TABLE: guest memory must be writable")
+        raise LinkError(f"{name}: guest memory must be writable")
     if region.offset + region.size > os.fstat(fd).st_size:
-        raise LinkError("SET_MEM_TABLE: a region reaches beyond the end of its file")
+        raise LinkError(f"{name}: a region reaches beyond the end of its file")
+
+
+def frames(region: FrameRegion) -> bytes:
+    """The payload of ADD_MEM_REG."""
+    return _FRAMES.pack(*region)
+
+
+def read_frames(message: Message) -> FrameRegion:
+    """The same, read and checked, with one file descriptor. Raises LinkError."""
+    region = FrameRegion(*_exact(_FRAMES, message))
+    if len(message.fds) != 1:
+        raise LinkError(f"ADD_MEM_REG: {len(message.fds)} file descriptors for one region")
+    if region.base % PAGE_SIZE or region.size % PAGE_SIZE or not region.size or region.offset % PAGE_SIZE:
+        raise LinkError(f"ADD_MEM_REG: the region at {region.base:#x} is not whole pages")
+    pages = region.size // PAGE_SIZE
+    places = 1 << max((pages - 1).bit_length(), region.permutation.bit_length())
+    if (
+        not region.base
+        or region.stride.bit_count() != 1
+        or region.base + places * region.stride * PAGE_SIZE > 1 << PA_BITS
+    ):
+        raise LinkError(f"ADD_MEM_REG: the region at {region.base:#x} has no frames in {PA_BITS} bits")
+    if region.size > MAX_RAM:
+        raise LinkError(f"ADD_MEM_REG: more than {MAX_RAM >> 30} GiB")
+    _check_file("ADD_MEM_REG", region, message.fds[0])
+    return region
+
+
+def client(number: int) -> bytes:
+    """The payload of GET_COUNTS."""
+    return _CLIENT.pack(number, 0)
+
+
+def read_client(message: Message) -> int:
+    """The same, read. Raises LinkError."""
+    number, _ = _exact(_CLIENT, message)
+    return int(number)
+
+
+def counts(found: Counts) -> bytes:
+    """The payload of the answer to GET_COUNTS."""
+    return _COUNTS.pack(*found)
+
+
+def read_counts(message: Message) -> Counts:
+    """The same, read. Raises LinkError."""
+    return Counts(*_exact(_COUNTS, message))
 
 
 def call(vcpu: int, regs: Registers) -> bytes:

@@ -97,7 +97,8 @@ class PageStore:
         """The same memory as u64, shape (pages, 512)."""
         self.file: tuple[int, int] | None = None
         """Device and inode: stores with the same ones show the same memory."""
-        self._offset = offset
+        self.offset = offset
+        """Bytes of the file before the first page."""
         self._closer = weakref.finalize(self, _close, fd)
         if fd >= 0:
             status = os.fstat(fd)
@@ -108,7 +109,7 @@ class PageStore:
         if self.fd < 0:
             yield range(self.pages)
             return
-        end, last = self._offset, self._offset + self.pages * PAGE_SIZE
+        end, last = self.offset, self.offset + self.pages * PAGE_SIZE
         while end < last:
             try:
                 start = os.lseek(self.fd, end, os.SEEK_DATA)
@@ -116,7 +117,7 @@ class PageStore:
                 return
             end = min(os.lseek(self.fd, start, os.SEEK_HOLE), last)
             if start < end:
-                yield range(start - self._offset >> PAGE_SHIFT, end - self._offset >> PAGE_SHIFT)
+                yield range(start - self.offset >> PAGE_SHIFT, end - self.offset >> PAGE_SHIFT)
 
     def close(self) -> None:
         """Give up the file; the memory goes when the last view of it does."""
@@ -252,6 +253,8 @@ class PhysicalMemory:
     """All memory of a machine by physical address. What no bank covers is a hole (`PhysicalFault`)."""
 
     def __init__(self) -> None:
+        self.changes = 0
+        """How often banks came or went: who passes them on sees by it whether there is anything to pass on."""
         self._banks: list[Bank] = []
         self._buckets: dict[int, list[Bank]] = {}
         self._found: dict[int, tuple[Bank, int]] = {}
@@ -264,12 +267,14 @@ class PhysicalMemory:
 
     def add(self, bank: Bank) -> None:
         """Make the frames of a bank answer. The caller sees to it that no other bank has them."""
+        self.changes += 1
         self._banks.append(bank)
         for bucket in _buckets(bank.frames):
             self._buckets.setdefault(bucket, []).append(bank)
 
     def remove(self, bank: Bank) -> None:
         """Turn the frames of a bank into holes."""
+        self.changes += 1
         self._banks.remove(bank)
         for bucket in _buckets(bank.frames):
             self._buckets[bucket].remove(bank)

@@ -36,7 +36,11 @@ class SocketLink:
     async def receive(self) -> Message:
         """Wait for the next message. Raises LinkClosed at the end, LinkError for what is no message."""
         try:
-            record, control, flags, _ = await self._socket.recvmsg(MAX_RECORD, control_size(), socket.MSG_CMSG_CLOEXEC)
+            try:
+                record, control, flags, _ = await self._receive()
+            except ConnectionResetError:
+                # The peer did not read all that we said; what it said last can still be read.
+                record, control, flags, _ = await self._receive()
         except (OSError, trio.ClosedResourceError):
             raise LinkClosed from None
         if not record and not control:
@@ -47,6 +51,9 @@ class SocketLink:
         except LinkError:
             close_all(fds)
             raise
+
+    async def _receive(self) -> tuple[bytes, list[tuple[int, int, bytes]], int, object]:
+        return await self._socket.recvmsg(MAX_RECORD, control_size(), socket.MSG_CMSG_CLOEXEC)
 
     def close(self) -> None:
         """Close this end."""

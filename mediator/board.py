@@ -25,7 +25,7 @@ from mediator.core.steps import Event
 from mediator.invariants import Checker
 from mediator.policies import load_policy
 from mediator.shell import Service, Tale
-from mediator.world import LocalSecureWorld
+from mediator.world import LocalSecureWorld, SecureWorldEnd
 from optee.config import DEFAULT, Config
 from optee.secure_world import SecureWorld
 from optee.ta_image import build_image
@@ -42,34 +42,28 @@ class BoardError(Exception):
     """OP-TEE could not be used, or had no room for a guest."""
 
 
-class Board:
-    """A machine with OP-TEE on it and a mediator before it; use it with `async with`.
+class MediatedMachine:
+    """A machine with a mediator on it, before a secure world that is wherever it is; use it with `async with`.
 
-    policy: what the mediator allows, or the name of a built-in policy. config: how OP-TEE was built. check: look at
-    every step with the invariant checker, whose findings are `violations`; thorough: at all invariants, not the
-    cheap ones only. on_event: told what happens in the mediator. world: what stands before OP-TEE's model, if it is
-    more than a counter of calls. modelled: False if some answers are not the model's, so that its threads say nothing.
+    threads_held: what the checker asks for the threads that OP-TEE has for a client; the rest as for `Board`.
     """
 
     def __init__(
         self,
+        world: SecureWorldEnd,
         policy: Policy | str = "default",
-        config: Config = DEFAULT,
         *,
+        threads_held: Callable[[int], int] | None = None,
         check: bool = True,
         thorough: bool = True,
         on_event: Callable[[Event], None] = lambda event: None,
-        world: Callable[[Machine, SecureWorld], LocalSecureWorld] = LocalSecureWorld,
-        modelled: bool = True,
     ) -> None:
-        self.machine = Machine()
-        self.model = SecureWorld(self.machine.memory, config)
-        self.world = world(self.machine, self.model)
-        self.core = Mediator(load_policy(policy) if isinstance(policy, str) else policy, self.world)
-        threads = self.model.threads_held if modelled else None
-        self.checker = Checker(self.core, self.world, threads, thorough=thorough) if check else None
-        self.service = Service(self.checker or self.core, self.world, on_event)
-        self.model.on_notification = self.service.notify
+        self.machine = world.machine
+        self.world = world
+        """The secure world as the mediator sees it."""
+        self.core = Mediator(load_policy(policy) if isinstance(policy, str) else policy, world)
+        self.checker = Checker(self.core, world, threads_held, thorough=thorough) if check else None
+        self.service = Service(self.checker or self.core, world, on_event)
         self.clients: set[int] = set()
         """Client ids of all VMs so far."""
         self.probed = Tale()
@@ -88,11 +82,12 @@ class Board:
 
     def left(self) -> dict[str, int]:
         """What all guests so far hold: pins on their pages, calls, buffers and sessions at OP-TEE, mediator pages."""
+        held = [self.world.counts_of(client) for client in self.clients]
         return {
             "pins": sum(self.machine.pinned_frames().values()),
-            "calls": sum(map(self.model.threads_held, self.clients)),
-            "buffers": sum(len(self.model.shared_objects(client)) for client in self.clients),
-            "sessions": sum(map(self.model.session_count, self.clients)),
+            "calls": sum(found.threads for found in held),
+            "buffers": sum(found.buffers for found in held),
+            "sessions": sum(found.sessions for found in held),
             "mediator_pages": self.machine.pages.allocated,
         }
 
@@ -162,13 +157,13 @@ class Board:
         )
 
     async def destroy(self, vm: VirtualMachine, *, force: bool = False) -> None:
-        """End a VM at whatever point it is, and give its memory back.
+        """End a VM at whatever point it is, and give its memory back if OP-TEE lets go of it.
 
         Raises ValueError if pages of it are still pinned; forced, they stay part of physical memory and of `left`.
         """
         with trio.CancelScope(shield=True):
-            await self.service.remove(vm)
-        if vm.alive:
+            released = await self.service.remove(vm)
+        if released and vm.alive:
             self.machine.destroy(vm, force=force)
 
     async def __aenter__(self) -> Self:
@@ -183,6 +178,41 @@ class Board:
             await self.destroy(vm)
         self.scan()
         self.machine.close()
+
+
+class Board(MediatedMachine):
+    """A machine with OP-TEE on it and a mediator before it; use it with `async with`.
+
+    policy: what the mediator allows, or the name of a built-in policy. config: how OP-TEE was built. check: look at
+    every step with the invariant checker, whose findings are `violations`; thorough: at all invariants, not the
+    cheap ones only. on_event: told what happens in the mediator. world: what stands before OP-TEE's model, if it is
+    more than a counter of calls. modelled: False if some answers are not the model's, so that its threads say nothing.
+    """
+
+    world: LocalSecureWorld
+
+    def __init__(
+        self,
+        policy: Policy | str = "default",
+        config: Config = DEFAULT,
+        *,
+        check: bool = True,
+        thorough: bool = True,
+        on_event: Callable[[Event], None] = lambda event: None,
+        world: Callable[[Machine, SecureWorld], LocalSecureWorld] = LocalSecureWorld,
+        modelled: bool = True,
+    ) -> None:
+        machine = Machine()
+        self.model = SecureWorld(machine.memory, config)
+        super().__init__(
+            world(machine, self.model),
+            policy,
+            threads_held=self.model.threads_held if modelled else None,
+            check=check,
+            thorough=thorough,
+            on_event=on_event,
+        )
+        self.model.on_notification = self.service.notify
 
 
 def images(*tas: type[TrustedApplication]) -> dict[UUID, bytes]:

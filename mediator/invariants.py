@@ -235,6 +235,11 @@ class Checker:
         step = self.mediator.returned(ticket, answer)
         return self._after(vm, step, _asked(ticket))
 
+    def lost(self, ticket: Ticket, why: str) -> Step:
+        """See `Mediator.lost`."""
+        vm = self._with_optee.pop(id(ticket), None)
+        return self._after(vm, self.mediator.lost(ticket, why), _asked(ticket))
+
     def proceed(self, ticket: Ticket) -> Step:
         """See `Mediator.proceed`."""
         guest: Guest | None = getattr(ticket, "guest", None)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,8 @@ from mediator.core.ports import SecureWorld
 from mediator.core.steps import Event, Forward, Preempt, Queue, Regs, Reply, Step
 from mediator.invariants import Checker
 from mediator.trace.record import Recorder, SmcRecord
-from optee.abi.smc import Function, ReturnCode, SecCapability, VmId
+from optee.abi.smc import HYPERVISOR_CLIENT_ID, Function, ReturnCode, SecCapability, VmId
+from optee.errors import SecureWorldFault
 
 _LOW = 0xFFFFFFFF
 _FAST = 1 << 31
@@ -73,6 +74,15 @@ class Witness(Protocol):
         ...
 
 
+@runtime_checkable
+class DistantSecureWorld(Protocol):
+    """A secure world whose answers have to be waited for."""
+
+    async def forward(self, regs: Regs) -> Regs:
+        """Execute one SMC: x0..x7 in, x0..x3 out. Not to be cancelled. Raises optee's SecureWorldFault."""
+        ...
+
+
 class Tale:
     """A witness that keeps what it was told: pairs of registers, call and answer."""
 
@@ -92,8 +102,8 @@ class Tale:
 class Service:
     """One mediator, one secure world, any number of VMs, in one trio run.
 
-    `on_event` is told every event of the core. Nothing here holds a lock across a checkpoint: the core is
-    synchronous, and a call is a loop over its steps.
+    `on_event` is told every event of the core, `on_fault` why the secure world died. Nothing here holds a lock across
+    a checkpoint: the core is synchronous, and a call is a loop over its steps.
     """
 
     def __init__(
@@ -106,8 +116,10 @@ class Service:
         self.world = world
         self.memories: dict[int, GuestMemoryCount] = {}
         self.seen: dict[int, Seen] = {}
+        self.on_fault: Callable[[str], object] = lambda why: None
         self.recorders: dict[int, Recorder] = {}
         """Who writes down the calls of a guest, by client id."""
+        self._distant = world if isinstance(world, DistantSecureWorld) else None
         self._on_event = on_event
         self._vms: dict[int, VirtualMachine] = {}
         self._changed = trio.lowlevel.ParkingLot()
@@ -211,7 +223,7 @@ class Service:
             elif function == Function.GET_SHM_CONFIG:
                 seen.shm_config_refused += answer[0] == ReturnCode.ENOTAVAIL
 
-    def notify(self, _: VmId) -> None:
+    def notify(self, _: VmId = HYPERVISOR_CLIENT_ID) -> None:
         """OP-TEE raised its notification interrupt: inject it into the guests that asked for it."""
         for client in self.mediator.notified():
             vm = self._vms.get(client)
@@ -227,32 +239,58 @@ class Service:
         """Take the steps that need no waiting."""
         if step.events:
             self.tell(step.events)
-        while isinstance(step, Forward):
+        while isinstance(step, Forward) and self._distant is None:
             if witness is not None:
                 witness.forward(step.regs)
-            answer = self.world.call(step.regs)
-            if witness is not None:
-                witness.answer(answer)
-            step = self.mediator.returned(step.ticket, answer)
-            if self._changed:
-                self._changed.unpark_all()
-            if step.events:
-                self.tell(step.events)
+            try:
+                answer = self.world.call(step.regs)
+            except SecureWorldFault as fault:
+                return self._lost(step, fault)
+            step = self._returned(step, answer, witness)
         return step
 
     async def _finish(self, step: Step, request: Callable[[], Step], witness: Witness | None) -> Regs:
         """Do what the steps say until there is an answer; `request` is made again where it has to wait."""
         while not isinstance(step, Reply):
-            if isinstance(step, Preempt):
+            if isinstance(step, Forward):
+                step = await self._far(step, witness)
+            elif isinstance(step, Preempt):
                 # Not to be cancelled: the guest's call has begun.
                 await trio.lowlevel.cancel_shielded_checkpoint()
-                step = self.mediator.proceed(step.ticket)
+                step = self._settle(self.mediator.proceed(step.ticket), witness)
             else:
                 assert isinstance(step, Queue)
                 await self._changed.park()
-                step = request()
-            step = self._settle(step, witness)
+                step = self._settle(request(), witness)
         return step.regs
+
+    async def _far(self, step: Forward, witness: Witness | None) -> Step:
+        """Have a secure world elsewhere execute an SMC."""
+        assert self._distant is not None
+        if witness is not None:
+            witness.forward(step.regs)
+        try:
+            answer = await self._distant.forward(step.regs)
+        except SecureWorldFault as fault:
+            return self._lost(step, fault)
+        return self._returned(step, answer, witness)
+
+    def _returned(self, step: Forward, answer: Regs, witness: Witness | None) -> Step:
+        if witness is not None:
+            witness.answer(answer)
+        after = self.mediator.returned(step.ticket, answer)
+        if self._changed:
+            self._changed.unpark_all()
+        if after.events:
+            self.tell(after.events)
+        return after
+
+    def _lost(self, step: Forward, fault: SecureWorldFault) -> Step:
+        after = self.mediator.lost(step.ticket, str(fault))
+        self._changed.unpark_all()
+        self.tell(after.events)
+        self.on_fault(str(fault))
+        return after
 
     def tell(self, events: Sequence[Event]) -> None:
         """Pass on what happened in the core."""

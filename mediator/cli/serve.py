@@ -43,6 +43,9 @@ def serve(
     socket: Annotated[Path | None, typer.Option("--socket", metavar="PATH", help="Socket for VMs of others.")] = None,
     control: Annotated[Path | None, typer.Option("--control", metavar="PATH", help="Socket for mediator ctl.")] = None,
     host_client: Annotated[bool, typer.Option("--host-client", help="The host's own driver is a client, too.")] = False,
+    secure_world: Annotated[
+        Path | None, typer.Option("--secure-world", metavar="PATH", help="Forward to the secure world there.")
+    ] = None,
     record: Annotated[Path | None, typer.Option("--record", metavar="FILE", help="Write each guest's trace.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of everything random in the models.")] = 0,
     json: Json = False,
@@ -82,12 +85,15 @@ def serve(
         control=control,
         host_client=host_client,
         record=record,
+        secure_world=secure_world,
     )
     summary = run_bench(options)
     if json:
         emit_json(summary.as_data())
     else:
         _show(summary)
+    for fault in summary.faults:
+        note(fault)
     return verdict(summary.good)
 
 
@@ -116,7 +122,5 @@ def _show(summary: "Summary") -> None:
             note(f"{guest.name}: {text}")
     for violation in summary.violations:
         note(violation)
-    for fault in summary.faults:
-        note(fault)
     for name in summary.refused_guests:
         note(f"{name}: OP-TEE refused the guest")

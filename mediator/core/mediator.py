@@ -325,6 +325,21 @@ class Mediator:
             _tell(guest, step)
         return step
 
+    def lost(self, ticket: Ticket, why: str) -> Step:
+        """OP-TEE died of a `Forward`, or cannot be reached any more: a fault of the secure world (R25)."""
+        if isinstance(ticket, Lifecycle):
+            if ticket.guest is not None and ticket.guest.state is not GuestState.CREATING:
+                return self._not_released(ticket.guest, f"{why}: pins are kept")
+            return self._lifecycle_returned(ticket, (int(ReturnCode.ENOTAVAIL), 0, 0, 0))
+        assert isinstance(ticket, Call | fast.FastCall)
+        guest = ticket.guest
+        guest.in_flight -= 1
+        if guest.state not in _SERVED:
+            return Reply((NOT_HANDLED, *ticket.regs[1:]))
+        step = self._isolate(guest, ticket.regs, SecureWorldFault(why))
+        _tell(guest, step)
+        return step
+
     def proceed(self, ticket: Ticket) -> Step:
         """Go on after a `Preempt`."""
         assert isinstance(ticket, Call | Lifecycle)
@@ -440,16 +455,19 @@ class Mediator:
                 Event(GUEST_REFUSED, "info", guest.vm, {"why": f"OP-TEE answered {answer[0] & LOW:#x}"}),
             )
         if not ok:
-            guest.in_flight -= 1
-            advance(guest, GuestEvent.DESTROY_REFUSED, GUEST_TABLE)
-            why = f"VM_DESTROYED was answered {answer[0] & LOW:#x}: pins are kept"
-            return self._host_reply(
-                ReturnCode.EBUSY,
-                Event(SECURE_WORLD_FAULT, "error", guest.vm, {"why": why}),
-                Event(GUEST_QUARANTINED, "error", guest.vm, guest.ledger.sums()),
-            )
+            return self._not_released(guest, f"VM_DESTROYED was answered {answer[0] & LOW:#x}: pins are kept")
         ticket.work = self._release(ticket, guest, GuestEvent.DESTROYED)
         return self.proceed(ticket)
+
+    def _not_released(self, guest: Guest, why: str) -> Step:
+        """OP-TEE did not let go of a guest (R24)."""
+        guest.in_flight -= 1
+        advance(guest, GuestEvent.DESTROY_REFUSED, GUEST_TABLE)
+        return self._host_reply(
+            ReturnCode.EBUSY,
+            Event(SECURE_WORLD_FAULT, "error", guest.vm, {"why": why}),
+            Event(GUEST_QUARANTINED, "error", guest.vm, guest.ledger.sums()),
+        )
 
     def _release(self, ticket: Lifecycle, guest: Guest, event: GuestEvent) -> Generator[None, None, Step]:
         """OP-TEE has let go of the guest: release all it held, a bounded number of buffers at a time."""

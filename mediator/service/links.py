@@ -19,7 +19,7 @@ from hv_models.machine import MAX_CLIENT_ID, RamBlock
 from hv_models.memory import PAGE_SIZE, PageStore
 from hv_models.socket_link import LinkClosed, SocketLink
 from hv_models.vm import VirtualMachine
-from mediator.board import Board, BoardError
+from mediator.board import BoardError, MediatedMachine
 from optee.abi.smc import Registers
 
 HANDSHAKE_SECONDS: Final = 10.0
@@ -45,7 +45,7 @@ class Ending(StrEnum):
 class Link:
     """One VM's link, from its first message to its last. Its client id is the lowest free one unless given."""
 
-    def __init__(self, board: Board, sock: trio.socket.SocketType, client_id: int | None = None) -> None:
+    def __init__(self, board: MediatedMachine, sock: trio.socket.SocketType, client_id: int | None = None) -> None:
         self.vm: VirtualMachine | None = None
         self.reason = ""
         """Why the link was ended, in one line; empty if it was ended in order."""

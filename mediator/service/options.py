@@ -11,7 +11,8 @@ class ServeOptions:
     duration: seconds of workload, None until it is interrupted; check: look at every step with the invariant
     checker; seed: of everything random in the models; in_process: guests are tasks, not processes of their own.
     external: the socket for VMs of others; control: the socket for `mediator ctl`; host_client: the host's own driver
-    is a guest as well. record: the trace to write, one for each guest.
+    is a guest as well. record: the trace to write, one for each guest. secure_world: the
+    socket of a secure world in another process.
     """
 
     guests: int = 4
@@ -27,3 +28,4 @@ class ServeOptions:
     control: Path | None = None
     host_client: bool = False
     record: Path | None = None
+    secure_world: Path | None = None

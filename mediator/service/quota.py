@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mediator.board import Board
+from mediator.board import MediatedMachine
 from mediator.core.ledger import RESOURCES, Ledger, OverLimit
 from mediator.core.policy import PolicyLimits
 from mediator.core.pool import borrowed
@@ -14,7 +14,7 @@ from mediator.policies import load_policy, read_quota
 from optee.abi.smc import VmId
 
 
-def change(board: Board, client: int, changes: object) -> PolicyLimits:
+def change(board: MediatedMachine, client: int, changes: object) -> PolicyLimits:
     """Give one guest other limits; `changes` are keys of a policy's `limits`. Raises DocumentError, one line each."""
     core = board.core
     guest = core.guests.get(VmId(client))
@@ -28,7 +28,7 @@ def change(board: Board, client: int, changes: object) -> PolicyLimits:
     return limits
 
 
-def adopt(board: Board, name_or_file: str) -> None:
+def adopt(board: MediatedMachine, name_or_file: str) -> None:
     """Read a policy again and give every guest the limits that stand there. Raises DocumentError; nothing changes then.
 
     What `change` gave single guests ends with it: the file says what holds.

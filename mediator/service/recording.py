@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from hv_models.vm import VirtualMachine
-from mediator.board import Board
+from mediator.board import MediatedMachine
 from mediator.documents import DocumentError
 from mediator.trace.record import Recorder, TraceFile
 
@@ -23,7 +23,7 @@ class Recordings:
     stands before the suffixes (`calls.jsonl`: `calls.kvm-1.jsonl`). Raises DocumentError where there can be no file.
     """
 
-    def __init__(self, board: Board, path: Path, driver: str, *, alone: bool) -> None:
+    def __init__(self, board: MediatedMachine, path: Path, driver: str, *, alone: bool) -> None:
         if path.is_dir() or not os.access(path.parent, os.W_OK):
             raise DocumentError([f"{path}: no trace can be written there"])
         self._board = board

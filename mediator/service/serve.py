@@ -4,7 +4,7 @@ import signal
 import socket
 import sys
 from collections import deque
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext
 from typing import Final
 
 import trio
@@ -12,12 +12,14 @@ import trio
 import guests
 from guests.process import Settings
 from guests.workloads import WORKLOADS
-from hv_models.machine import DEFAULT_RAM, DEFAULT_VCPUS, RAM_BASE
+from hv_models.link import LinkError
+from hv_models.machine import DEFAULT_RAM, DEFAULT_VCPUS, RAM_BASE, Machine
 from hv_models.vm import VirtualMachine
-from mediator.board import Board, BoardError, images
+from mediator.board import Board, BoardError, MediatedMachine, images
 from mediator.core.policy import Policy
 from mediator.documents import DocumentError
 from mediator.policies import load_policy
+from mediator.remote_world import RemoteSecureWorld
 from mediator.service.control import Control
 from mediator.service.display import display
 from mediator.service.links import Ending, Link
@@ -57,10 +59,9 @@ class Bench:
 
     def __init__(self, options: ServeOptions, policy: Policy) -> None:
         self.options = options
-        room = options.guests + options.host_client + (EXTERNAL_ROOM if options.external is not None else 0)
-        config = Config(guests=max(room, 1), early_tas=frozenset(), seed=options.seed)
         self._events = EventLog(trio.current_time, lambda: self.board.core.tracing)
-        self.board = Board(policy, config, thorough=options.check, on_event=self._events)
+        self.board, self._reach = self._assemble(policy)
+        self.board.service.on_fault = self._secure_world_died
         self.guests: list[ServedGuest] = []
         self._strangers: deque[ServedGuest] = deque()
         self.images = images(*(ta for ta in BUILT_IN if not ta.is_pseudo))
@@ -70,29 +71,53 @@ class Bench:
         self._stopping = trio.Event()
         self._cut = trio.Event()
         self._is_up = trio.Event()
+        self._fault = ""
+
+    def _assemble(self, policy: Policy) -> tuple[MediatedMachine, AbstractAsyncContextManager[None]]:
+        """The machine, and what its secure world needs to be reached."""
+        options = self.options
+        if options.secure_world is None:
+            room = options.guests + options.host_client + (EXTERNAL_ROOM if options.external is not None else 0)
+            config = Config(guests=max(room, 1), early_tas=frozenset(), seed=options.seed)
+            return Board(policy, config, thorough=options.check, on_event=self._events), nullcontext()
+        world = RemoteSecureWorld(Machine(), options.secure_world)
+        board = MediatedMachine(world, policy, thorough=options.check, on_event=self._events)
+        world.on_notification = board.service.notify
+        world.on_death = self._secure_world_died
+        return board, world.connected()
+
+    def _secure_world_died(self, why: str) -> None:
+        """Nothing can be answered any more: say so once, and end."""
+        if not self._fault:
+            self._fault = why
+            self.stop()
 
     async def run(self) -> Summary:
         """Up, work, down; whatever happens, everything is given back. Raises BoardError, DocumentError."""
         started = trio.current_time()
-        async with self.board:
+        async with self._reach, self.board:
             async with AsyncExitStack() as stack:
-                if self.options.record is not None:
-                    alone = self.options.external is None and self.options.guests + self.options.host_client == 1
-                    driver = f"guests of mediator serve, workload {self.options.workload}"
-                    recordings = Recordings(self.board, self.options.record, driver, alone=alone)
-                    self._recordings = stack.enter_context(recordings)
-                if self.options.external is not None:
-                    door = listening(self.options.external, socket.SOCK_SEQPACKET, self._serve_external)
-                    await stack.enter_async_context(door)
-                if self.options.control is not None:
-                    control = listening(self.options.control, socket.SOCK_STREAM, Control(self).serve)
-                    await stack.enter_async_context(control)
+                await self._open_doors(stack)
                 await self._work(await self._warm_parent(stack), started)
             for guest in self.guests:
                 await self._remove(guest)
             self.board.scan()
+            await self.board.world.settle(self.board.clients)
             seconds = trio.current_time() - started
             return self._summary(seconds if self.up is None else self.up, seconds)
+
+    async def _open_doors(self, stack: AsyncExitStack) -> None:
+        options = self.options
+        if options.record is not None:
+            alone = options.external is None and options.guests + options.host_client == 1
+            driver = f"guests of mediator serve, workload {options.workload}"
+            self._recordings = stack.enter_context(Recordings(self.board, options.record, driver, alone=alone))
+        if options.external is not None:
+            door = listening(options.external, socket.SOCK_SEQPACKET, self._serve_external)
+            await stack.enter_async_context(door)
+        if options.control is not None:
+            control = listening(options.control, socket.SOCK_STREAM, Control(self).serve)
+            await stack.enter_async_context(control)
 
     async def _work(self, parent: WarmParent | None, started: float) -> None:
         """Start the guests, and wait until they have ended and nobody else is wanted."""
@@ -286,30 +311,33 @@ class Bench:
 
     def _summary(self, up: float, seconds: float) -> Summary:
         board = self.board
-        model, clients = board.model, board.clients
+        world, clients = board.world, board.clients
         guests = [guest for guest in self.guests if guest.accounts is not None]
-        left = board.left()
+        left, counts = board.left(), world.counts_of(0)
+        faults = [self._fault] if self._fault else []
+        if self._recordings is not None:
+            faults += self._recordings.failures
         return Summary(
             guests=tuple(guest.status() for guest in guests),
-            reserved_offered=sum(guest.status().vmid in board.world.reserved_offered for guest in guests),
-            strangers=sum(n for (_, client), n in board.world.inbox.items() if client and client not in clients),
+            reserved_offered=sum(guest.status().vmid in world.reserved_offered for guest in guests),
+            strangers=sum(n for (_, client), n in world.inbox.items() if client and client not in clients),
             violations=board.violations,
             checked=self.options.check,
             left={
                 "pages": left["pins"],
-                "calls": left["calls"],
-                "buffers": left["buffers"],
+                "calls": left["calls"] if world.counted else None,
+                "buffers": left["buffers"] if world.counted else None,
                 "rpc_arguments": left["mediator_pages"],
             },
-            ta_invokes=model.ta_invokes,
-            panics=model.panics,
-            cancels=model.cancels,
+            ta_invokes=counts.ta_invokes if world.counted else None,
+            panics=counts.panics if world.counted else None,
+            cancels=counts.cancels if world.counted else None,
             thread_limits=sum(guest.status().thread_limits for guest in guests),
             up_seconds=up,
             seconds=seconds,
             refused_guests=tuple(self.refused_guests),
-            faults=() if self._recordings is None else tuple(self._recordings.failures),
-            panic_reports=tuple(model.panic_reports)[-SHOWN_PANICS:],
+            faults=tuple(faults),
+            panic_reports=world.panic_reports()[-SHOWN_PANICS:],
         )
 
 
@@ -323,5 +351,5 @@ def run_bench(options: ServeOptions) -> Summary:
     bench = Bench(options, load_policy(options.policy))
     try:
         return trio.run(bench.run)
-    except BoardError as error:
+    except (BoardError, LinkError) as error:
         raise DocumentError([str(error)]) from None

@@ -10,7 +10,7 @@ import trio
 from guests import Driver
 from guests.workloads import Report
 from hv_models.vm import VirtualMachine
-from mediator.board import Board
+from mediator.board import MediatedMachine
 from mediator.core.ledger import Ledger
 from mediator.core.records import Counters
 from mediator.service.processes import GuestProcess
@@ -108,7 +108,7 @@ class ServedGuest:
         """Commands that reached a TA, as the guest knows it."""
         return self.report.invokes if self.driver is None else self.driver.invokes
 
-    def born(self, vm: VirtualMachine, board: Board) -> None:
+    def born(self, vm: VirtualMachine, board: MediatedMachine) -> None:
         """OP-TEE knows the VM now."""
         record, service = board.core.guests[vm.client_id], board.service
         self.vm = vm

@@ -27,10 +27,11 @@ class Summary:
     strangers: int
     violations: list[str]
     checked: bool
-    left: dict[str, int]
-    ta_invokes: int
-    panics: int
-    cancels: int
+    left: dict[str, int | None]
+    """What cannot be known is None: a secure world elsewhere need not say what it holds."""
+    ta_invokes: int | None
+    panics: int | None
+    cancels: int | None
     thread_limits: int
     up_seconds: float
     seconds: float
