@@ -83,7 +83,7 @@ def test_the_page_names_every_request_and_bound_with_its_value() -> None:
     assert shown == {str(int(request)): request.name for request in link.Request}
     bounds = dict(re.findall(r"^\| `(MAX_[A-Z]+)` \| (\d+)", text, re.MULTILINE))
     assert bounds == {
-        name: str(value >> 30 if name == "MAX_RAM" else value)
+        name: str(value >> 30 if name in ("MAX_RAM", "MAX_MEMORY") else value)
         for name, value in vars(link).items()
         if name.startswith("MAX_")
     }
