@@ -241,7 +241,7 @@ async def test_what_breaks_the_protocol_ends_the_link_with_one_line(record: byte
         await say(sock, record, fds)
         (reason,) = await rest(sock)
         assert words in reason and reason == door.reason
-    assert descriptors() == before
+    assert descriptors() <= before  # what others left may go meanwhile
 
 
 @pytest.mark.parametrize("first", [HELLO[1], CALL, pack(Request.GET_FEATURES, b"1"), pack(Request.SET_FEATURES)])
@@ -290,7 +290,7 @@ async def test_a_mediator_that_is_gone_leaves_nothing(said: int) -> None:
     door = SecureDoor(ours, CONFIG)
     await door.serve()
     assert door.reason == ""
-    assert descriptors() == before
+    assert descriptors() <= before  # what others left may go meanwhile
 
 
 async def test_what_optee_dies_of_is_said() -> None:
@@ -372,7 +372,7 @@ async def test_a_secure_world_that_lies_is_a_fault_and_one_line(lie: bytes, word
     before = descriptors()
     first, second = await meet(path, Stranger(*GREETED, lie, answer(*API_UID)), UID, UID)
     assert first == second == f"the secure world at {path}: {words}"
-    assert descriptors() == before
+    assert descriptors() <= before  # what others left may go meanwhile
 
 
 async def test_one_that_is_gone_and_one_that_says_nothing_are_faults(tmp_path: Path, autojump_clock: MockClock) -> None:
