@@ -6,6 +6,7 @@ true, false, null, everything else text) and the rest is an error.
 """
 
 import re
+from pathlib import Path as FilePath
 from typing import Final, TypeVar
 
 import yaml
@@ -13,6 +14,8 @@ from pydantic import BaseModel, ValidationError
 
 MAX_SIZE: Final = 4 << 20
 """Characters of one document: stops a file from eating memory before it is looked at."""
+MAX_FILE: Final = 16 << 20
+"""Bytes of a file of any kind: stops a device or a wrong file from filling memory."""
 MAX_DEPTH: Final = 32
 """Nesting of one document: stops recursion."""
 MAX_DIGITS: Final = 128
@@ -41,6 +44,18 @@ class DocumentError(Exception):
     def __init__(self, lines: list[str]) -> None:
         super().__init__("\n".join(lines))
         self.lines = lines
+
+
+def read_bytes(path: FilePath) -> bytes:
+    """A whole file of reasonable size. Raises DocumentError."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE + 1)
+    except OSError as error:
+        raise DocumentError([f"{path}: {error.strerror or error}"]) from None
+    if len(data) > MAX_FILE:
+        raise DocumentError([f"{path}: larger than {MAX_FILE >> 20} MiB"])
+    return data
 
 
 class _Loader(yaml.CSafeLoader):

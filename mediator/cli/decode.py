@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from mediator.cli.options import Json
-from mediator.cli.output import GOOD, MAX_FILE, BadInput, emit, emit_json, read_bytes
+from mediator.cli.output import GOOD, BadInput, emit, emit_json
 
 if TYPE_CHECKING:
     from mediator.decode import Decoded
@@ -78,6 +78,8 @@ def _number(text: str) -> int:
 
 def _bytes(text: str) -> bytes:
     """Bytes given as digits or as a file."""
+    from mediator.documents import MAX_FILE, read_bytes
+
     if text == STANDARD_INPUT:
         return _digits_or_bytes(sys.stdin.buffer.read(MAX_FILE))
     if _HEX_TEXT.match(text.encode()) and not _is_file(text):

@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
@@ -38,8 +37,6 @@ CLOSED_PIPE: Final = 141
 TRACEBACK_VARIABLE: Final = "MEDIATOR_TRACEBACK"
 PIPE_WIDTH: Final = 160
 """Columns of a table that does not go to a terminal: no line of ours is folded there."""
-MAX_FILE: Final = 16 << 20
-"""Bytes of a file to decode: stops a device or a wrong file from filling memory."""
 
 _CLICK_ERROR: Final = typer.BadParameter.__mro__[2]
 """Base of every complaint about a command line, which typer has no public name for."""
@@ -139,18 +136,6 @@ def policy_of(name: str) -> "Policy":
     from mediator.policies import load_policy
 
     return load_policy(name)
-
-
-def read_bytes(path: Path) -> bytes:
-    """A whole file of reasonable size. Raises BadInput."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_FILE + 1)
-    except OSError as error:
-        raise BadInput(f"{path}: {error.strerror or error}") from None
-    if len(data) > MAX_FILE:
-        raise BadInput(f"{path}: larger than {MAX_FILE >> 20} MiB")
-    return data
 
 
 class Boundary:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 import typer
 
 from mediator.cli.options import Json
-from mediator.cli.output import GOOD, BadInput, emit, emit_json, heading, read_bytes, show, table, verdict
+from mediator.cli.output import GOOD, BadInput, emit, emit_json, heading, show, table, verdict
 
 if TYPE_CHECKING:
     from mediator.sizing.request import Request
@@ -295,6 +295,7 @@ def _compare(what: str, *, json: bool) -> int:
 def _log(path: Path, *, json: bool) -> int:
     from dataclasses import asdict
 
+    from mediator.documents import read_bytes
     from mediator.sizing import report
     from optee.memory.console import read_console
 

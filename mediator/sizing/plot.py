@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from mediator.cli.output import BadInput
+from mediator.documents import DocumentError
 
 
 def draw(path: Path, axis: str, values: Sequence[int | bool], series: dict[str, list[float | None]]) -> None:
-    """Write a chart of each series over the values that were swept. Raises BadInput."""
+    """Write a chart of each series over the values that were swept. Raises DocumentError."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise BadInput("--plot needs matplotlib: pip install 'optee-mediator[plot]'") from None
+        raise DocumentError(["--plot needs matplotlib: pip install 'optee-mediator[plot]'"]) from None
     figure = Figure(figsize=(7, 4 * len(series)), layout="constrained")
     labels = [("y" if value else "n") if isinstance(value, bool) else str(value) for value in values]
     for number, (name, numbers) in enumerate(series.items(), 1):
@@ -24,4 +24,4 @@ def draw(path: Path, axis: str, values: Sequence[int | bool], series: dict[str, 
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: {error}") from None
+        raise DocumentError([f"{path}: {error}"]) from None

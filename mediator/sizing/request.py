@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from mediator.documents import DocumentError, load_document
+from mediator.documents import DocumentError, load_document, read_bytes
 from optee.memory.boards import BOARDS
 from optee.memory.build import KIB, MIB, Build
 from optee.memory.build_files import (
@@ -196,7 +196,7 @@ def _profile(ta: _Ta) -> TaProfile:
 
 def read_ta(path: Path) -> TaProfile:
     """A TA's header file or ELF file. Raises DocumentError."""
-    data = _read_bytes(path)
+    data = read_bytes(path)
     if data[:4] == b"\x7fELF":
         return _file_error(read_ta_elf, data, str(path))
     return _file_error(read_ta_header, _text(path, data), str(path))
@@ -210,7 +210,7 @@ def _file_error(read: Callable[[T, str], R], content: T, name: str) -> R:
 
 
 def _read_text(path: Path) -> str:
-    return _text(path, _read_bytes(path))
+    return _text(path, read_bytes(path))
 
 
 def _text(path: Path, data: bytes) -> str:
@@ -218,9 +218,3 @@ def _text(path: Path, data: bytes) -> str:
         return data.decode()
     except UnicodeDecodeError:
         raise DocumentError([f"{path}: neither UTF-8 text nor an ELF file"]) from None
-
-
-def _read_bytes(path: Path) -> bytes:
-    from mediator.cli.output import read_bytes
-
-    return read_bytes(path)
