@@ -40,6 +40,16 @@ Huk: TypeAlias = Annotated[
 ChipId: TypeAlias = Annotated[
     str, typer.Option("--chip-id", metavar="HEX", help='Chip id of 32 bytes; none: "BEEF" 8 times, as OP-TEE.')
 ]
+Guest: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        "--guest",
+        metavar="ID",
+        min=1,
+        max=65535,
+        help="Client id of the guest, if its keys are its own (not OP-TEE's).",
+    ),
+]
 
 
 @app.callback()
@@ -48,12 +58,14 @@ def _store() -> None:
 
 
 @app.command("ls")
-def list_objects(directory: Directory, huk: Huk = "", chip_id: ChipId = "", json: Json = False) -> int:
+def list_objects(
+    directory: Directory, huk: Huk = "", chip_id: ChipId = "", guest: Guest = None, json: Json = False
+) -> int:
     """List the objects: owner, id, size, type, file, counter, and whether they are whole."""
     from optee.storage.attributes import type_name
     from optee.storage.describe import describe_store
 
-    store = _open(directory, huk, chip_id)
+    store = _open(directory, huk, chip_id, guest)
     document = describe_store(store)
     _complain(store)
     if json:
@@ -76,13 +88,14 @@ def print_data(
     ta: Annotated[str, typer.Option("--ta", metavar="UUID", help="The TA that owns the object.")],
     huk: Huk = "",
     chip_id: ChipId = "",
+    guest: Guest = None,
     json: Json = False,
 ) -> int:
     """Print the data of one object, byte for byte."""
     from optee.storage.damage import DamagedError
     from optee.storage.describe import describe_object
 
-    store = _open(directory, huk, chip_id)
+    store = _open(directory, huk, chip_id, guest)
     stored = _find(store, ta, object_id)
     if stored is None:
         note(f"error: {store.opened.damages[0]}")
@@ -99,11 +112,11 @@ def print_data(
 
 
 @app.command()
-def check(directory: Directory, huk: Huk = "", chip_id: ChipId = "", json: Json = False) -> int:
+def check(directory: Directory, huk: Huk = "", chip_id: ChipId = "", guest: Guest = None, json: Json = False) -> int:
     """Verify every hash and tag of the live state, and say what is damaged, left over and free."""
     from optee.storage.describe import describe_store
 
-    store = _open(directory, huk, chip_id)
+    store = _open(directory, huk, chip_id, guest)
     document = describe_store(store)
     good = not store.damages
     if json:
@@ -122,11 +135,11 @@ def check(directory: Directory, huk: Huk = "", chip_id: ChipId = "", json: Json 
 
 
 @app.command()
-def dump(directory: Directory, huk: Huk = "", chip_id: ChipId = "", json: Json = False) -> int:
+def dump(directory: Directory, huk: Huk = "", chip_id: ChipId = "", guest: Guest = None, json: Json = False) -> int:
     """Print the structures: heads, nodes and blocks of each file with their places, entries, headers."""
     from optee.storage.describe import dump_store
 
-    store = _open(directory, huk, chip_id)
+    store = _open(directory, huk, chip_id, guest)
     document = dump_store(store)
     _complain(store)
     if json:
@@ -136,7 +149,7 @@ def dump(directory: Directory, huk: Huk = "", chip_id: ChipId = "", json: Json =
     return verdict(not store.damages)
 
 
-def _open(directory: Path, huk: str, chip_id: str) -> "StoreReader":
+def _open(directory: Path, huk: str, chip_id: str, guest: int | None) -> "StoreReader":
     """The store with these keys, read. Raises BadInput."""
     from optee.storage.keys import CHIP_ID_SIZE, DEFAULT_CHIP_ID, DEFAULT_HUK, StorageKeys
     from optee.storage.store_reader import NotAStoreError, StoreReader
@@ -145,7 +158,7 @@ def _open(directory: Path, huk: str, chip_id: str) -> "StoreReader":
     if len(chip) != CHIP_ID_SIZE:
         raise BadInput(f"store: --chip-id has {CHIP_ID_SIZE} bytes, not {len(chip)}")
     try:
-        store = StoreReader(directory, StorageKeys(key, chip))
+        store = StoreReader(directory, StorageKeys(key, chip, guest))
         # Files are read here, so that one that cannot be read is told before anything is printed.
         _ = store.damages
     except NotAStoreError as error:

@@ -1,14 +1,18 @@
 """A supplicant that damages, withholds or swaps what it was given: an error, never wrong data."""
 
+import copy
 import hashlib
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import UUID
 
 import pytest
 
+from guests.rpmb import RpmbDevice
 from optee.abi.results import Result, TaFlag
-from optee.abi.rpc import FsOperation
+from optee.abi.rpc import FsOperation, RpcCommand
 from optee.storage.keys import StorageKeys
 from optee.storage.store_reader import StoreReader
 from optee.tas.secure_storage_test import StorageTest
@@ -23,16 +27,19 @@ ERRORS = {Result.CORRUPT_OBJECT, Result.ITEM_NOT_FOUND, Result.TARGET_DEAD, Resu
 STORES = SHARED / "stores"
 
 
+@dataclass
 class HostileDisk(Disk):
     """Answers the file operation number `at` in its own way."""
 
-    at = -1
-    way = ""
+    at: int = -1
+    way: str = ""
+    other: Mapping[str, bytes] = field(default_factory=dict)
+    """Files of another time or another guest, of the same names."""
 
     def serve(self, rig: StorageRig, rpc: Rpc) -> Result:
         attacked = len(self.asked) == self.at
         result = super().serve(rig, rpc)
-        if not attacked:
+        if not attacked or rpc.command == RpcCommand.RPMB:
             return result
         if self.way == "error":
             return Result.GENERIC
@@ -44,6 +51,11 @@ class HostileDisk(Disk):
                 rpc.params[1] = rpc.params[1]._replace(b=size - 1)
             elif self.way == "long":
                 rpc.params[1] = rpc.params[1]._replace(b=size + 1)
+            elif self.way == "other":
+                name, offset = self.open_files[rpc.params[0].b][0], rpc.params[0].c
+                data = self.other.get(name, b"")[offset : offset + size]
+                rig.memory.write(rig.supplicant.buffers[rpc.params[1].c], data)
+                rpc.params[1] = rpc.params[1]._replace(b=len(data))
             else:
                 place = rig.supplicant.buffers[rpc.params[1].c]
                 data = bytearray(rig.memory.read(place, size))
@@ -79,6 +91,60 @@ def test_no_answer_makes_wrong_data(way: str) -> None:
             break
         at += 1
     assert at > 15
+
+
+OLD = DATA[1:] + DATA[:1]
+
+
+def changed_store(**config: object) -> tuple[dict[str, bytes], Disk]:
+    """Files before the last change of the object, and the disk after it."""
+    disk = Disk(rpmb=RpmbDevice())
+    client = StorageRig(disk, **config).session()
+    client.close(client.create(b"other", b"else"))
+    handle = client.create(b"object", DATA[::-1])
+    for data in (DATA[::-1], OLD):  # both versions of everything have been used
+        client.seek(handle, 0)
+        client.write(handle, data)
+    old = disk.snapshot()
+    client.seek(handle, 0)
+    client.write(handle, DATA)
+    return old, disk
+
+
+def contents_with_one_read_of(other: Mapping[str, bytes], disk: Disk, **config: object) -> set[bytes]:
+    """What the object is read as, when one of all the reads comes from other files of the same names."""
+    found = set()
+    at = asked = 0
+    while at <= asked:
+        files = {name: bytearray(content) for name, content in disk.files.items()}
+        hostile = HostileDisk(files, rpmb=copy.deepcopy(disk.rpmb), other=other)
+        client = StorageRig(hostile, **config).session()
+        hostile.at, hostile.way = at, "other"
+        try:
+            found.add(client.content(b"object"))
+        except StorageError as error:
+            assert error.result in ERRORS, (at, error)
+        asked = len(hostile.asked)
+        at += 1
+    assert at > 15
+    return found
+
+
+def test_reads_of_another_guests_files() -> None:
+    """They have the same shape and the same keys; none is taken for one of ours."""
+    rig = StorageRig(seed=5)
+    client = rig.session()
+    client.close(client.create(b"other", b"theirs"))
+    client.close(client.create(b"object", DATA[::-1]))
+    disk = Disk({name: bytearray(content) for name, content in store().items()})
+    assert contents_with_one_read_of(rig.disk.snapshot(), disk) == {DATA}
+
+
+def test_reads_of_older_files() -> None:
+    """Without an anchor the version before the last may be made to count, as a whole; with it nothing but the last."""
+    assert contents_with_one_read_of(*changed_store()) == {DATA, OLD}
+    anchored = {"rpmb_fs": True, "rpmb_write_key": True}
+    assert contents_with_one_read_of(*changed_store(**anchored), **anchored) == {DATA}
 
 
 @pytest.mark.parametrize("way", ["error", "short", "flip", "zeroes"])

@@ -337,13 +337,3 @@ def test_secure_storage_example(rig: StorageRig) -> None:
     assert raw(rig, session, 2, b"object").ret == Result.ITEM_NOT_FOUND
     assert raw(rig, session, 9, b"object").ret == Result.NOT_SUPPORTED
     assert not rig.disk.open_files
-
-
-def test_guests_are_kept_apart_by_their_files_only() -> None:
-    """The keys are the machine's: one guest's files open in another guest that is given them."""
-    first, second = StorageRig(seed=1), StorageRig(seed=2)
-    client = first.session()
-    client.close(client.create(b"object", b"secret"))
-    assert refused(second.session().open, b"object") == Result.ITEM_NOT_FOUND
-    moved = StorageRig(first.disk, seed=3)
-    assert moved.session().content(b"object") == b"secret"

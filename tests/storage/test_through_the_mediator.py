@@ -1,6 +1,7 @@
 """A guest's clients, its driver and tee-supplicant, the mediator, and OP-TEE's secure storage in real directories."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -172,3 +173,17 @@ async def test_the_anchor_needs_the_device(tmp_path: Path) -> None:
                 assert await keep(owner, PRIVATE, b"third") == expected
         assert board.violations == []
         assert not any(board.left().values())
+
+
+async def contents(guest: Guest, names: Sequence[bytes]) -> dict[bytes, bytes | Result]:
+    """What each of these objects holds, or why it does not open."""
+    found: dict[bytes, bytes | Result] = {}
+    async with guest.context() as context, await context.open_session(StorageTest.uuid) as session:
+        for name in names:
+            try:
+                outputs = await session.invoke(0, text(name), Value(ALL), Value(PRIVATE, direction=IN))
+                output, _ = await session.invoke(2, Temporary(size=20000, direction=OUT), Value(outputs[1].b))
+                found[name] = output.data
+            except TeeError as error:
+                found[name] = Result(error.result)
+    return found
