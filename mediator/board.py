@@ -76,9 +76,9 @@ class MediatedMachine:
         return [] if self.checker is None else [str(violation) for violation in self.checker.violations]
 
     def scan(self) -> None:
-        """Let the checker look at everything once more."""
+        """Let the checker look at everything once more, when nothing more will happen."""
         if self.checker is not None:
-            self.checker.scan()
+            self.checker.finish()
 
     def left(self) -> dict[str, int]:
         """What all guests so far hold: pins on their pages, calls, buffers and sessions at OP-TEE, mediator pages."""

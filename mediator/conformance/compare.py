@@ -91,7 +91,7 @@ class _Comparison:
                 self._step(index, recorded, ours)
                 if observe:
                     observed.append(ours.step.model_dump(mode="json", exclude_none=True))
-            run.checker.scan(memory=True)
+            run.checker.finish(memory=True)
             self.report.violations.extend((self.vector.name, found) for found in run.checker.violations)
         finally:
             run.close()

@@ -173,7 +173,7 @@ class Replay:
             for identity in list(self._pending):
                 # The recording ends while OP-TEE runs this call: the call ends with the recording.
                 self._answer(identity, (ReturnCode.EBADCMD, 0, 0, 0), None, None)
-        self.checker.scan(memory=True)
+        self.checker.finish(memory=True)
         self._host_request(self.checker.destroy(self.client))
         pins = self.vm.pins
         pages = self.machine.pages.allocated

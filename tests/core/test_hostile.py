@@ -198,7 +198,7 @@ class Play:
     def __init__(self, policy):
         self.pair = Pair(policy, threads=THREADS)
         self.tee = Tee(self.pair)
-        self.pair.checker._threads_held = self.tee.threads_held
+        self.pair.checker.threads_held = self.tee.threads_held
         self.guests = [Guest(self.pair, "kvm"), Guest(self.pair, "xen")]
         self.waiting = []
 
