@@ -10,6 +10,7 @@ from hv_models.memory import PAGE_SIZE
 from hv_models.pages import Page
 from hv_models.vm import VirtualMachine
 from mediator.core.ports import SharedPage
+from optee.abi.smc import VmId
 
 
 class Host:
@@ -37,12 +38,13 @@ class Host:
 
     def pins(self, vm: int) -> Mapping[int, int]:
         """References per physical page of a VM."""
-        found = next((found for client, found in self.machine.vms.items() if client == vm), None)
+        found = self.machine.vms.get(VmId(vm))
         return {} if found is None else pins_by_frame(found)
 
     def pin_count(self, vm: int) -> int:
         """Sum of the same."""
-        return next((found.pins for client, found in self.machine.vms.items() if client == vm), 0)
+        found = self.machine.vms.get(VmId(vm))
+        return 0 if found is None else found.pins
 
     def frame(self, pa: int) -> memoryview:
         """The mediator's page at a physical address; KeyError for any other."""
@@ -53,7 +55,7 @@ class Host:
     def own_address_in_ram(self, vm: int) -> tuple[int, int] | None:
         """The first word of a VM's RAM that is the address of a mediator's page, with its IPA; None if none is."""
         first, end = np.uint64(MEDIATOR_BASE), np.uint64(MEDIATOR_BASE + self.machine.pages.capacity * PAGE_SIZE)
-        found = next((found for client, found in self.machine.vms.items() if client == vm), None)
+        found = self.machine.vms.get(VmId(vm))
         for region in () if found is None else found.regions:
             store = region.bank.store
             for pages in store.touched():
