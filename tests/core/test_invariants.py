@@ -272,7 +272,7 @@ BREAKAGES = {
         10,
         sharing._Batch.pin,
         r"octets = ",
-        "[guest.memory.unpin(guest.memory.pin(np.frombuffer(self.entries[0], np.uint64))) for _ in range(3)]; octets = ",
+        "[guest.memory.unpin(guest.memory.pin(np.frombuffer(self.entries[0], 'u8'))) for _ in range(3)]; octets = ",
         shared_buffer,
     ),
     "a message is read twice": (
