@@ -86,7 +86,6 @@ class Checker:
         self._witnesses: dict[VmId, Witness] = {}
         self._guests: dict[VmId, Guest] = {}
         self._open: dict[Ticket, Request] = {}
-        self._busy: dict[tuple[VmId, int], Request] = {}
         self._policy: Policy | None = None
         self._allowed: frozenset[int] = frozenset()
 
@@ -155,12 +154,8 @@ class Checker:
         resumed, work = (None, _NO_WORK) if witness is None else witness.begin(regs, self._guests.get(vm))
         request = Request(vm, vcpu, self.steps, regs, work)
         step = self.mediator.submit(vm, vcpu, regs)
-        if not isinstance(step, Queue):
-            before = self._busy.get((vm, vcpu))
-            if before is not None and self._lives(vm):
-                self.report(6, vm, f"an answer to what vCPU {vcpu} asked in step {before.step}", "its next call")
-            if witness is not None:
-                witness.submitted(regs, resumed, step)
+        if witness is not None and not isinstance(step, Queue):
+            witness.submitted(regs, resumed, step)
         return self._answered(None, request, step)
 
     def returned(self, ticket: Ticket, answer: Regs) -> Step:
@@ -221,10 +216,6 @@ class Checker:
                 what = f"an answer to {request.regs[0] & LOW:#x}, asked by vCPU {request.vcpu} in step {request.step}"
                 self.report(6, request.vm, what, "none")
 
-    def is_busy(self, vm: VmId, vcpu: int) -> bool:
-        """Whether a vCPU waits for the answer to an SMC; a real one makes no other meanwhile."""
-        return (vm, vcpu) in self._busy
-
     def is_open(self, ticket: Ticket) -> bool:
         """Whether a ticket stands for a request that is with OP-TEE, or has its turn again."""
         return ticket in self._open
@@ -252,8 +243,6 @@ class Checker:
                 lost = self._open[step.ticket]
                 self.report(6, lost.vm, f"an answer to the request of step {lost.step}", "another one with its ticket")
             self._open[step.ticket] = request
-            if request.regs is not None and vm is not None:
-                self._busy[vm, request.vcpu] = request
             witness = None if vm is None else self._witnesses.get(vm)
             if isinstance(step, Preempt):
                 if witness is not None:
@@ -262,8 +251,6 @@ class Checker:
                 request.with_optee = True
                 self._check_forward(request, step)
         elif isinstance(step, Reply) and vm is not None and request.regs is not None:
-            if self._busy.get((vm, request.vcpu)) is request:
-                del self._busy[vm, request.vcpu]
             self._check_reply(vm, step, request.regs)
             witness = self._witnesses.get(vm)
             if witness is not None and ticket is not None:
@@ -303,8 +290,6 @@ class Checker:
         if guest is None:
             self._guests.pop(vm, None)
             self._witnesses.pop(vm, None)
-            for key in [key for key in self._busy if key[0] == vm]:
-                del self._busy[key]
         else:
             self._guests[vm] = guest
             if known is not None and witness is not None:

@@ -7,7 +7,6 @@ script. Guest messages are written as a driver would write them; the secure worl
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
 from typing import Any
 
 import numpy as np
@@ -289,20 +288,14 @@ class GuestSide:
             data = [first + (n % 64) * PAGE_SIZE for n in range(pages)]
         return Param(kind, self.page_list(data) | offset, pages * PAGE_SIZE - offset, cookie)
 
-    def submit(self, regs: Regs, vcpu: int | None = None) -> Step:
-        """Let a vCPU, or the first that waits for nothing, execute an SMC."""
-        checker = self.pair.checker
-        if vcpu is None:
-            vcpu = next(free for free in count() if not checker.is_busy(self.id, free))
-        return checker.submit(self.id, vcpu, regs)
+    def submit(self, regs: Regs, vcpu: int = 0) -> Step:
+        return self.pair.checker.submit(self.id, vcpu, regs)
 
-    def smc(self, function: int, *operands: int, vcpu: int | None = None) -> Regs:
+    def smc(self, function: int, *operands: int, vcpu: int = 0) -> Regs:
         """Issue an SMC and let the secure world answer."""
         return self.pair.drive(self.submit(smc(function, *operands), vcpu))
 
-    def call(
-        self, message: Message | int, function: int = Function.CALL_WITH_ARG, vcpu: int | None = None
-    ) -> tuple[Regs, int]:
+    def call(self, message: Message | int, function: int = Function.CALL_WITH_ARG, vcpu: int = 0) -> tuple[Regs, int]:
         """Issue a message (or the one at an IPA): the registers that come back, and its IPA."""
         ipa = message if isinstance(message, int) else self.write(message)
         return self.smc(function, *to_pair(ipa), vcpu=vcpu), ipa
@@ -313,9 +306,7 @@ class GuestSide:
         assert regs[0] == 0, hex(regs[0])
         return self.read(ipa)
 
-    def resume(
-        self, thread: int = 0, a1: int = 0, a2: int = 0, a4: int = 0, a5: int = 0, vcpu: int | None = None
-    ) -> Regs:
+    def resume(self, thread: int = 0, a1: int = 0, a2: int = 0, a4: int = 0, a5: int = 0, vcpu: int = 0) -> Regs:
         return self.smc(Function.RETURN_FROM_RPC, a1, a2, thread, a4, a5, vcpu=vcpu)
 
     def give_page(self, cookie: int, thread: int = 0, ipa: int | None = None) -> tuple[Regs, int]:
