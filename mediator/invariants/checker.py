@@ -180,6 +180,16 @@ class Checker:
             self._check_end(request, ticket, answer, step)
         return self._answered(ticket, request, step, blame=not kept)
 
+    def lost(self, ticket: Ticket, why: str) -> Step:
+        """See `Mediator.lost`: whatever comes of it, the secure world is to blame."""
+        self.steps += 1
+        request = self._open.get(ticket)
+        if request is None or not request.with_optee:
+            self.report(6, None if request is None else request.vm, "a ticket that is with OP-TEE", "another one")
+            request = request or Request(None, 0, self.steps, None, _NO_WORK)
+        request.with_optee = False
+        return self._answered(ticket, request, self.mediator.lost(ticket, why), blame=True)
+
     def proceed(self, ticket: Ticket) -> Step:
         """See `Mediator.proceed`."""
         self.steps += 1
