@@ -61,7 +61,8 @@ class MediatedMachine:
         self.machine = world.machine
         self.world = world
         """The secure world as the mediator sees it."""
-        self.core = Mediator(load_policy(policy) if isinstance(policy, str) else policy, world)
+        chosen = load_policy(policy) if isinstance(policy, str) else policy
+        self.core = Mediator(chosen, world, world.ledger)
         self.checker = Checker(self.core, world, threads_held, thorough=thorough) if check else None
         self.service = Service(self.checker or self.core, world, on_event)
         self.clients: set[int] = set()

@@ -120,6 +120,8 @@ class Service:
         self.recorders: dict[int, Recorder] = {}
         """Who writes down the calls of a guest, by client id."""
         self._distant = world if isinstance(world, DistantSecureWorld) else None
+        self.memory_of: Callable[[VirtualMachine], GuestMemoryCount] = GuestMemoryCount
+        """What the mediator gets as the memory of a VM."""
         self._on_event = on_event
         self._vms: dict[int, VirtualMachine] = {}
         self._changed = trio.lowlevel.ParkingLot()
@@ -132,7 +134,7 @@ class Service:
     async def add(self, vm: VirtualMachine) -> bool:
         """Announce a VM (R24); False if OP-TEE has no room for it."""
         vm.allowed_shared_frames = self.mediator.policy.shared_pages
-        memory = GuestMemoryCount(vm)
+        memory = self.memory_of(vm)
         policy = self.mediator.policy
         limits, rpmb = policy.limits_of(vm.name), vm.name == policy.rpmb_owner
         reply = await self._ask(lambda: self.mediator.create(vm.client_id, memory, limits, rpmb=rpmb))

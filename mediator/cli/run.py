@@ -1,5 +1,6 @@
 """`mediator run`: what guests do is written in a file; what comes of it is printed."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
@@ -28,6 +29,10 @@ def run(
         int | None,
         typer.Option("--guests", metavar="N", min=1, max=1000, help="How many, in scenarios for any number of guests."),
     ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option("--record", metavar="FILE", help="Write a trace of the run, one for each guest (.gz: packed)."),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Of the library, those marked quick.")] = False,
     list_: Annotated[bool, typer.Option("--list", help="List the library and do nothing.")] = False,
     json: Json = False,
@@ -43,7 +48,9 @@ def run(
         return GOOD
     if guests is not None and not any(scenario.parametrised for scenario in chosen):
         raise BadInput("run: --guests is for scenarios that are written for any number of guests")
-    outcomes = _run(chosen, range(seed, seed + seeds), guests)
+    if record is not None and len(chosen) != 1:
+        raise BadInput("run: --record is for one scenario")
+    outcomes = _run(chosen, range(seed, seed + seeds), guests, record)
     failed = [outcome for outcome in outcomes if not outcome.good]
     if json:
         emit_json(
@@ -59,7 +66,7 @@ def run(
     return verdict(not failed)
 
 
-def _run(scenarios: "list[Scenario]", seeds: range, guests: int | None) -> "list[Outcome]":
+def _run(scenarios: "list[Scenario]", seeds: range, guests: int | None, record: Path | None) -> "list[Outcome]":
     """The last outcome of each scenario: the first seed that fails ends its sweep."""
     from mediator.scenario.run import run_scenario
 
@@ -69,7 +76,7 @@ def _run(scenarios: "list[Scenario]", seeds: range, guests: int | None) -> "list
             count = guests if scenario.parametrised else None
             for done, seed in enumerate(seeds):
                 advance(number * len(seeds) + done, len(scenarios) * len(seeds))
-                outcome = run_scenario(scenario, seed, count)
+                outcome = run_scenario(scenario, seed, count, record)
                 if not outcome.good:
                     break
             outcomes.append(outcome)

@@ -156,10 +156,10 @@ class VectorMachine(Host):
         return None if self.pages.due() else super().lend()
 
     def ledger(self, limits: Limits) -> Ledger:
-        """A ledger whose records can fail to be allocated."""
+        """See `Host`: records can fail to be allocated."""
         if self.objects.due():
             raise OverLimit("memory")
-        return _FaultyLedger(limits, self.objects)
+        return FaultyLedger(limits, self.objects)
 
     def host_addresses(self) -> Sequence[tuple[int, int]]:
         """Only the mediator's pages: the frames of a vector's domains have addresses that a guest may name."""
@@ -211,7 +211,7 @@ class VectorMachine(Host):
         return None
 
 
-class _FaultyLedger(Ledger):
+class FaultyLedger(Ledger):
     """Every record (call, buffer, RPC argument) is one allocation, which may fail."""
 
     __slots__ = ("_objects",)
@@ -223,6 +223,7 @@ class _FaultyLedger(Ledger):
     def charge(
         self, pages: int = 0, buffers: int = 0, rpc_arguments: int = 0, calls: int = 0, memory: int = 0
     ) -> Charge:
+        """See `Ledger.charge`."""
         if calls and self.calls + calls > self.limits.calls:
             raise OverLimit("calls")
         if (calls or buffers or rpc_arguments) and self._objects.due():

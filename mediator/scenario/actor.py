@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from mediator.scenario.expressions import EvaluationError, Expression, Record, Value, as_number
 
@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from mediator.scenario.run import Run
     from mediator.scenario.steps import Step
 
-MAX_SIZE = 1 << 30
+WORLD: Final = ""
+"""Whose names those are that no guest's step defines."""
+MAX_SIZE: Final = 1 << 30
 """Bytes of one thing that a step makes: stops a file from filling memory."""
 
 
@@ -78,18 +80,21 @@ class Actor:
     # Names
 
     def define(self, name: str | None, value: Value) -> None:
-        """Give something a name."""
+        """Give something a name: the guest's, or where it is nobody's step, everybody's."""
         if name is not None:
-            self._scopes[self.guest.name].names[name] = value
+            self._scopes[self.guest_name or WORLD].names[name] = value
 
     def look_up(self, name: str) -> Value:
-        """See `Names`: own names first, then `$guest`, then other guests."""
+        """See `Names`: own names first, then everybody's, then `$guest`, then other guests."""
         if self._guest is not None:
             found = self._scopes[self._guest.name].get(name)
             if found is not None:
                 return found
-            if name == "guest":
-                return _facts(self._guest)
+        found = self._scopes[WORLD].get(name)
+        if found is not None:
+            return found
+        if self._guest is not None and name == "guest":
+            return _facts(self._guest)
         if name in self._scopes:
             other = self.run.guest(name)
             scope: Scope | None = self._scopes[name]

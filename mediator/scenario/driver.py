@@ -30,15 +30,17 @@ from mediator.scenario.expressions import (
     Record,
     ResultCode,
     Value,
+    as_number,
 )
 from mediator.scenario.steps import Name, Numbers, Octets, Step, octets
 from optee.abi.message import ENTRIES_PER_PAGE, HEADER, HEADER_SIZE, META, PARAM, Param, ParamType
-from optee.abi.smc import to_pair
+from optee.abi.smc import Function, RpcReturn, from_pair, is_rpc, to_pair
 
 if TYPE_CHECKING:
     from mediator.scenario.actor import Actor
 
 _OCTETS: Final = struct.Struct("<2Q")
+_MAX_RPCS: Final = 10_000
 _META_VALUE: Final = ParamType.VALUE_INPUT | META
 
 
@@ -254,9 +256,7 @@ class Smc(Step):
         """See `Step`."""
         since = actor.run.world.inboxes[actor.guest.client].total
         answer = await actor.guest.smc(self.vcpu, tuple(self.registers(actor)))
-        fields: dict[str, Value] = dict(zip(REGISTERS, answer, strict=False))
-        fields["a1:a2"] = fields["pair"] = (answer[1] & 0xFFFFFFFF) << 32 | answer[2] & 0xFFFFFFFF
-        actor.define(self.name, Record("answer", answer[0], fields))
+        actor.define(self.name, _answer(answer))
         if self.expect is not None:
             self.expect.check_registers(answer, actor)
             if self.expect.message is not None and self.expect.message.at is None and self.a1_a2 is not None:
@@ -264,6 +264,40 @@ class Smc(Step):
                 self.expect.model_copy(update={"message": None}).check(actor, since)
             else:
                 self.expect.check(actor, since)
+
+
+class DeclineRpcs(Step):
+    """Bring a suspended call to its end: answer each of its RPCs as a guest does that has neither memory nor
+    tee-supplicant. `$name.a0` ... is the last answer.
+    """
+
+    verb = "decline_rpcs"
+    decline_rpcs: Number
+    vcpu: int = Field(default=0, ge=0)
+    name: Annotated[Name, Field(alias="as")] = "answer"
+    expect: RegistersExpectation | None = None
+
+    async def run(self, actor: Actor) -> None:
+        """See `Step`."""
+        since = actor.run.world.inboxes[actor.guest.client].total
+        fields = actor.thing(self.decline_rpcs, "answer").fields
+        answer = tuple(as_number(fields[name], name) for name in REGISTERS)
+        for _ in range(_MAX_RPCS):
+            if not is_rpc(answer[0]):
+                break
+            pair = (0, 0) if answer[0] == RpcReturn.ALLOC else answer[1:3]
+            answer = await actor.guest.smc(self.vcpu, (int(Function.RETURN_FROM_RPC), *pair, answer[3], 0, 0, 0, 0))
+        actor.define(self.name, _answer(answer))
+        if self.expect is not None:
+            self.expect.check_registers(answer, actor)
+            self.expect.check(actor, since)
+
+
+def _answer(regs: Sequence[int]) -> Record:
+    """`$name.a0` ... and the pair in a1:a2."""
+    fields: dict[str, Value] = dict(zip(REGISTERS, regs, strict=False))
+    fields["pair"] = from_pair(regs[1], regs[2])
+    return Record("answer", regs[0], fields)
 
 
 class Let(Step):
@@ -293,4 +327,4 @@ class Expect(Step):
         self.expect.check(actor)
 
 
-STEPS: Final = (Pages, Write, Read, MessageStep, ListStep, Smc, Let, Expect)
+STEPS: Final = (Pages, Write, Read, MessageStep, ListStep, Smc, DeclineRpcs, Let, Expect)

@@ -20,6 +20,7 @@ from optee.abi.registers import name_of
 from optee.abi.smc import Function, Registers, ReturnCode, RpcReturn, is_rpc
 
 if TYPE_CHECKING:
+    from mediator.scenario.flips import FlippingMemory
     from mediator.scenario.language import GuestSpec
     from mediator.scenario.run import Run
 
@@ -64,6 +65,7 @@ class ScenarioGuest:
         self.lives = 0
         self.smcs = 0
         self.cut: PowerCut | None = None
+        self.memory: FlippingMemory | None = None
         self.driver: guests.Driver | None = None
         self._vm: VirtualMachine | None = None
         self._conduit: InProcessConduit | None = None
@@ -120,7 +122,7 @@ class ScenarioGuest:
     def told(self, event: Event) -> None:
         """The core says that something happened to this guest."""
         self.event_counts[event.name] += 1
-        detail = ", ".join(f"{key} {value}" for key, value in event.detail.items())
+        detail = ", ".join(f"{key} {_shown(value)}" for key, value in event.detail.items() if value is not None)
         self.note(f"event {event.name}{': ' + detail if detail else ''}")
 
     # Its life
@@ -131,7 +133,7 @@ class ScenarioGuest:
             raise ValueError(f"{self.name} is alive already")
         spec = self.spec
         self._vm = await self.run.board.create(
-            spec.flavour(self.number), self.name, ram=spec.ram_bytes, vcpus=spec.vcpus
+            spec.flavour(self.number), self.name, ram=spec.ram_blocks, vcpus=spec.vcpus
         )
         self.run.by_client[self._vm.client_id] = self
         self.lives += 1
@@ -141,7 +143,13 @@ class ScenarioGuest:
         self._allocator = PageAllocator(self.ram.base, self.ram.size)
         self._allocator.page()  # the first page of RAM is the kernel's own, as with Linux
         self.run.limit(self)
+        self.record()
         self.note(f"created, client id {self._vm.client_id}")
+
+    def record(self) -> None:
+        """Begin a trace of this life, if one is wanted."""
+        if self.run.recordings is not None:
+            self.run.recordings.begin(self.vm)
 
     async def boot(self, nursery: trio.Nursery) -> None:
         """Start the kernel, its driver and tee-supplicant. Raises ProbeError."""
@@ -216,6 +224,7 @@ class ScenarioGuest:
         await self.run.board.service.reset(self.vm)
         self._conduit = InProcessConduit(self.vm, self._mediate)
         self.note("kexec")
+        self.record()
         await self.boot(nursery)
 
     def _forget_kernel(self) -> None:
@@ -258,7 +267,11 @@ class ScenarioGuest:
         if self.cut is not None and self.cut.due(answered=False):
             await self._die_here()
         answer = await self.run.board.service.mediate(vm, vcpu, regs)
-        self.note(f"vCPU {vcpu}: {name_of(Function, regs[0] & _LOW)} → {_status(answer[0] & _LOW)}")
+        # From OP-TEE's answer to here nobody else has a turn: what was said last was said to this call.
+        inbox = self.run.world.inboxes[vm.client_id]
+        said, inbox.said = inbox.said, ""
+        status = _status(answer[0] & _LOW)
+        self.note(f"vCPU {vcpu}: {name_of(Function, regs[0] & _LOW)} → {status}{f' (OP-TEE: {said})' if said else ''}")
         if self.cut is not None and self.cut.due(answered=True):
             await self._die_here()
         return answer
@@ -268,6 +281,11 @@ class ScenarioGuest:
         self.cut = None
         self.run.nursery.start_soon(self.kill)
         await trio.sleep_forever()
+
+
+def _shown(value: object) -> str:
+    """A detail of an event; codes and addresses in hexadecimal."""
+    return hex(value) if isinstance(value, int) and value >= 1 << 16 else str(value)
 
 
 def _status(code: int) -> str:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import Discriminator, Field, GetCoreSchemaHandler, Tag, model_validator
 from pydantic_core import CoreSchema, core_schema
 
+from hv_models.machine import RAM_BASE, RamBlock
 from mediator.documents import DocumentError, Path, Places, load_located
 from mediator.invariants import TITLES
 from mediator.policies import PolicyDocument
@@ -78,6 +79,8 @@ class GuestSpec(Strict):
     hypervisor: Literal["kvm", "xen", "mixed"] = "kvm"
     """mixed: KVM and Xen in turn."""
     ram: Number = Expression("32 MiB", {})
+    ram_base: Number = Expression(RAM_BASE, {})
+    """IPA at which RAM begins."""
     vcpus: Annotated[int, Field(ge=1, le=64)] = 2
     driver: Literal["linux", "none"] = "linux"
     """none: the guest makes raw SMCs only."""
@@ -92,8 +95,11 @@ class GuestSpec(Strict):
     def _consistent(self) -> Self:
         if self.supplicant not in SUPPLICANTS:
             raise ValueError(f"supplicant: {self.supplicant!r} is none of {', '.join(SUPPLICANTS)}")
-        if self.ram.references:
+        if self.ram.references or self.ram_base.references:
             raise ValueError("ram: a size such as 32 MiB is wanted")
+        base = self.ram_base.number(_NOTHING)
+        if base % 4096 or base >= 1 << 39:
+            raise ValueError("ram_base: a whole page below 512 GiB is wanted")
         size = self.ram.number(_NOTHING)
         if size % 4096 or not 64 << 10 <= size <= 16 << 30:
             raise ValueError("ram: whole pages, 64 KiB to 16 GiB")
@@ -103,6 +109,11 @@ class GuestSpec(Strict):
     def ram_bytes(self) -> int:
         """Bytes of RAM."""
         return self.ram.number(_NOTHING)
+
+    @property
+    def ram_blocks(self) -> list[RamBlock]:
+        """RAM as the machine is told."""
+        return [RamBlock(self.ram_base.number(_NOTHING), self.ram_bytes)]
 
     @property
     def has_driver(self) -> bool:

@@ -7,9 +7,10 @@ The same seed makes the same run on any machine; another seed makes another inte
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from random import Random
 from typing import Any, Final
 from uuid import UUID
@@ -18,23 +19,28 @@ import trio
 
 from guests import GuestError
 from hv_models.conduit import ConduitClosed
+from hv_models.machine import Machine
 from hv_models.stage2 import Stage2Fault
+from hv_models.vm import VirtualMachine
 from mediator.board import NOTHING_LEFT, Board, BoardError, images
 from mediator.core.policy import Policy
 from mediator.core.steps import Event
 from mediator.interleaving import run as run_seeded
 from mediator.invariants import Violation
 from mediator.policies import QuotaDocument, load_policy
-from mediator.scenario.actor import Actor, Scope
+from mediator.scenario.actor import WORLD, Actor, Scope
 from mediator.scenario.client import ta_uuid
 from mediator.scenario.expressions import EvaluationError
+from mediator.scenario.flips import FlippingMemory
 from mediator.scenario.flow import Flow, side_by_side
 from mediator.scenario.guest import GuestDied, ScenarioGuest
 from mediator.scenario.language import EVERY, Scenario
 from mediator.scenario.secure_side import ScriptedWorld
 from mediator.scenario.steps import Step, StepFailed
+from mediator.service.recording import Recordings
+from mediator.shell import GuestMemoryCount
 from optee.config import Config
-from optee.errors import SecureWorldFault
+from optee.secure_world import SecureWorld
 from optee.tas.catalogue import EXAMPLES, EXERCISES
 
 _UNDER_WAY: Final = 8
@@ -95,9 +101,11 @@ class Outcome:
 class Run:
     """One run of a scenario, inside trio."""
 
-    def __init__(self, scenario: Scenario, seed: int, guests: int | None) -> None:
+    def __init__(self, scenario: Scenario, seed: int, guests: int | None, record: Path | None = None) -> None:
         self.scenario = scenario
         self.seed = seed
+        self._record = record
+        self.recordings: Recordings | None = None
         specs = scenario.machine.specs(guests)
         self.images = _images()
         self.by_client: dict[int, ScenarioGuest] = {}
@@ -109,6 +117,7 @@ class Run:
         self._world: ScriptedWorld | None = None
         self._board: Board | None = None
         self._nursery: trio.Nursery | None = None
+        self._died: str | None = None
         self._interrupted: list[tuple[float, str]] = []
 
     @property
@@ -140,22 +149,35 @@ class Run:
         outcome = Outcome(self.scenario, self.seed, len(self.guests))
         self.began = trio.current_time()
         async with self._make_board() as board:
-            try:
-                with trio.fail_after(self.scenario.timeout):
-                    await self._play()
-            except* (StepFailed, trio.TooSlowError, SecureWorldFault) as group:
-                outcome.failure = self._failure(group)
-                outcome.events = list(self.guests[outcome.failure.guest].events) if outcome.failure.guest else []
-            else:
-                outcome.left = {name: count for name, count in board.left().items() if count != NOTHING_LEFT[name]}
-                if board.machine.pinned_frames():
-                    outcome.left["pinned_frames"] = len(board.machine.pinned_frames())
+            with self._recording(board):
+                await self._judge(board, outcome)
         assert board.checker is not None
         outcome.violations = [one for one in board.checker.violations if one.invariant not in self.scenario.violations]
         outcome.seconds = trio.current_time() - self.began
         outcome.steps = self.steps
         outcome.smcs = sum(guest.smcs for guest in self.guests.values())
         return outcome
+
+    def _recording(self, board: Board) -> AbstractContextManager[object]:
+        if self._record is None:
+            return nullcontext()
+        self.recordings = Recordings(
+            board, self._record, f"scenario {self.scenario.scenario}", alone=len(self.guests) == 1
+        )
+        return self.recordings
+
+    async def _judge(self, board: Board, outcome: Outcome) -> None:
+        """Play, and say how it ended."""
+        try:
+            with trio.fail_after(self.scenario.timeout):
+                await self._play()
+        except* (StepFailed, trio.TooSlowError) as group:
+            outcome.failure = self._failure(group)
+            outcome.events = list(self.guests[outcome.failure.guest].events) if outcome.failure.guest else []
+        else:
+            outcome.left = {name: count for name, count in board.left().items() if count != NOTHING_LEFT[name]}
+        if self._died is not None:
+            outcome.failure = StepFailed("OP-TEE", "alive", f"dead: {self._died}")
 
     def _make_board(self) -> Board:
         machine = self.scenario.machine
@@ -174,18 +196,28 @@ class Run:
             _policy(self.scenario),
             config,
             world=self._make_world,
-            on_event=self._told,
             modelled=not self.scenario.scripts_the_secure_world(),
+            on_event=self._told,
         )
+        board.service.memory_of = self._make_memory
+        board.service.on_fault = self._note_fault
         draw = Random(f"{self.seed} interrupts")
         if machine.interrupts:
             board.model.interrupt_pending = lambda _: draw.random() < machine.interrupts
         board.model.clock = lambda: round((trio.current_time() - self.began) * 1000)
         return board
 
-    def _make_world(self, *parts: Any) -> ScriptedWorld:
-        self._world = ScriptedWorld(*parts)
+    def _note_fault(self, why: str) -> None:
+        self._died = why
+
+    def _make_world(self, machine: Machine, model: SecureWorld) -> ScriptedWorld:
+        self._world = ScriptedWorld(machine, model)
         return self._world
+
+    def _make_memory(self, vm: VirtualMachine) -> GuestMemoryCount:
+        guest = self.guests[vm.name]
+        guest.memory = FlippingMemory(vm)
+        return guest.memory
 
     def _told(self, event: Event) -> None:
         guest = self.by_client.get(event.vm)
@@ -201,7 +233,7 @@ class Run:
             async with trio.open_nursery() as boots:
                 for guest in present:
                     boots.start_soon(guest.boot, nursery)
-            scopes = {name: Scope() for name in self.guests}
+            scopes = {name: Scope() for name in (WORLD, *self.guests)}
             only = self.scenario.only_guest
             actor = Actor(self, scopes, None if only is None else self.guests[only])
             with suppress(GuestDied):
@@ -244,21 +276,38 @@ class Run:
 
     async def _do(self, step: Step, actor: Actor) -> None:
         self.steps += 1
+        failed = True
         try:
             await step.run(actor)
+            failed = False
+        except GuestDied:
+            failed = False
+            raise
         except ConduitClosed:
+            failed = False
             raise GuestDied(actor.guest_name) from None
         except EvaluationError as error:
             raise StepFailed("this step", "names and numbers that fit", str(error)) from None
         except (GuestError, Stage2Fault, ValueError) as error:
             if actor.guest_name is not None and not actor.guest.alive:
+                failed = False
                 raise GuestDied(actor.guest_name) from None
             raise StepFailed("this step", "no error", f"{type(error).__name__}: {error}") from None
         except trio.Cancelled:
+            failed = False
             if not isinstance(step, Flow):
                 whose = "" if actor.guest_name is None else f" of {actor.guest_name}"
                 self._interrupted.append((trio.current_time(), f"{step.place}: {step.words()}{whose}"))
             raise
+        finally:
+            if failed:
+                self._abort()
+
+    def _abort(self) -> None:
+        """The run has failed: no wait in a guest's kernel may hold up its end."""
+        for guest in self.guests.values():
+            if guest.driver is not None:
+                guest.driver.uninterruptible.lift()
 
     async def until(self, happened: Callable[[], bool]) -> None:
         """Wait for something that other tasks do without time."""
@@ -280,14 +329,12 @@ class Run:
             self._told(event)
 
     def _failure(self, group: BaseExceptionGroup[Exception]) -> StepFailed:
-        """The first failure of a group; a hang, and OP-TEE's death, are failures as well."""
+        """The first failure of a group; a hang is one as well."""
         first: BaseException = group
         while isinstance(first, BaseExceptionGroup):
             first = first.exceptions[0]
         if isinstance(first, StepFailed):
             return first
-        if isinstance(first, SecureWorldFault):
-            return StepFailed("OP-TEE", "alive", f"dead: {first}")
         now = trio.current_time()
         waiting = [words for time, words in self._interrupted if time == now][:_UNDER_WAY]
         got = "still waiting: " + "; ".join(waiting) if waiting else "still waiting for guests to end"
@@ -312,6 +359,10 @@ def _policy(scenario: Scenario) -> Policy:
     return load_policy(policy) if isinstance(policy, str) else policy.policy()
 
 
-def run_scenario(scenario: Scenario, seed: int = 1, guests: int | None = None) -> Outcome:
-    """Run a scenario once. guests: how many, where it is written for any number."""
-    return run_seeded(Run(scenario, seed, guests).play, seed)
+def run_scenario(scenario: Scenario, seed: int = 1, guests: int | None = None, record: Path | None = None) -> Outcome:
+    """Run a scenario once. guests: how many, where it is written for any number. record: where to write a trace.
+
+    With several guests each has a trace of its own, see `mediator.service.recording`. Raises DocumentError where a
+    trace cannot be written.
+    """
+    return run_seeded(Run(scenario, seed, guests, record).play, seed)

@@ -8,6 +8,8 @@ from typing import Final, Protocol
 
 from hv_models.machine import Machine
 from hv_models.memory import PAGE_SIZE, PhysicalFault
+from mediator.conformance.machine import Countdown, FaultyLedger
+from mediator.core.ledger import Ledger, Limits
 from mediator.core.ports import SharedPage
 from mediator.core.steps import Regs
 from mediator.world import LocalSecureWorld
@@ -26,8 +28,9 @@ from optee.abi.message import (
     page_count,
 )
 from optee.abi.registers import Named, name_of
+from optee.abi.results import Result
 from optee.abi.rpc import FsOperation, NotificationOperation, RpcCommand
-from optee.abi.smc import Function, RpcReturn, from_pair, is_rpc
+from optee.abi.smc import Function, ReturnCode, RpcReturn, from_pair, is_rpc
 from optee.secure_world import SecureWorld
 
 _LOW: Final = 0xFFFFFFFF
@@ -88,6 +91,8 @@ class Inbox:
     conversations: dict[int, Conversation] = field(default_factory=dict)
     pages: dict[int, int] = field(default_factory=dict)
     asked_for_page: set[int] = field(default_factory=set)
+    said: str = ""
+    """What the last call was, and its answer, in words; whoever logs it takes it away."""
 
 
 class ScriptedWorld(LocalSecureWorld):
@@ -96,16 +101,18 @@ class ScriptedWorld(LocalSecureWorld):
     def __init__(self, machine: Machine, model: SecureWorld) -> None:
         super().__init__(machine, model)
         self.inboxes: defaultdict[int, Inbox] = defaultdict(Inbox)
-        self.pages_until_failure: int | None = None
+        self.pages = Countdown()
+        """The mediator page that is not there."""
+        self.records = Countdown()
+        """The record (of a call, a buffer, an RPC argument) for which there is no memory."""
 
     def lend(self) -> SharedPage | None:
         """See `SecureWorld.lend`; None when a failure was asked for."""
-        if self.pages_until_failure is not None:
-            self.pages_until_failure -= 1
-            if self.pages_until_failure <= 0:
-                self.pages_until_failure = None
-                return None
-        return super().lend()
+        return None if self.pages.due() else super().lend()
+
+    def ledger(self, limits: Limits) -> Ledger:
+        """See `Host.ledger`."""
+        return FaultyLedger(limits, self.records)
 
     def call(self, regs: Regs) -> Regs:
         """Execute one SMC, or answer it by script."""
@@ -120,11 +127,26 @@ class ScriptedWorld(LocalSecureWorld):
             answer = super().call(regs)
         else:
             inbox.scripts.remove(script)
-            self.inbox[function, regs[7]] += 1
+            self.note_call(regs)
             answer = script(regs, conversation)
-        if conversation is not None:
-            self._note(inbox, conversation, answer)
+        inbox.said = self._words(inbox, function, conversation, answer)
         return answer
+
+    def _words(self, inbox: Inbox, function: int, conversation: Conversation | None, answer: Regs) -> str:
+        """A call and its answer in words, for whoever reads what happened; counts RPCs."""
+        code = answer[0] & _LOW
+        asked = ""
+        if conversation is not None:
+            asked = self._note(inbox, conversation, answer)
+        last = inbox.forwarded[-1].message
+        name = name_of(Function, function) + ("" if last is None else f" {name_of(Command, last.cmd)}")
+        if is_rpc(code):
+            return f"{name} → RPC {asked or name_of(RpcReturn, code)}, thread {answer[3]}"
+        result = ""
+        if conversation is not None and code == ReturnCode.OK:
+            message = self._message(conversation.message)
+            result = "" if message is None else f", ret {name_of(Result, message.ret)}"
+        return f"{name} → {name_of(ReturnCode, code)}{result}"
 
     def _seen(self, inbox: Inbox, function: int, regs: Regs, conversation: Conversation | None) -> Forwarded:
         """Look at a call as OP-TEE does, and count its message."""
@@ -171,11 +193,11 @@ class ScriptedWorld(LocalSecureWorld):
             inbox.pages[from_pair(regs[4], regs[5])] = from_pair(regs[1], regs[2])
         return inbox.conversations.pop(thread, None)
 
-    def _note(self, inbox: Inbox, conversation: Conversation, answer: Regs) -> None:
-        """Remember which thread a suspended call has, and count its RPC."""
+    def _note(self, inbox: Inbox, conversation: Conversation, answer: Regs) -> str:
+        """Remember which thread a suspended call has, and count its RPC; return the RPC's name."""
         code = answer[0] & _LOW
         if not is_rpc(code):
-            return
+            return ""
         thread = answer[3] & _LOW
         inbox.conversations[thread] = conversation
         conversation.asked = None
@@ -183,15 +205,16 @@ class ScriptedWorld(LocalSecureWorld):
             inbox.asked_for_page.add(thread)
         if code != RpcReturn.CMD:
             inbox.traffic[name_of(RpcReturn, code)] += 1
-            return
+            return name_of(RpcReturn, code)
         conversation.asked = conversation.argument or inbox.pages.get(from_pair(answer[1], answer[2]))
         request = None if conversation.asked is None else self._message(conversation.asked)
         if request is None:
-            return
+            return ""
         name = name_of(RpcCommand, request.cmd)
         if request.cmd in _OPERATIONS and request.params:
             name = f"{name}.{name_of(_OPERATIONS[request.cmd], request.params[0].a)}"
         inbox.traffic[name] += 1
+        return name
 
     def argument(self, client: int, conversation: Conversation, cookie: int) -> int | None:
         """PA of the RPC argument of a call: behind its message, or the page that has this cookie."""

@@ -11,10 +11,11 @@ from hv_models.kvm import KvmVm
 from hv_models.stage2 import PageKind
 from mediator.core.ledger import OverLimit
 from mediator.core.steps import Regs
-from mediator.scenario.driver import ParamSpec
+from mediator.scenario.driver import ParamSpec, write_ram
 from mediator.scenario.expectations import page_addresses
 from mediator.scenario.expressions import (
     EvaluationError,
+    Expression,
     FunctionId,
     MessageCommand,
     Number,
@@ -246,16 +247,39 @@ class DirtyLogging(Step):
 
 
 class Fail(Step):
-    """Make something fail: the nth page that the mediator takes for itself from now on, whoever it is for."""
+    """Make an allocation of the mediator fail: the nth one of its kind from now on, whoever it is for.
+
+    mediator_page: a page for a shadow or a page list. record: the record of a call, a buffer or an RPC argument.
+    """
 
     verb = "fail"
     needs_guest: ClassVar[bool] = False
-    fail: Literal["mediator_page"]
+    fail: Literal["mediator_page", "record"]
     nth: Number | None = None
 
     async def run(self, actor: Actor) -> None:
         """See `Step`."""
-        actor.run.world.pages_until_failure = 1 if self.nth is None else actor.number(self.nth)
+        world = actor.run.world
+        countdown = world.pages if self.fail == "mediator_page" else world.records
+        countdown.left = 0 if self.nth is None else actor.number(self.nth) - 1
+
+
+class Flip(Step):
+    """The guest changes its memory just before the mediator's nth look at that page: to read it, or to pin it."""
+
+    verb = "flip"
+    flip: Number
+    offset: Number | None = None
+    content: Octets
+    at_look: Number = Expression(1, {})
+
+    async def run(self, actor: Actor) -> None:
+        """See `Step`."""
+        guest = actor.guest
+        at = actor.number(self.flip) + (0 if self.offset is None else actor.number(self.offset))
+        data = octets(self.content, actor)
+        assert guest.memory is not None
+        guest.memory.flip(at, actor.number(self.at_look), lambda: write_ram(actor, at, data))
 
 
 class ScriptedMessage(Strict):
@@ -294,11 +318,12 @@ class ScriptedMessage(Strict):
 class ScriptedAnswer(Strict):
     """One answer of the secure world.
 
-    to: only to calls of this function. message, argument: what it writes first into the call's message, and into the
-    call's RPC argument. thread: a3; that of the call unless given.
+    to: only to calls of this function. after: so many such calls are answered by the model before. message, argument:
+    what it writes first into the call's message, and into the call's RPC argument. a3: that of the call unless given.
     """
 
     to: FunctionId | None = None
+    after: Number | None = None
     a0: Status
     a1: Number | None = None
     a2: Number | None = None
@@ -332,10 +357,14 @@ class _Scripted:
         self._answer = answer
         self._actor = actor
         self._client = actor.guest.client
+        self._after = 0 if answer.after is None else actor.number(answer.after)
 
     def fits(self, regs: Regs) -> bool:
         """Whether it is meant for this call."""
-        return self._answer.to is None or self._actor.small(self._answer.to) == regs[0] & _LOW
+        if self._answer.to is not None and self._actor.small(self._answer.to) != regs[0] & _LOW:
+            return False
+        self._after -= 1
+        return self._after < 0
 
     def __call__(self, regs: Regs, conversation: Conversation | None) -> Regs:
         """Write, and answer."""
@@ -374,5 +403,6 @@ STEPS: Final = (
     Notify,
     DirtyLogging,
     Fail,
+    Flip,
     SecureWorld,
 )

@@ -65,7 +65,9 @@ class TraceFile:
 
     def _open(self) -> None:
         if self.path.suffix == ".gz":
-            self._file = self._closing.enter_context(TextIOWrapper(gzip.GzipFile(self.path, "w"), encoding="utf-8"))
+            # No time stamp inside: the same run makes the same file.
+            packed = gzip.GzipFile(self.path, "w", mtime=0)
+            self._file = self._closing.enter_context(TextIOWrapper(packed, encoding="utf-8"))
         else:  # line by line: what was recorded is there even if we are killed
             self._file = self._closing.enter_context(self.path.open("w", encoding="utf-8", buffering=1))
 

@@ -1,12 +1,13 @@
 """What is shipped runs, says what it is for, and is the same each time."""
 
-import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from mediator.cli import run
 from mediator.scenario import find_scenario, library, run_scenario
 from tests.docs.pages import TOP
 
@@ -24,16 +25,28 @@ def test_a_scenario_of_the_library(name: str) -> None:
         assert outcome.good, outcome.as_data()
 
 
-def test_the_same_seed_is_the_same_run_in_another_process_and_another_seed_is_another() -> None:
-    def play(seed: int, hashes: str) -> object:
-        done = subprocess.run(
-            [sys.executable, "-m", "mediator", "run", "thread-limit", "--seed", str(seed), "--json"],
-            cwd=TOP,
-            env={**os.environ, "PYTHONHASHSEED": hashes, "PYTHONPATH": str(TOP)},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return json.loads(done.stdout)
+def _traces(scenario: str, seed: int, hashes: str, folder: Path) -> list[bytes]:
+    """The traces of a run in a process of its own, one for each guest."""
+    folder.mkdir()
+    subprocess.run(
+        [sys.executable, "-m", "mediator", "run", scenario, "--seed", str(seed), "--record", str(folder / "t.jsonl")],
+        cwd=TOP,
+        env={**os.environ, "PYTHONHASHSEED": hashes, "PYTHONPATH": str(TOP)},
+        capture_output=True,
+        check=True,
+    )
+    return [path.read_bytes() for path in sorted(folder.iterdir())]
 
-    assert play(3, "1") == play(3, "2")
+
+@pytest.mark.parametrize("scenario", ["notifications", "kexec"])
+def test_the_same_seed_makes_the_same_trace_byte_for_byte_and_another_another(scenario: str, tmp_path: Path) -> None:
+    first, again = _traces(scenario, 3, "1", tmp_path / "1"), _traces(scenario, 3, "2", tmp_path / "2")
+    assert first == again and all(first)
+    assert _traces(scenario, 4, "1", tmp_path / "3") != first
+
+
+def test_a_recorded_run_can_be_replayed(tmp_path: Path) -> None:
+    file = tmp_path / "run.jsonl.gz"
+    assert run(["run", "thread-limit", "--record", str(file)]) == 0
+    assert run(["replay", str(file)]) == 0
+    assert run(["run", "hello", "thread-limit", "--record", str(file)]) == 2

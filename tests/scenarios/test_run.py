@@ -111,3 +111,14 @@ def test_what_a_scripted_secure_world_breaks_is_noticed() -> None:
         "- {smc: CALL_WITH_ARG, a1:a2: $message, expect: {a0: UNKNOWN_FUNCTION, events: {guest_isolated: 1}}}\n"
     )
     assert outcome.good, outcome.as_data()
+
+
+def test_a_failure_in_one_branch_ends_the_others_whatever_their_kernel_waits_for() -> None:
+    outcome = play(
+        "steps:\n- {open: exercise, as: one}\n- {open: exercise, as: two}\n- parallel:\n"
+        "  - {invoke: WAIT, session: $one, params: [{value: 1000000, direction: input}]}\n"
+        "  - {close: $one}\n"
+        "  - {invoke: FAIL, session: $two, params: [{value: 0xffff0007, direction: input}]}\n"
+    )
+    assert outcome.failure is not None and outcome.failure.got == "BAD_STATE from TRUSTED_APP"
+    assert outcome.seconds == 0
