@@ -8,7 +8,17 @@ import trio
 from guests.client import Context, Session, TeeError
 from guests.guest import Guest
 from guests.parameters import Direction, MemoryResult, Partial, Temporary, Value, Values
-from guests.workloads.applications import AES, EXERCISE, HELLO_WORLD, RANDOM, Aes, Exercise, HelloWorld
+from guests.workloads.applications import (
+    AES,
+    EXERCISE,
+    HELLO_WORLD,
+    RANDOM,
+    SECURE_STORAGE,
+    Aes,
+    Exercise,
+    HelloWorld,
+    SecureStorage,
+)
 from guests.workloads.applications import Random as RandomCommand
 from guests.workloads.refusals import try_refusals
 from guests.workloads.report import Report
@@ -25,6 +35,9 @@ _PANIC_CODE: Final = 0x0BAD
 _TEXT: Final = 512  # bytes to encrypt
 _AES_CTR, _AES_KEY_SIZE, _ENCODE, _DECODE = 2, 16, 1, 0
 _IV: Final = bytes(16)
+_ROUNDS_BETWEEN_OBJECTS: Final = 8  # an object costs some hundred round trips to tee-supplicant
+_NAME_SIZE: Final = 16
+_OBJECT_SIZES: Final = (0, 100, 5000)  # bytes: no block, one, two
 
 
 async def mixed(
@@ -33,8 +46,8 @@ async def mixed(
     """Try the refusals once; then let all clients work for `rounds` (None: for ever).
 
     In a round a client sleeps in a TA, then mixes hello_world, random and aes (through registered and through
-    temporary memory). Beside them one more client has a wait cancelled and a TA panic in each round. A TA that is
-    not there is left out, and the report names it.
+    temporary memory); in some it keeps an object in secure storage for a while. Beside them one more client has a
+    wait cancelled and a TA panic in each round. A TA that is not there is left out, and the report names it.
     """
     await try_refusals(guest, report)
     choose = Random(seed)
@@ -62,12 +75,16 @@ async def _client(guest: Guest, report: Report, rounds: int | None, choose: Rand
         hello = await report.open_if_present(context, HELLO_WORLD, "hello_world")
         random = await report.open_if_present(context, RANDOM, "random")
         aes = await report.open_if_present(context, AES, "aes")
+        storage = await report.open_if_present(context, SECURE_STORAGE, "secure_storage")
+        name = choose.randbytes(_NAME_SIZE)
         work = [(use, session) for use, session in ((_increment, hello), (_random, random), (_aes, aes)) if session]
         done = 0
         while done != rounds:
             if sleeper is not None:
                 with report.operation("wait"):
                     await sleeper.invoke(Exercise.WAIT, Value(_PAUSE, direction=Direction.INPUT))
+            if storage is not None and done % _ROUNDS_BETWEEN_OBJECTS == 0:
+                await _keep(storage, report, name, choose)
             for _ in range(_OPERATIONS if work else 0):
                 use, session = choose.choice(work)
                 await use(context, session, report, choose)
@@ -108,6 +125,18 @@ async def _aes(context: Context, session: Session, report: Report, choose: Rando
             Temporary(size=_TEXT, direction=Direction.OUTPUT),
         )
         report.expect("aes there and back", cipher != text and output == MemoryResult(_TEXT, text))
+
+
+async def _keep(session: Session, report: Report, name: bytes, choose: Random) -> None:
+    """Write an object, read it back, and delete it; the name is this client's own."""
+    object_id = Temporary(name, direction=Direction.INPUT)
+    data = choose.randbytes(choose.choice(_OBJECT_SIZES))
+    with report.operation("secure_storage there and back"):
+        await session.invoke(SecureStorage.WRITE_RAW, object_id, Temporary(data, direction=Direction.INPUT))
+        buffer = Temporary(size=max(_OBJECT_SIZES), direction=Direction.OUTPUT)
+        _, output = await session.invoke(SecureStorage.READ_RAW, object_id, buffer)
+        await session.invoke(SecureStorage.DELETE, object_id)
+        report.expect("secure_storage there and back", isinstance(output, MemoryResult) and output.data == data)
 
 
 async def _prepare(session: Session, mode: int, key: bytes) -> None:

@@ -6,7 +6,16 @@ from trio.testing import MockClock
 
 import guests
 from guests.workloads import WORKLOADS, Report, hello, mixed, ramp, shm
-from guests.workloads.applications import AES, EXERCISE, HELLO_WORLD, RANDOM, Aes, Exercise
+from guests.workloads.applications import (
+    AES,
+    EXERCISE,
+    HELLO_WORLD,
+    RANDOM,
+    SECURE_STORAGE,
+    Aes,
+    Exercise,
+    SecureStorage,
+)
 from guests.workloads.ramp import OPERATIONS
 from optee.abi.message import Command, Message, Param, ParamType
 from optee.abi.results import Origin, Result
@@ -54,6 +63,30 @@ def aes(side: SecureSide, message: Message) -> Steps:
     yield
 
 
+class SecureStorageTa:
+    """Keeps objects by the bytes of their names."""
+
+    def __init__(self) -> None:
+        self.objects: dict[bytes, bytes] = {}
+
+    def __call__(self, side: SecureSide, message: Message) -> Steps:
+        if message.cmd == Command.INVOKE_COMMAND:
+            name, *rest = [
+                side.bytes_of(side.shared[cookie], offset, size) if size else b""
+                for _, offset, size, cookie in message.params
+            ]
+            if message.func == SecureStorage.WRITE_RAW:
+                self.objects[name] = rest[0]
+            elif message.func == SecureStorage.DELETE:
+                del self.objects[name]
+            else:
+                data, target = self.objects[name], message.params[1]
+                side.put(side.shared[target.c], data, target.a)
+                message.params[1] = target._replace(b=len(data))
+        return Result.SUCCESS, Origin.TRUSTED_APP
+        yield
+
+
 class ExerciseTa:
     """Waits that can be cancelled, panics."""
 
@@ -80,7 +113,7 @@ class ExerciseTa:
 
 
 def make_side(capabilities: SecCapability = RPC_ARG_CAPABILITIES) -> SecureSide:
-    tas = {HELLO_WORLD: echo, RANDOM: random, AES: aes, EXERCISE: ExerciseTa()}
+    tas = {HELLO_WORLD: echo, RANDOM: random, AES: aes, EXERCISE: ExerciseTa(), SECURE_STORAGE: SecureStorageTa()}
     return SecureSide(make_ram(4096), capabilities, threads=8, tas=tas, max_pages=16384)
 
 
@@ -104,7 +137,14 @@ async def test_mixed_does_what_it_says(autojump_clock: MockClock) -> None:
     async with guests.open(side.ram, side) as guest:
         await mixed(guest, report, rounds=1)
         assert guest.driver.statistics().thread_limits > 0, "more callers than threads"
-    for name in ("hello_world INC_VALUE", "random GENERATE", "aes there and back", "cancelled wait", "panic"):
+    for name in (
+        "hello_world INC_VALUE",
+        "random GENERATE",
+        "aes there and back",
+        "secure_storage there and back",
+        "cancelled wait",
+        "panic",
+    ):
         assert report.tried[name] > 0
 
 
@@ -114,12 +154,12 @@ async def test_absent_tas_are_left_out_and_named() -> None:
         yield
 
     side = make_side()
-    side.tas = {RANDOM: missing, AES: missing, EXERCISE: missing, HELLO_WORLD: echo}
+    side.tas = {RANDOM: missing, AES: missing, EXERCISE: missing, SECURE_STORAGE: missing, HELLO_WORLD: echo}
     report = Report()
     async with guests.open(side.ram, side) as guest:
         await mixed(guest, report, rounds=1)
         await shm(guest, report, rounds=3)
-    assert report.errors == 0 and report.absent == {"random", "aes", "exercise"}
+    assert report.errors == 0 and report.absent == {"random", "aes", "exercise", "secure_storage"}
 
 
 async def test_wrong_answers_are_errors() -> None:
