@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 from uuid import UUID
 
+from optee.memory.build import Build
 from optee.storage.keys import DEFAULT_CHIP_ID, DEFAULT_HUK
 
 if TYPE_CHECKING:
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
 
 NOTIFICATION_VALUES = 64
 """Asynchronous notification values, 0..63, of each guest (OP-TEE core behaviour, section 9)."""
+
+ROOMY = 64 << 20
+"""Bytes of secure RAM for each guest on the simulated board, where no other board is asked for."""
 
 MAX_SYSCALL_RECURSION = 4
 """CFG_CORE_MAX_SYSCALL_RECURSION: TA to TA calls inside each other."""
@@ -26,7 +30,8 @@ class Config:
     """CFG_NUM_THREADS: threads of each guest."""
 
     guests: int = 64
-    """Partitions for which the board's secure RAM suffices; one more VM_CREATED answers ENOTAVAIL."""
+    """CFG_VIRT_GUEST_COUNT: equal shares into which the board's secure RAM is split; one more VM_CREATED answers
+    ENOTAVAIL."""
 
     virtualization: bool = True
     """CFG_NS_VIRTUALIZATION. Without it a7 is ignored and there is one partition from the start."""
@@ -37,15 +42,48 @@ class Config:
     build_id: int = 0
     """First 32 bits of the commit, the third number of GET_OS_REVISION; 0 in a build without one."""
 
-    secure_ram: tuple[tuple[int, int], ...] = ((0x0E00_0000, 0x3200_0000),)
-    """(PA, bytes) of memory that the normal world must not name. The first range holds the TAs."""
+    secure_ram: tuple[tuple[int, int], ...] = ((0xE0_0000_0000, 64 * ROOMY), (0x0E00_0000, 0x3200_0000))
+    """(PA, bytes) of memory that the normal world must not name. The first range (CFG_TZDRAM_START and _SIZE) holds
+    the core and the TAs of all guests."""
 
     reserved_shm: tuple[int, int] = (0x4200_0000, 0x20_0000)
     """PA and bytes of static shared memory: announced and accepted only without virtualization."""
 
     core_heap_size: int = 4 << 20
-    """CFG_CORE_HEAP_SIZE in bytes. As yet it bounds two things, each alone: a page list, and the nodes of open
-    files of secure storage."""
+    """CFG_CORE_HEAP_SIZE in bytes, of each guest. OP-TEE's default is 64 KiB; this board is roomy."""
+
+    nexus_heap_size: int = 1 << 20
+    """CFG_CORE_NEX_HEAP_SIZE in bytes, of all guests together."""
+
+    best_fit: bool = False
+    """CFG_CORE_BGET_BESTFIT."""
+
+    preallocated_tables: bool = False
+    """CFG_CORE_PREALLOC_EL0_TBLS: translation tables of TAs come from TA RAM, not from a pool."""
+
+    table_cache_entries: int | None = None
+    """CFG_PGT_CACHE_ENTRIES; None: two for each thread."""
+
+    lpae: bool = True
+    """CFG_WITH_LPAE; always so on AArch64."""
+
+    tee_ram_size: int = 2 << 20
+    """CFG_TEE_RAM_VA_SIZE in bytes: the core's own part of secure RAM."""
+
+    cores: int = 4
+    """CFG_TEE_CORE_NB_CORE."""
+
+    bignum_bits: int = 4096
+    """CFG_CORE_BIGNUM_MAX_BITS."""
+
+    dynamic_shm: bool = True
+    """CFG_CORE_DYN_SHM. Without it no buffer can be registered, nor a list of pages be passed."""
+
+    dynamic_config: bool = True
+    """CFG_DYN_CONFIG: thread stacks come from TA RAM."""
+
+    leak_report: bool = False
+    """Tell on the console and in `SecureWorld.leaks` what a guest leaves that nobody holds any more."""
 
     early_tas: frozenset[UUID] | None = None
     """CFG_EARLY_TA: user TAs inside the OP-TEE image. None: all that the model knows. Others come from the
@@ -79,6 +117,50 @@ class Config:
 
     seed: int = 0
     """Everything random in the model comes from here."""
+
+    @property
+    def build(self) -> Build:
+        """What of this decides about memory."""
+        return Build(
+            threads=self.threads,
+            heap=self.core_heap_size,
+            nexus_heap=self.nexus_heap_size,
+            best_fit=self.best_fit,
+            prealloc=self.preallocated_tables,
+            table_entries=self.table_cache_entries,
+            lpae=self.lpae,
+            virtualization=self.virtualization,
+            guest_count=self.guests,
+            secure_ram=self.secure_ram[0][1],
+            tee_ram=self.tee_ram_size,
+            cores=self.cores,
+            bignum_bits=self.bignum_bits,
+            dynamic_shm=self.dynamic_shm,
+            dynamic_config=self.dynamic_config,
+        )
+
+    def built(self, build: Build) -> Config:
+        """Return this configuration on another build and board; secure RAM that is not limited is roomy."""
+        base, _ = self.secure_ram[0]
+        size = build.guest_count * ROOMY if build.secure_ram is None else build.secure_ram
+        return replace(
+            self,
+            threads=build.threads,
+            core_heap_size=build.heap,
+            nexus_heap_size=build.nexus_heap,
+            best_fit=build.best_fit,
+            preallocated_tables=build.prealloc,
+            table_cache_entries=build.table_entries,
+            lpae=build.lpae,
+            virtualization=build.virtualization,
+            guests=build.guest_count,
+            secure_ram=((base, size), *self.secure_ram[1:]),
+            tee_ram_size=build.tee_ram,
+            cores=build.cores,
+            bignum_bits=build.bignum_bits,
+            dynamic_shm=build.dynamic_shm,
+            dynamic_config=build.dynamic_config,
+        )
 
     @property
     def is_anchored(self) -> bool:

@@ -159,6 +159,8 @@ def _processed(thread: Thread, message: Window, *, with_rpc_argument: bool) -> S
         result = _BAD_PARAMETERS if words else partition.sessions.cancel(number)
         partition.world.cancels += 1
         message.store(OFFSET_RET, _RESULT.pack(result, _TEE))
+    elif command in (_REGISTER_SHM, _UNREGISTER_SHM) and not partition.world.config.dynamic_shm:
+        code = _EBADCMD
     elif command == _REGISTER_SHM:
         _register(partition, message, words)
     elif command == _UNREGISTER_SHM:

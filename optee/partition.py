@@ -10,11 +10,11 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from optee.abi.smc import VmId
-from optee.memory.heap import Heap
+from optee.memory.heap import Allocation
+from optee.memory.pools import GuestPools
 from optee.sessions import Sessions
 from optee.shared_memory import SharedMemoryTable
 from optee.storage.guest_storage import GuestStorage
-from optee.ta_memory import TaRam
 from optee.threads import Thread, ThreadState
 from optee.wait_queue import Mutex
 
@@ -25,17 +25,16 @@ if TYPE_CHECKING:
 class Partition:
     """The state of one guest."""
 
-    def __init__(self, world: SecureWorld, vm_id: VmId, ta_ram: TaRam) -> None:
+    def __init__(self, world: SecureWorld, vm_id: VmId, pools: GuestPools) -> None:
         config = world.config
         self.world = world
         self.vm_id = vm_id
-        self.ta_ram = ta_ram
-        self.heap = Heap(config.core_heap_size)
-        """The core's heap of this guest (CFG_CORE_HEAP_SIZE)."""
+        self.pools = pools
+        """Heap, TA RAM and translation tables of this guest."""
         self.threads = [Thread(self, index) for index in range(config.threads)]
-        self.shared_memory = SharedMemoryTable(world.normal_world, config.core_heap_size)
+        self.shared_memory = SharedMemoryTable(world.normal_world, pools)
         self.sessions = Sessions(self)
-        self.storage = GuestStorage(config, world.random.randbytes, self.heap, vm_id)
+        self.storage = GuestStorage(config, world.random.randbytes, pools.heap, vm_id)
         self.shm_cache = False
         """RPC arguments outlive their calls (ENABLE_SHM_CACHE)."""
         self.notifications = 0
@@ -56,8 +55,13 @@ class Partition:
         """Threads that are not FREE."""
         return sum(thread.state is not ThreadState.FREE for thread in self.threads)
 
-    def destroy(self) -> None:
-        """Forget everything; suspended calls end without a word."""
+    def destroy(self) -> list[Allocation]:
+        """Forget everything; suspended calls end without a word.
+
+        Returns what is left of the guest's memory although nobody holds it; nothing for a guest that was cut off, of
+        which everything goes at once.
+        """
+        orderly = not (self.threads_held() or self.sessions.open or any(True for _ in self.shared_memory))
         for thread in self.threads:
             steps, thread.steps = thread.steps, None
             thread.state = ThreadState.FREE
@@ -65,6 +69,6 @@ class Partition:
                 with suppress(RuntimeError):  # a TA that suspends again on its way out
                     steps.close()
         for instance in self.sessions.instances:
-            if instance.memory is not None:
-                instance.memory.free()
-                instance.memory = None
+            orderly = orderly and not instance.handles
+            instance.free_memory()
+        return self.pools.left() if orderly else []

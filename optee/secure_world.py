@@ -33,11 +33,12 @@ from optee.abi.smc import (
 )
 from optee.config import DEFAULT, NOTIFICATION_VALUES, Config
 from optee.entry import yielding_call
-from optee.errors import SecureWorldFault
+from optee.errors import SecureWorldFault, TeeError
+from optee.memory.heap import Allocation, Owner
+from optee.memory.pools import GuestPools, LowMemory, NexusPools
 from optee.normal_world import NormalWorld
 from optee.panic import PanicReport
 from optee.partition import Partition
-from optee.ta_memory import TaRam
 from optee.tas.catalogue import BUILT_IN
 from optee.threads import Thread, ThreadState
 from optee.trusted_application import TrustedApplication
@@ -61,7 +62,6 @@ _SUSPENDED: Final = ThreadState.SUSPENDED
 
 _CAPABILITIES: Final = (
     SecCapability.HAVE_RESERVED_SHM
-    | SecCapability.DYNAMIC_SHM
     | SecCapability.MEMREF_NULL
     | SecCapability.ASYNC_NOTIF
     | SecCapability.RPC_ARG
@@ -121,9 +121,13 @@ class SecureWorld:
         """The latest lines that OP-TEE printed, panic reports included."""
         self.died: str | None = None
         """Why OP-TEE itself is dead, if it is."""
+        self.on_low_memory: Callable[[LowMemory], None] | None = None
+        """Called when four fifths of a pool are taken for the first time, or it fails for the first time."""
+        self.leaks: list[Allocation] = []
+        """With `leak_report`: memory that guests left although nobody held it."""
         self._slept = 0
-        base, size = config.secure_ram[0]
-        self._ta_ram = TaRam(base, size)
+        self.nexus = NexusPools(config.build, config.secure_ram[0][0], self._low_memory)
+        """Memory of the machine."""
         self._partitions: list[Partition] = []  # newest first: it shadows others of its id
         self._by_id: dict[int, Partition] = {}
         if not config.virtualization:
@@ -196,6 +200,15 @@ class SecureWorld:
         """Let time pass where there is no clock: the normal world says it has slept so long."""
         self._slept += milliseconds
 
+    def pools(self, vm_id: int) -> GuestPools | None:
+        """Memory of a guest; None for a guest that does not exist."""
+        partition = self._by_id.get(vm_id)
+        return None if partition is None else partition.pools
+
+    def _low_memory(self, low: LowMemory) -> None:
+        if self.on_low_memory is not None:
+            self.on_low_memory(low)
+
     def log(self, line: str) -> None:
         """Print on OP-TEE's console."""
         self.console.append(line)
@@ -224,9 +237,11 @@ class SecureWorld:
         return self._by_id.get(a7 & CLIENT_ID_MASK)
 
     def _add_partition(self, vm_id: VmId) -> bool:
-        if len(self._partitions) >= self.config.guests:
+        try:
+            pools = self.nexus.create_guest(vm_id)
+        except TeeError:
             return False
-        partition = Partition(self, vm_id, self._ta_ram)
+        partition = Partition(self, vm_id, pools)
         self._partitions.insert(0, partition)
         self._by_id[vm_id] = partition
         return True
@@ -236,7 +251,11 @@ class SecureWorld:
         if partition is None:
             return
         self._partitions.remove(partition)
-        partition.destroy()
+        left = partition.destroy()
+        self.nexus.destroy_guest(partition.pools)
+        if self.config.leak_report:
+            self.leaks += left
+            self.console.extend(f"leak: {allocation.size} bytes, {_words(allocation.owner)}" for allocation in left)
         for other in self._partitions:
             if other.vm_id == vm_id:
                 self._by_id[vm_id] = other
@@ -327,7 +346,8 @@ class SecureWorld:
 
     def _capabilities(self) -> int:
         virtualization = SecCapability.VIRTUALIZATION if self.config.virtualization else 0
-        return int(_CAPABILITIES | virtualization)
+        dynamic = SecCapability.DYNAMIC_SHM if self.config.dynamic_shm else 0
+        return int(_CAPABILITIES | virtualization | dynamic)
 
     def _life_cycle(self, function: int, regs: Registers) -> int:
         vm_id = VmId(regs[1] & CLIENT_ID_MASK)
@@ -339,6 +359,11 @@ class SecureWorld:
         if vm_id == HYPERVISOR_CLIENT_ID or not self._add_partition(vm_id):
             return _ENOTAVAIL
         return _OK
+
+
+def _words(owner: Owner) -> str:
+    session = "" if owner.session is None else f", session {owner.session}"
+    return f"{owner.what} of guest {owner.guest}{session}"
 
 
 def _guest(partition: Partition | None) -> Partition:

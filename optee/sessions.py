@@ -14,13 +14,15 @@ from uuid import UUID
 from optee.abi.message import Login
 from optee.abi.results import Origin, Result, TaFlag
 from optee.errors import SecureWorldFault, TaPanic, TeeError
+from optee.memory.heap import Owner
+from optee.memory.structures import SESSION
 from optee.panic import PanicReport, report_panic
 from optee.parameters import Params
 from optee.steps import Steps
 from optee.storage.objects import TrustedStorage
 from optee.ta_context import Client, Instance, Session
 from optee.ta_loader import load_ta
-from optee.ta_memory import TaMemory
+from optee.ta_memory import NotMapped, TablesNotAvailable, TaMemory
 from optee.threads import Thread
 from optee.wait_queue import Condition, Mutex
 
@@ -33,6 +35,7 @@ Answer: TypeAlias = tuple[int, int]
 
 _TEE: Final = int(Origin.TEE)
 _TRUSTED_APP: Final = int(Origin.TRUSTED_APP)
+_NO_ORIGIN: Final = 0
 _SUCCESS: Final = 0
 _TARGET_DEAD: Final = int(Result.TARGET_DEAD)
 
@@ -54,6 +57,8 @@ class Sessions:
         self._mutex = Mutex()  # tee_ta_mutex
         self._initialized = Condition(self._mutex)
         self._single_free = Condition(self._mutex)
+        self._pools = partition.pools
+        self._tables_free = Condition(self._mutex)
         self._single_thread: Thread | None = None
         self._single_count = 0
 
@@ -66,8 +71,13 @@ class Sessions:
         self, thread: Thread, uuid: UUID, client: Client, params: Params, sessions: dict[int, Session]
     ) -> Steps[tuple[int, int, Session | None]]:
         """Open a session in `sessions`: result, origin and, on success, the session."""
-        session = Session(_new_id(sessions), client, thread, self._mutex)
-        sessions[session.id] = session
+        number = _new_id(sessions)
+        try:
+            memory = self._pools.heap.allocate(SESSION, Owner("session", self._pools.guest, number))
+        except TeeError as error:
+            return error.result, _TEE, None
+        session = Session(number, client, thread, self._mutex, memory)
+        sessions[number] = session
         try:
             yield from self._attach(thread, session, uuid)
         except TeeError as error:
@@ -77,8 +87,11 @@ class Sessions:
         if instance.panicked:
             result, origin = _TARGET_DEAD, _TEE
         elif (yield from self._set_busy(thread, instance)):
-            result = yield from self._enter(thread, session, params, self._open_entry, session, params)
-            origin = _TEE if instance.panicked else _TRUSTED_APP
+            try:
+                result = yield from self._enter(thread, session, params, self._open_entry, session, params)
+                origin = _TEE if instance.panicked else _TRUSTED_APP
+            except NotMapped as error:
+                result, origin = error.result, _NO_ORIGIN
             yield from self._clear_busy(thread, instance)
         else:  # waiting would be a deadlock
             yield from self._unlink(thread, session, sessions)
@@ -144,8 +157,12 @@ class Sessions:
                 instance.busy = True
             if sessions is self.open:
                 self._partition.world.ta_invokes += 1
-            result = yield from self._enter(thread, session, params, instance.ta.invoke, session.tee, command, params)
-            answer = result, _TEE if instance.panicked else _TRUSTED_APP
+            try:
+                entry = instance.ta.invoke
+                result = yield from self._enter(thread, session, params, entry, session.tee, command, params)
+                answer = result, _TEE if instance.panicked else _TRUSTED_APP
+            except NotMapped as error:
+                answer = error.result, _TRUSTED_APP  # what the call before left there
             session.cancelled = False
             if instance.flags or self._mutex.queue:
                 yield from self._clear_busy(thread, instance)
@@ -193,15 +210,45 @@ class Sessions:
     def open_from_ta(self, thread: Thread, caller: Instance, uuid: UUID, params: Params) -> Steps[Session | TeeError]:
         """Open a session for a TA; a failure is returned, not raised."""
         client = Client(int(Login.TRUSTED_APP), caller.uuid)
+        tables = yield from self._leave(thread, caller)
         result, origin, session = yield from self.open_session(thread, uuid, client, params, caller.opened)
+        yield from self._return(thread, caller, tables)
         return TeeError(result, Origin(origin)) if session is None else session
 
     def invoke_from_ta(
         self, thread: Thread, caller: Instance, session: Session, command: int, params: Params
     ) -> Steps[tuple[int, Origin]]:
         """Invoke a command for a TA."""
+        tables = yield from self._leave(thread, caller)
         result, origin = yield from self.invoke(thread, session.id, command, params, caller.opened)
+        yield from self._return(thread, caller, tables)
         return result, Origin(origin)
+
+    def _leave(self, thread: Thread, caller: Instance) -> Steps[int]:
+        """Give up the tables of a TA while another one runs for it: how many."""
+        tables, caller.tables = caller.tables, 0
+        if tables:
+            self._pools.tables.give(tables)
+            if self._mutex.queue:
+                self._tables_free.broadcast()
+                yield from self._mutex.wake_next(thread)
+        return tables
+
+    def _return(self, thread: Thread, caller: Instance, tables: int) -> Steps[None]:
+        """Map a TA again; it waits for tables as long as too few are free."""
+        if tables and not self._pools.tables.take(tables):
+            yield from self._wait_for_tables(thread, tables)
+        caller.tables = tables
+
+    def _wait_for_tables(self, thread: Thread, tables: int) -> Steps[None]:
+        while not self._pools.tables.take(tables):
+            yield from self._tables_free.wait(thread)
+        if self._mutex.queue:
+            yield from self._mutex.wake_next(thread)
+
+    def _log(self, error: TeeError) -> None:
+        if isinstance(error, TablesNotAvailable):
+            self._partition.world.log(error.console())
 
     def _get(self, thread: Thread, number: int, sessions: dict[int, Session]) -> Steps[Session | None]:
         """Hold a session for this thread alone; None if there is none, or it closes meanwhile."""
@@ -237,6 +284,7 @@ class Sessions:
         while session.references != 2:  # the list's own and this thread's
             yield from session.let_go.wait(thread)
         del sessions[session.id]
+        self._pools.heap.free(session.memory)
         if self._mutex.queue:
             yield from self._mutex.wake_next(thread)
 
@@ -264,10 +312,11 @@ class Sessions:
             if ta.flags & TaFlag.CONCURRENT and not ta.is_pseudo:
                 raise TeeError(Result.BAD_FORMAT)
             if not ta.is_pseudo:
-                instance.memory = TaMemory(self._partition.ta_ram, ta)
+                instance.memory = TaMemory(self._pools, ta, session.id)
             instance.ta = ta()
             instance.flags = int(ta.flags)
-        except TeeError:
+        except TeeError as error:
+            self._log(error)
             self.instances.remove(instance)
             yield from self._end_initialization(thread, instance)
             raise
@@ -330,6 +379,16 @@ class Sessions:
         instance = session.instance
         if instance.panicked:  # while this thread waited for it
             return _TARGET_DEAD
+        memory = instance.memory
+        if memory is not None:
+            try:
+                mapped = memory.map_parameters(params)
+            except TeeError as error:
+                self._log(error)
+                raise NotMapped(error.result) from None
+            if not self._pools.tables.take(mapped.tables):
+                yield from self._wait_for_tables(thread, mapped.tables)
+            instance.tables = mapped.tables
         session.tee.thread = thread
         session.cancel_masked = True
         instance.params = params
@@ -343,6 +402,13 @@ class Sessions:
             report = report_panic(self._partition.vm_id, thread.index, instance, panic)
         else:
             return outcome or _SUCCESS
+        finally:
+            if memory is not None:
+                memory.unmap_parameters(mapped)
+                self._pools.tables.give(instance.tables)
+                instance.tables = 0
+                if self._mutex.queue:
+                    self._tables_free.broadcast()
         yield from self._die(thread, instance, report)
         return _TARGET_DEAD
 
@@ -361,9 +427,7 @@ class Sessions:
         instance.created = False
         instance.live.clear()
         instance.heap_used = 0
-        if instance.memory is not None:
-            instance.memory.free()
-            instance.memory = None
+        instance.free_memory()
         for number in list(instance.opened):
             yield from self.close(thread, number, instance.opened)
         if instance.handles:

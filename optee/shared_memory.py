@@ -13,23 +13,29 @@ from hv_models.memory import PAGE_MASK, PAGE_SHIFT
 from optee.abi.message import ENTRIES_PER_PAGE
 from optee.abi.results import Result
 from optee.errors import TeeError
+from optee.memory.heap import Owner
+from optee.memory.pools import GuestPools
+from optee.memory.structures import MAPPING, PAGE_ADDRESS, shared_memory
 from optee.normal_world import NormalWorld, Window
 from optee.steps import Steps
 from optee.threads import Thread
 from optee.wait_queue import Condition, Mutex
 
 _LIST_PAGE = struct.Struct(f"<{ENTRIES_PER_PAGE}QQ")
+_LIST_PAGE_MAPPED = (shared_memory(1), MAPPING)
 _SIZE_MASK = (1 << 64) - 1  # size_t of AArch64
 
 
 class SharedMemory(Window):
     """One buffer: whole pages from `start` on, so `size` is what was asked for, rounded up to a page end."""
 
-    __slots__ = ("cookie", "guarded", "references", "releasing")
+    __slots__ = ("cookie", "guarded", "heap_address", "references", "releasing")
 
     def __init__(self, normal_world: NormalWorld, cookie: int, pages: Sequence[int], start: int) -> None:
         super().__init__(normal_world.memory, pages, start, (len(pages) << PAGE_SHIFT) - start)
         self.cookie = cookie
+        self.heap_address = 0
+        """Where it lies in the core's heap."""
         self.references = 1
         self.guarded = True
         self.releasing = False
@@ -38,9 +44,11 @@ class SharedMemory(Window):
 class SharedMemoryTable:
     """All objects of one guest."""
 
-    def __init__(self, normal_world: NormalWorld, heap_size: int) -> None:
+    def __init__(self, normal_world: NormalWorld, pools: GuestPools) -> None:
         self.normal_world = normal_world
-        self._heap_size = heap_size
+        self._heap = pools.heap
+        self._owner = Owner("shared memory", pools.guest)
+        self._dynamic = pools.build.dynamic_shm
         self._by_cookie: dict[int, list[SharedMemory]] = {}
         self._mutex = Mutex()
         self._released = Condition(self._mutex)
@@ -50,30 +58,46 @@ class SharedMemoryTable:
         return (shm for shms in self._by_cookie.values() for shm in shms)
 
     def add(self, cookie: int, pages: Sequence[int], start: int) -> SharedMemory | None:
-        """Make an object of data pages at PAs; None if one is not a page of non-secure RAM."""
-        if not pages or not self.normal_world.are_pages(pages):
+        """Make an object of data pages at PAs; None if one is not a page of non-secure RAM, or the heap too small."""
+        if not pages or not self._dynamic or not self.normal_world.are_pages(pages):
+            return None
+        try:
+            address = self._heap.allocate(shared_memory(len(pages)), self._owner)
+        except TeeError:
             return None
         shm = SharedMemory(self.normal_world, cookie, pages, start)
+        shm.heap_address = address
         self._by_cookie.setdefault(cookie, []).append(shm)
         return shm
 
     def add_list(self, buf_ptr: int, size: int, cookie: int) -> SharedMemory | None:
         """Make an object of a page list; None if the list or a page is bad, or the heap too small.
 
-        `buf_ptr` is the PA of the first list page plus the offset in the first data page; `size` in bytes.
+        `buf_ptr` is the PA of the first list page plus the offset in the first data page; `size` in bytes. Meanwhile
+        the heap holds an array of the addresses, and each list page is mapped in turn.
         """
         start = buf_ptr & PAGE_MASK
         count = (((size + start - 1) & _SIZE_MASK) >> PAGE_SHIFT) + 1  # wraps for an empty buffer
-        if count * 8 > self._heap_size:
+        if not self._dynamic:
             return None
-        pages = self._read_list(buf_ptr - start, count)
-        return None if pages is None else self.add(cookie, pages, start)
+        try:
+            array = self._heap.allocate(PAGE_ADDRESS * count, self._owner)
+        except TeeError:
+            return None
+        try:
+            pages = self._read_list(buf_ptr - start, count)
+            return None if pages is None else self.add(cookie, pages, start)
+        except TeeError:
+            return None
+        finally:
+            self._heap.free(array)
 
     def _read_list(self, list_pa: int, count: int) -> tuple[int, ...] | None:
         pages: tuple[int, ...] = ()
         while True:
             if not self.normal_world.is_page(list_pa):
                 return None
+            self._heap.free_all(self._heap.allocate_all(_LIST_PAGE_MAPPED, self._owner))
             frame = self.normal_world.memory.frame(list_pa)
             left = count - len(pages)
             if left <= ENTRIES_PER_PAGE:
@@ -104,6 +128,7 @@ class SharedMemoryTable:
         shms.remove(shm)
         if not shms:
             del self._by_cookie[shm.cookie]
+        self._heap.free(shm.heap_address)
         return True
 
     def release(self, thread: Thread, cookie: int) -> Steps[None]:

@@ -11,6 +11,7 @@ from uuid import UUID
 
 from optee.abi.results import TaFlag
 from optee.parameters import Params
+from optee.set_ups import SetUp
 from optee.storage.handles import Handles
 from optee.ta_memory import TaMemory
 from optee.tee import Tee
@@ -53,9 +54,11 @@ class Instance:
         "panicked",
         "params",
         "references",
+        "set_ups",
         "stack_peak",
         "stack_used",
         "ta",
+        "tables",
         "uuid",
     )
 
@@ -79,9 +82,21 @@ class Instance:
         self.params: Params = ()
         """Parameters of the call that runs in it."""
         self.memory: TaMemory | None = None
+        self.tables = 0
+        """Translation tables of the pool that it holds now."""
+        self.set_ups: dict[SetUp, None] = {}
+        """Keys and operations that it has allocated."""
         self.heap_used = self.heap_peak = 0
         self.heap_failures = self.heap_biggest_failure = self.heap_used_at_failure = 0
         self.stack_used = self.stack_peak = 0
+
+    def free_memory(self) -> None:
+        """Give back what it has taken of TA RAM and of the core's heap."""
+        for set_up in list(self.set_ups):
+            set_up.free()
+        if self.memory is not None:
+            self.memory.free()
+            self.memory = None
 
     @property
     def keeps_alive(self) -> bool:
@@ -110,13 +125,16 @@ class Session:
         "instance",
         "let_go",
         "lock",
+        "memory",
         "references",
         "tee",
         "unlinked",
     )
 
-    def __init__(self, number: int, client: Client, thread: Thread, mutex: Mutex) -> None:
+    def __init__(self, number: int, client: Client, thread: Thread, mutex: Mutex, memory: int) -> None:
         self.id = number
+        self.memory = memory
+        """Where it lies in the core's heap."""
         self.client = client
         self.instance: Instance
         self.tee = Tee(self, thread)

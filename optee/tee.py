@@ -17,6 +17,7 @@ from optee.config import MAX_SYSCALL_RECURSION
 from optee.errors import TaAbort, TaPanic, TeeError
 from optee.parameters import NO_PARAMS, Params
 from optee.rpc import VALUE_INPUT, VALUE_OUTPUT, rpc_command
+from optee.set_ups import SetUp
 from optee.steps import WORK, Steps
 from optee.storage.objects import TrustedStorage
 from optee.threads import Thread
@@ -191,6 +192,13 @@ class Tee:
         instance.heap_used += size
         instance.heap_peak = max(instance.heap_peak, instance.heap_used)
         return Allocation(instance, size)
+
+    def set_up(self, kind: str) -> SetUp:
+        """Allocate a key object, an operation (TEE_AllocateOperation), or both; kinds: `optee.memory.profile.SET_UPS`.
+
+        Raises TeeError(OUT_OF_MEMORY): the core's heap is used up, of which no heap of a TA is part.
+        """
+        return SetUp(self.thread.partition.pools, self.instance, self.session.id, kind)
 
     def enter_stack(self, size: int) -> None:
         """Count `size` bytes of stack as used at this moment; more than there is aborts the TA."""

@@ -8,7 +8,7 @@ block that has no free neighbour below it goes to the end of the list.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from operator import itemgetter
 from typing import Final, NamedTuple
 
@@ -19,6 +19,8 @@ HEADER: Final = 16
 """Bytes before each block, and behind the last one."""
 QUANTUM: Final = 16
 """Sizes are multiples of this, and at least this."""
+LOW: Final = 0.8
+"""Part of a pool that may be taken before `on_low` is told."""
 _ROUND: Final = QUANTUM - 1
 _SMALLEST_REST: Final = QUANTUM + HEADER  # a free rest must be larger
 
@@ -76,11 +78,13 @@ class Heap:
         "_failed",
         "_free",
         "_free_ends",
+        "_low_mark",
         "_used",
         "allocated",
         "best_fit",
         "max_allocated",
         "name",
+        "on_low",
         "size",
     )
 
@@ -90,6 +94,9 @@ class Heap:
         """As OP-TEE's statistics call the pool."""
         self.size = size
         """Bytes, of which the headers take some."""
+        self.on_low: Callable[[Heap], None] | None = None
+        """Told once when four fifths are taken, or when an allocation fails."""
+        self._low_mark = size * LOW
         self.allocated = 0
         """Bytes allocated now, headers included."""
         self.max_allocated = 0
@@ -121,12 +128,21 @@ class Heap:
             self.allocated += need
             if self.allocated > self.max_allocated:
                 self.max_allocated = self.allocated
+                if self.allocated > self._low_mark:
+                    self._tell()
             return end - need
         self._failed += 1
         if size > self._biggest_failure:
             self._biggest_failure = size
             self._allocated_at_biggest_failure = self.allocated
+        self._tell()
         raise TeeError(Result.OUT_OF_MEMORY)
+
+    def _tell(self) -> None:
+        told, self.on_low = self.on_low, None
+        self._low_mark = self.size
+        if told is not None:
+            told(self)
 
     def _smallest(self, need: int) -> Iterable[tuple[int, int]]:
         """The first of the smallest free blocks that suffice."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from types import MappingProxyType
 from typing import Final
 
@@ -15,6 +16,7 @@ _RSA: Final = structures.rsa_keypair
 _RSA_PUBLIC: Final = structures.rsa_public_key
 
 
+@cache
 def set_ups(bignum_bits: int = 4096) -> Mapping[str, tuple[int, ...]]:
     """What one set-up of each kind allocates of the core's heap: its key objects, its operation, its state.
 
@@ -25,6 +27,7 @@ def set_ups(bignum_bits: int = 4096) -> Mapping[str, tuple[int, ...]]:
         {
             "rsa-key": pair,
             "rsa-public-key": public,
+            "rsa-operation": (structures.OPERATION, *pair),
             "rsa-sign": (*pair, structures.OPERATION, *pair),
             "rsa-verify": (*public, structures.OPERATION, *public),
             "hash": (structures.OPERATION, structures.HASH_STATE),

@@ -11,6 +11,7 @@ from math import gcd
 from uuid import UUID
 
 from optee.abi.results import Result
+from optee.set_ups import SetUp
 from optee.tee import Tee
 from optee.trusted_application import (
     WORK,
@@ -37,6 +38,7 @@ class RsaKey:
 
     modulus: int
     private_exponent: int
+    memory: SetUp
 
     @property
     def size(self) -> int:
@@ -53,18 +55,26 @@ class Acipher(TrustedApplication):
         """Start without a key."""
         tee.context = None
 
+    def close_session(self, tee: Tee) -> None:
+        """Free the key."""
+        if tee.context is not None:
+            tee.context.memory.free()
+
     @command(0, ParamKind.VALUE_INPUT)
     def generate_key(self, tee: Tee, size: Value) -> Steps[None]:
         """Make a key of so many bits: long work, interrupts come in."""
         if not _SMALLEST <= size.a <= _LARGEST:
             raise TeeError(Result.NOT_SUPPORTED)
+        self.close_session(tee)
+        tee.context = None
+        memory = tee.set_up("rsa-key")
         while True:
             first = yield from _prime(tee, (size.a + 1) // 2)
             second = yield from _prime(tee, size.a // 2)
             totient = (first - 1) * (second - 1)
             modulus = first * second
             if first != second and gcd(totient, _EXPONENT) == 1 and modulus.bit_length() == size.a:
-                tee.context = RsaKey(modulus, pow(_EXPONENT, -1, totient))
+                tee.context = RsaKey(modulus, pow(_EXPONENT, -1, totient), memory)
                 return
 
     @command(1, ParamKind.MEMREF_INPUT, ParamKind.MEMREF_OUTPUT)
@@ -76,13 +86,20 @@ class Acipher(TrustedApplication):
         if target.capacity < key.size:
             target.size = key.size
             raise TeeError(Result.SHORT_BUFFER)
-        plain = source.read()
+        operation = tee.set_up("rsa-operation")
+        try:
+            target.put(self._encrypted(tee, key, source.read()))
+        finally:
+            operation.free()
+
+    @staticmethod
+    def _encrypted(tee: Tee, key: RsaKey, plain: bytes) -> bytes:
         if len(plain) > key.size - _PADDING:
             raise TeeError(Result.BAD_PARAMETERS)
         filling = bytes(byte % 255 + 1 for byte in tee.random(key.size - len(plain) - 3))
         block = b"\0\2" + filling + b"\0" + plain
         cipher = pow(int.from_bytes(block, "big"), _EXPONENT, key.modulus)
-        target.put(cipher.to_bytes(key.size, "big"))
+        return cipher.to_bytes(key.size, "big")
 
 
 def _prime(tee: Tee, bits: int) -> Steps[int]:

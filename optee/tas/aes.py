@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import CBC, CTR, ECB
 
 from optee.abi.results import Result
+from optee.set_ups import SetUp
 from optee.tee import Tee
 from optee.trusted_application import (
     Memref,
@@ -35,6 +36,7 @@ class _Operation:
     key_size: int
     mode: int
     key: bytes
+    memory: SetUp
     cipher: CipherContext | None = None
 
 
@@ -47,12 +49,20 @@ class Aes(TrustedApplication):
         """Start with nothing prepared."""
         tee.context = None
 
+    def close_session(self, tee: Tee) -> None:
+        """Free what PREPARE has set up."""
+        if tee.context is not None:
+            tee.context.memory.free()
+
     @command(0, ParamKind.VALUE_INPUT, ParamKind.VALUE_INPUT, ParamKind.VALUE_INPUT)
     def prepare(self, tee: Tee, algorithm: Value, key_size: Value, mode: Value) -> None:
         """Choose algorithm (0 ECB, 1 CBC, 2 CTR), key size in bytes, and mode (1 encode, 0 decode)."""
         if algorithm.a not in (_ECB, _CBC, _CTR) or key_size.a not in _KEY_SIZES or mode.a not in (_DECODE, _ENCODE):
             raise TeeError(Result.BAD_PARAMETERS)
-        tee.context = _Operation(algorithm.a, key_size.a, mode.a, bytes(key_size.a))
+        self.close_session(tee)
+        tee.context = None
+        memory = tee.set_up("aes-ctr" if algorithm.a == _CTR else "aes-cbc")
+        tee.context = _Operation(algorithm.a, key_size.a, mode.a, bytes(key_size.a), memory)
 
     @command(1, ParamKind.MEMREF_INPUT)
     def set_key(self, tee: Tee, key: Memref) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from uuid import UUID
+from uuid import UUID, uuid5
 
 from optee.abi.results import TaFlag
+from optee.memory.profile import SET_UPS, TaProfile
 from optee.parameters import PrivateBuffer
+from optee.set_ups import SetUp
 from optee.tee import Allocation, Tee
 from optee.trusted_application import (
     Memref,
@@ -31,6 +33,7 @@ class ExerciseTa(TrustedApplication):
     def __init__(self) -> None:
         self.counter = 0
         self.kept: list[Allocation] = []
+        self.set_ups: list[SetUp] = []
 
     @command(0, ParamKind.VALUE_INPUT)
     def panic(self, tee: Tee, code: Value) -> None:
@@ -142,6 +145,20 @@ class ExerciseTa(TrustedApplication):
     def take(self, tee: Tee, data: Memref) -> None:
         """Take a buffer and leave it alone: what then is measured is the way of the buffer."""
 
+    @command(14, ParamKind.VALUE_INPUT, ParamKind.VALUE_OUTPUT)
+    def set_up(self, tee: Tee, what: Value, made: Value) -> None:
+        """Allocate and keep `b` set-ups of kind `SET_UPS[a]`; the output counts them, also where memory ends."""
+        kind = SET_UPS[what.a % len(SET_UPS)]
+        for made.a in range(what.b):
+            self.set_ups.append(tee.set_up(kind))
+        made.a = what.b
+
+    @command(15)
+    def let_go(self, tee: Tee) -> None:
+        """Free all set-ups of the instance."""
+        while self.set_ups:
+            self.set_ups.pop().free()
+
 
 class SingleInstanceTa(ExerciseTa):
     """One instance for all sessions (SINGLE_INSTANCE, MULTI_SESSION)."""
@@ -176,6 +193,13 @@ class BigHeapTa(ExerciseTa):
 
     uuid = UUID("9d5b2f10-7a3c-4d31-8c5e-0a6d1f2e3b06")
     data_size = 16 << 20
+
+
+def sized_ta(profile: TaProfile) -> type[ExerciseTa]:
+    """A TA with the commands of these and the sizes of a profile; its UUID follows from the profile's name."""
+    flags = _SINGLE_MULTI if profile.single_instance else TaFlag(0)
+    sizes = {"stack_size": profile.stack, "code_size": profile.code, "data_size": profile.heap or 0}
+    return type("SizedTa", (ExerciseTa,), {"uuid": uuid5(ExerciseTa.uuid, profile.name), "flags": flags, **sizes})
 
 
 CALLEES = (ExerciseTa.uuid, SingleInstanceTa.uuid, UUID("8aaaf200-2450-11e4-abe2-0002a5d5c51b"))

@@ -92,7 +92,7 @@ def test_report_as_text(rig: Rig) -> None:
     assert lines[0] == "E/TC:00 0 TA panicked with code 0xffff300f"
     assert lines[1] == f"E/LD:  Status of TA {ExerciseTa.uuid}"
     region = re.compile(
-        r"E/LD:  region +\d+: va 0x[0-9a-f]{8} pa 0x[0-9a-f]{8} size 0x[0-9a-f]{6} flags (\S{4})( \S+)?"
+        r"E/LD:  region +\d+: va 0x[0-9a-f]{8} pa 0x[0-9a-f]{8,10} size 0x[0-9a-f]{6} flags (\S{4})( \S+)?"
     )
     regions = [match for line in lines if (match := region.fullmatch(line))]
     assert [match[1] for match in regions] == [

@@ -117,7 +117,8 @@ class TestInstances:
             rig.close(session)
         assert rig.open() == 1
 
-    def test_memory_of_an_instance_is_given_back(self, rig: Rig) -> None:
+    def test_memory_of_an_instance_is_given_back(self) -> None:
+        rig = Rig(Config(guests=2))
         rig.open(BigHeapTa.uuid)
         for _ in range(200):
             rig.close(rig.open(BigHeapTa.uuid))
@@ -459,7 +460,8 @@ def test_single_instance_tas_that_call_in_a_circle_kill_optee() -> None:
 
 
 class TestHeapAndStack:
-    def test_heap(self, rig: Rig) -> None:
+    def test_heap(self) -> None:
+        rig = Rig(Config(guests=2))
         session, big = rig.open(ExerciseTa.uuid), rig.open(BigHeapTa.uuid)
         for size, result in ((32 << 10, 0), ((32 << 10) + 1, Result.OUT_OF_MEMORY)):
             assert rig.invoke(session, ALLOCATE, value(size, 0, ParamType.VALUE_INPUT)).ret == result
