@@ -45,6 +45,8 @@ class PrivateBuffer:
     """Memory of a TA that it passes to another TA."""
 
     __slots__ = ("data", "size")
+    start = 0
+    """It begins with a page."""
 
     def __init__(self, data: bytes | bytearray) -> None:
         self.data = bytearray(data)

@@ -97,7 +97,7 @@ class SharedMemoryTable:
         while True:
             if not self.normal_world.is_page(list_pa):
                 return None
-            self._heap.free_all(self._heap.allocate_all(_LIST_PAGE_MAPPED, self._owner))
+            self._heap.pass_through(_LIST_PAGE_MAPPED, self._owner)
             frame = self.normal_world.memory.frame(list_pa)
             left = count - len(pages)
             if left <= ENTRIES_PER_PAGE:

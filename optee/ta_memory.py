@@ -142,12 +142,13 @@ class TaMemory:
         end_va = self.end_va + sum(sizes)
         tables = self._tables(end_va)
         regions = self._pools.heap.allocate_all((VM_REGION,) * len(sizes), self._owner)
+        if not self._pools.build.prealloc:
+            return Mapped(tables, regions, _NOTHING)
         try:
-            more = self._take_groups(end_va, len(self._groups) // 2)
+            return Mapped(tables, regions, self._take_groups(end_va, len(self._groups) // 2))
         except TeeError:
             self._pools.heap.free_all(regions)
             raise
-        return Mapped(tables, regions, more)
 
     def unmap_parameters(self, mapped: Mapped) -> None:
         """End what `map_parameters` began."""
@@ -167,12 +168,14 @@ def _merged(params: Params) -> Sequence[int]:
     """Sizes of the regions that memory references become: those that touch in one buffer are one."""
     spans: list[tuple[int, int, int]] = []
     for param in params:
-        if isinstance(param, Memref) and param.buffer is not None and param.capacity:
-            start = (getattr(param.buffer, "start", 0) + param.offset) & ~PAGE_MASK
-            end = (getattr(param.buffer, "start", 0) + param.offset + param.capacity + PAGE_MASK) & ~PAGE_MASK
-            spans.append((id(param.buffer), start, end))
-    if len(spans) < 2:
-        return [end - start for _, start, end in spans]
+        if type(param) is Memref and param.capacity and param.buffer is not None:
+            start = param.offset + param.buffer.start
+            end = (start + param.capacity + PAGE_MASK) & ~PAGE_MASK
+            spans.append((id(param.buffer), start & ~PAGE_MASK, end))
+    if not spans:
+        return _NOTHING
+    if len(spans) == 1:
+        return (spans[0][2] - spans[0][1],)
     spans.sort()
     merged = spans[:1]
     for span in spans[1:]:

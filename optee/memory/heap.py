@@ -8,7 +8,7 @@ block that has no free neighbour below it goes to the end of the list.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
 from typing import Final, NamedTuple
 
@@ -178,6 +178,14 @@ class Heap:
         """Give blocks back, the last one first."""
         for address in reversed(tuple(addresses)):
             self.free(address)
+
+    def pass_through(self, sizes: Sequence[int], owner: Owner) -> None:
+        """Take blocks and give them back at once, the last one first. Raises TeeError(OUT_OF_MEMORY)."""
+        need = block_sizes(sizes)
+        first = next(iter(self._free.values()), 0)
+        if first - need > _SMALLEST_REST and self.allocated + need <= self.max_allocated and not self.best_fit:
+            return  # they would come off that block's end and go back there, and no counter would move
+        self.free_all(self.allocate_all(sizes, owner))
 
     @property
     def largest_free(self) -> int:

@@ -150,3 +150,37 @@ def test_block_sizes(size: int, block: int) -> None:
 def test_a_heap_too_small_for_a_block(size: int) -> None:
     with pytest.raises(TeeError):
         Heap(size).allocate(1, SOMEBODY)
+
+
+@given(st.integers(200, 1200), st.lists(st.integers(0, 300), max_size=6), st.lists(st.integers(0, 200), max_size=3))
+def test_what_passes_through_leaves_the_heap_as_if_taken(size: int, before: list[int], sizes: list[int]) -> None:
+    heaps = Heap(size), Heap(size)
+    for heap in heaps:
+        held = []
+        for amount in before:
+            try:
+                held.append(heap.allocate(amount, SOMEBODY))
+            except TeeError:
+                break
+        for address in held[::2]:
+            heap.free(address)
+    failed = []
+    for heap, passes in zip(heaps, (True, False), strict=True):
+        try:
+            if passes:
+                heap.pass_through(sizes, SOMEBODY)
+            else:
+                heap.free_all(heap.allocate_all(sizes, SOMEBODY))
+        except TeeError:
+            failed.append(passes)
+    assert len(failed) in (0, 2)
+    one, other = heaps
+    assert one.statistics == other.statistics
+    for amount in (16, 100, 50, 300, 16):
+        results = []
+        for heap in heaps:
+            try:
+                results.append(heap.allocate(amount, SOMEBODY))
+            except TeeError:
+                results.append(-1)
+        assert results[0] == results[1]
