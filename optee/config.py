@@ -8,6 +8,7 @@ from uuid import UUID
 
 from optee.memory.build import Build
 from optee.storage.keys import DEFAULT_CHIP_ID, DEFAULT_HUK
+from optee.storage.options import OPTEE, StorageOptions
 
 if TYPE_CHECKING:
     from optee.trusted_application import TrustedApplication
@@ -114,6 +115,9 @@ class Config:
 
     ree_fs_allow_reset: bool = False
     """CFG_REE_FS_ALLOW_RESET: begin an empty store where the anchored dirf.db is gone; else SECURITY."""
+
+    storage: StorageOptions = OPTEE
+    """What secure storage keeps in memory: nothing, as OP-TEE, or what these options of ours say."""
 
     seed: int = 0
     """Everything random in the model comes from here."""

@@ -86,6 +86,9 @@ def yielding_call(thread: Thread, function: int, a1: int, a2: int, a3: int) -> S
     partition = thread.partition
     if not partition.runtime_ready:
         yield from _initialise_runtime(thread)
+    manager = partition.storage.memory
+    if manager is not None:
+        manager.collector.enter(partition.world.milliseconds())
     held: SharedMemory | None = None
     if function in (_CALL_WITH_ARG, _CALL_WITH_RPC_ARG):
         message = _map_message(partition, from_pair(a1, a2))
@@ -169,7 +172,8 @@ def _processed(thread: Thread, message: Window, *, with_rpc_argument: bool) -> S
         partition.notifications_started = False
     elif command != _DO_BOTTOM_HALF:
         code = _EBADCMD
-    if code == _OK and (thread.payloads or thread.rpc_buffer is not None):
+    manager = partition.storage.memory
+    if code == _OK and (thread.payloads or thread.rpc_buffer is not None or (manager and manager.rpc_buffers)):
         yield from end_of_call(thread)
     if with_rpc_argument:
         thread.rpc_argument = None

@@ -98,7 +98,18 @@ class Window:
             size -= count
         return b"".join(pieces)
 
-    def store(self, offset: int, data: bytes) -> None:
+    def load_into(self, offset: int, target: memoryview) -> None:
+        """Copy as many bytes as `target` holds from `offset` on; the caller keeps within `self.size`."""
+        at = self.start + offset
+        done = 0
+        while done < len(target):
+            first = at & PAGE_MASK
+            count = min(len(target) - done, PAGE_SIZE - first)
+            target[done : done + count] = self.memory.frame(self.pages[at >> PAGE_SHIFT])[first : first + count]
+            at += count
+            done += count
+
+    def store(self, offset: int, data: bytes | memoryview) -> None:
         """Write `data` at `offset`; the caller keeps within `self.size`."""
         at = self.start + offset
         first = at & PAGE_MASK

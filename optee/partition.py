@@ -71,4 +71,6 @@ class Partition:
         for instance in self.sessions.instances:
             orderly = orderly and not instance.handles
             instance.free_memory()
+        if self.storage.memory is not None:
+            self.storage.memory.close()
         return self.pools.left() if orderly else []

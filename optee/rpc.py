@@ -136,6 +136,12 @@ def cached_payload(thread: Thread, user: str, size: int) -> Steps[SharedMemory]:
             return cached
         del thread.payloads[user]
         yield from free_payload(thread, cached)
+    manager = thread.partition.storage.memory
+    if manager is not None:
+        kept = manager.rpc_buffers.take(size)
+        if kept is not None:
+            thread.payloads[user] = kept
+            return kept
     size = (size + PAGE_MASK) & ~PAGE_MASK
     thread.payloads[user] = shm = yield from allocate_payload(thread, size)
     return shm
@@ -143,8 +149,15 @@ def cached_payload(thread: Thread, user: str, size: int) -> Steps[SharedMemory]:
 
 def end_of_call(thread: Thread) -> Steps[None]:
     """Free the payload buffers and, unless it is cached, the RPC argument of a processed message."""
+    manager = thread.partition.storage.memory
     while thread.payloads:
         _, shm = thread.payloads.popitem()
-        yield from free_payload(thread, shm)
+        if manager is None or not manager.rpc_buffers.keep(shm):
+            yield from free_payload(thread, shm)
+    if manager is not None:
+        if not thread.partition.sessions.open:
+            manager.rpc_buffers.give_up()
+        while (surplus := manager.rpc_buffers.surplus()) is not None:
+            yield from free_payload(thread, surplus)
     if thread.rpc_buffer is not None and not thread.partition.shm_cache:
         yield from free_argument(thread)

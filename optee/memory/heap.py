@@ -85,6 +85,7 @@ class Heap:
         "max_allocated",
         "name",
         "on_low",
+        "reclaim",
         "size",
     )
 
@@ -100,6 +101,8 @@ class Heap:
         self.allocated = 0
         """Bytes allocated now, headers included."""
         self.max_allocated = 0
+        self.reclaim: Callable[[int], bool] | None = None
+        """Asked for bytes that are not there; True: try once more. For caches: OP-TEE has no such hook."""
         self._failed = self._biggest_failure = self._allocated_at_biggest_failure = 0
         whole = (size & ~_ROUND) - HEADER
         self._free = {0: whole} if whole > HEADER else {}
@@ -131,6 +134,13 @@ class Heap:
                 if self.allocated > self._low_mark:
                     self._tell()
             return end - need
+        reclaim, self.reclaim = self.reclaim, None
+        if reclaim is not None:
+            try:
+                if reclaim(size):
+                    return self.allocate(size, owner)
+            finally:
+                self.reclaim = reclaim
         self._failed += 1
         if size > self._biggest_failure:
             self._biggest_failure = size

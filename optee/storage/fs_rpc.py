@@ -20,6 +20,7 @@ from optee.rpc import (
     Reply,
     RpcParam,
     cached_payload,
+    free_payload,
     rpc_command,
 )
 from optee.steps import Steps
@@ -39,6 +40,12 @@ _USER: Final = "FS"
 def _send(thread: Thread, params: Sequence[RpcParam]) -> Steps[Reply]:
     reply = yield from rpc_command(thread, _FS, params)
     if reply.ret:
+        manager = thread.partition.storage.memory
+        if manager is not None and reply.ret != Result.ITEM_NOT_FOUND:
+            manager.rpc_buffers.give_up()
+            payload = thread.payloads.pop(_USER, None)
+            if payload is not None:
+                yield from free_payload(thread, payload)
         raise TeeError(reply.ret)
     return reply
 
@@ -79,7 +86,18 @@ def read_file(thread: Thread, fd: int, offset: int, size: int) -> Steps[bytes]:
     return payload.load(0, size)
 
 
-def write_file(thread: Thread, fd: int, offset: int, data: bytes) -> Steps[None]:
+def read_into(thread: Thread, fd: int, offset: int, target: memoryview) -> Steps[int]:
+    """Read up to as many bytes as `target` holds, fewer at the end of the file: how many."""
+    payload = yield from cached_payload(thread, _USER, len(target))
+    reply = yield from _send(thread, ((VALUE_INPUT, _READ, fd, offset), (RMEM_OUTPUT, 0, len(target), payload.cookie)))
+    size = reply.params[1][2]
+    if size > len(target):
+        raise TeeError(Result.CORRUPT_OBJECT)
+    payload.load_into(0, target[:size])
+    return size
+
+
+def write_file(thread: Thread, fd: int, offset: int, data: bytes | memoryview) -> Steps[None]:
     """Write all of `data`."""
     payload = yield from cached_payload(thread, _USER, len(data))
     payload.store(0, data)

@@ -8,7 +8,7 @@ it only one may be answered, which the mediator sees to.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from optee.abi.results import StorageId
 from optee.memory.heap import Heap
@@ -16,6 +16,9 @@ from optee.storage.anchor import Anchor
 from optee.storage.file_system import Storage
 from optee.storage.hash_tree import Services
 from optee.storage.keys import StorageKeys
+from optee.storage.memory.files import CachedFiles
+from optee.storage.memory.manager import MemoryManager
+from optee.storage.options import StorageMemory
 from optee.storage.ree_fs import ReeFs
 from optee.storage.registry import ObjectRegistry
 from optee.storage.rpmb_fs import RpmbFs
@@ -25,12 +28,16 @@ from optee.storage.tree_files import TreeFiles
 if TYPE_CHECKING:
     from optee.config import Config
 
+_MANAGED: Final = StorageMemory.MANAGED
+
 
 class GuestStorage:
     """What each storage id stands for, and the core's own files."""
 
     def __init__(self, config: Config, random: Callable[[int], bytes], heap: Heap, guest: int) -> None:
         keys = StorageKeys(config.huk, config.chip_id, guest if config.guest_storage_keys else None)
+        self.memory = MemoryManager(config.storage, heap, guest) if config.storage.memory is _MANAGED else None
+        """What keeps files in the core's heap; None as in OP-TEE."""
         self.storages: dict[int, Storage] = {}
         anchor = None
         if config.rpmb_fs:
@@ -38,7 +45,9 @@ class GuestStorage:
             self.storages[StorageId.PRIVATE_RPMB] = Storage(rpmb_fs, ObjectRegistry())
             if config.is_anchored:
                 anchor = Anchor(rpmb_fs, allow_reset=config.ree_fs_allow_reset)
-        ree_fs = ReeFs(TreeFiles(Services(keys, random, heap, guest)), anchor)
+        services = Services(keys, random, heap, guest)
+        files = TreeFiles(services) if self.memory is None else CachedFiles(services, self.memory)
+        ree_fs = ReeFs(files, anchor)
         ree = Storage(ree_fs, ObjectRegistry())
         self.storages |= {StorageId.PRIVATE: ree, StorageId.PRIVATE_REE: ree}
         self.ta_database = TaDatabase(ree_fs)

@@ -111,15 +111,18 @@ class HashTree:
             raise TeeError(Result.CORRUPT_OBJECT) from None
         self._nodes = {ROOT: root}
         yield from self._read_nodes(thread)
-        if any(self._hash(number) != node.hash for number, node in self._nodes.items()):
-            raise TeeError(Result.CORRUPT_OBJECT)
 
     def _read_nodes(self, thread: Thread) -> Steps[None]:
-        """Read all nodes below the root, each with an RPC of its own."""
+        """Read all nodes below the root, each with an RPC of its own, and verify the tree."""
         for number in range(ROOT + 1, self.max_node_id + 1):
             node = yield from self._read_node(thread, number, self._version(number))
             self._take_node()
             self._nodes[number] = node
+        self._verify()
+
+    def _verify(self) -> None:
+        if any(self._hash(number) != node.hash for number, node in self._nodes.items()):
+            raise TeeError(Result.CORRUPT_OBJECT)
 
     def _version(self, number: int) -> int:
         """Which version of a node is committed; not for the root."""
@@ -200,7 +203,7 @@ class HashTree:
     def _read(self, thread: Thread, offset: int, size: int) -> Steps[bytes]:
         return read_file(thread, self.fd, offset, size)
 
-    def _write(self, thread: Thread, offset: int, data: bytes) -> Steps[None]:
+    def _write(self, thread: Thread, offset: int, data: bytes | memoryview) -> Steps[None]:
         return write_file(thread, self.fd, offset, data)
 
     def _add_nodes(self, last: int) -> None:
@@ -256,8 +259,7 @@ class HashTree:
         if not self._dirty:
             return
         try:
-            for number in list(self._to_write()):
-                yield from self._commit_node(thread, number)
+            yield from self._write_nodes(thread)
             iv = self._services.random(IV_SIZE)
             self._counter = (self._counter + 1) & 0xFFFFFFFF
             head = self._cipher.seal_head(iv, Meta(self.length, self.max_node_id), self.root_hash, self._counter)
@@ -285,7 +287,13 @@ class HashTree:
                 wanted.discard(path.pop())
                 yield number
 
-    def _commit_node(self, thread: Thread, number: int) -> Steps[None]:
+    def _write_nodes(self, thread: Thread) -> Steps[None]:
+        for number in list(self._to_write()):
+            version, node = self._seal_node(number)
+            yield from self._write(thread, node_offset(number, version), node.pack())
+
+    def _seal_node(self, number: int) -> tuple[int, Node]:
+        """Compute a node's hash anew, its children's being known: the version that it is to be, and the node."""
         nodes = self._nodes
         if number == ROOT:
             version = ~self._counter & 1
@@ -295,7 +303,7 @@ class HashTree:
             nodes[number >> 1] = parent._replace(flags=parent.flags ^ flag)
             version = int(not parent.flags & flag)
         nodes[number] = node = nodes[number]._replace(hash=self._hash(number))
-        yield from self._write(thread, node_offset(number, version), node.pack())
+        return version, node
 
     def check(self) -> None:
         """Raise TeeError(CORRUPT_OBJECT) if an error has closed the file."""

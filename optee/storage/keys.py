@@ -70,6 +70,13 @@ class FileCipher:
         except InvalidTag:
             raise NotAuthentic from None
 
+    def open_block_into(self, node: Node, sealed: memoryview, target: memoryview) -> None:
+        """Decrypt the data block of a node, its tag behind it, into `target`. Raises NotAuthentic."""
+        try:
+            self._gcm.decrypt_into(node.iv, sealed, self.enc_fek + node.iv, target)
+        except InvalidTag:
+            raise NotAuthentic from None
+
     def seal_head(self, iv: bytes, meta: Meta, root_hash: bytes, counter: int) -> Head:
         """Make the head that commits a tree."""
         aad = root_hash[:_ROOT_HASH_IN_HEAD] + counter.to_bytes(4, "little") + self.enc_fek + iv

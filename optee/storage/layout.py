@@ -36,7 +36,7 @@ META_SIZE: Final = _META.size
 ENTRY_SIZE: Final = _ENTRY.size
 OBJECT_HEADER_SIZE: Final = _OBJECT_HEADER.size
 
-_NODES_PER_BLOCK: Final = 31
+NODES_PER_BLOCK: Final = 31
 _DATA_BETWEEN_NODES: Final = 61  # of the physical blocks behind a node block, before the next one
 _BLOCK_SIZES: Final = _DATA_BETWEEN_NODES + 1
 
@@ -53,7 +53,7 @@ def head_offset(slot: int) -> int:
 
 def node_offset(number: int, version: int) -> int:
     """Where a version of the node with this id lies; the root's id is 1."""
-    group, place = divmod(number - 1, _NODES_PER_BLOCK)
+    group, place = divmod(number - 1, NODES_PER_BLOCK)
     return (1 + group * _BLOCK_SIZES) * BLOCK_SIZE + (2 * place + version) * NODE_SIZE
 
 
@@ -61,6 +61,11 @@ def block_offset(block: int, version: int) -> int:
     """Where a version of a data block lies."""
     slot = 2 * block + version
     return (2 + slot + slot // _DATA_BETWEEN_NODES) * BLOCK_SIZE
+
+
+def adjacent_blocks(slot: int) -> int:
+    """How many versions of blocks lie one behind the other from this one on; slot: twice the block, and its version."""
+    return _DATA_BETWEEN_NODES - slot % _DATA_BETWEEN_NODES
 
 
 def block_count(length: int) -> int:

@@ -5,8 +5,6 @@ Source: OP-TEE secure storage, sections 3 and 5.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from optee.errors import TeeError
 from optee.steps import Steps
 from optee.storage.fs_rpc import close_file, open_file, remove_file
@@ -24,7 +22,8 @@ class TreeFiles:
         """Open a file of this root hash; None takes the latest version, and removes a file that does not open."""
         try:
             fd = yield from open_file(thread, name, create=False)
-            return (yield from self._ready(thread, fd, owner, lambda tree: tree.open(thread, expected)))
+            tree = yield from self._make(thread, name, fd, owner)
+            return (yield from self._ready(thread, tree, tree.open(thread, expected)))
         except TeeError:
             if expected is None:
                 yield from remove_file(thread, name)
@@ -34,22 +33,27 @@ class TreeFiles:
         """Make an empty file; it is removed if that fails."""
         try:
             fd = yield from open_file(thread, name, create=True)
-            return (yield from self._ready(thread, fd, owner, lambda tree: tree.create(thread)))
+            tree = yield from self._make(thread, name, fd, owner)
+            return (yield from self._ready(thread, tree, tree.create(thread)))
         except TeeError:
             yield from remove_file(thread, name)
             raise
 
-    def _ready(
-        self, thread: Thread, fd: int, owner: bytes | None, start: Callable[[HashTree], Steps[None]]
-    ) -> Steps[HashTree]:
-        """Make the tree of an open file ready; the file is closed if that fails."""
+    def _make(self, thread: Thread, name: str, fd: int, owner: bytes | None) -> Steps[HashTree]:
+        """The tree of an open file; the file is closed if there is no memory for it."""
         try:
-            tree = HashTree(self._services, fd, owner)
+            return self._tree(name, fd, owner)
         except TeeError:
             yield from close_file(thread, fd)
             raise
+
+    def _tree(self, name: str, fd: int, owner: bytes | None) -> HashTree:
+        return HashTree(self._services, fd, owner)
+
+    def _ready(self, thread: Thread, tree: HashTree, start: Steps[None]) -> Steps[HashTree]:
+        """Read or write what a tree begins with; it is closed if that fails."""
         try:
-            yield from start(tree)
+            yield from start
         except TeeError:
             yield from tree.close(thread)
             raise

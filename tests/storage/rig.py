@@ -9,11 +9,13 @@ from pathlib import Path
 from uuid import UUID
 
 from guests.rpmb import RpmbDevice, answer_request
-from optee.abi.message import Message, Param, ParamType
+from optee.abi.message import Command, Message, Param, ParamType
 from optee.abi.results import Result, StorageId
 from optee.abi.rpc import FsOperation, RpcCommand
-from optee.abi.smc import ReturnCode
+from optee.abi.smc import Function, ReturnCode
 from optee.config import Config
+from optee.storage.memory.manager import MemoryManager
+from optee.storage.options import StorageMemory, StorageOptions
 from optee.storage.registry import DataFlag
 from optee.tas.secure_storage_test import StorageTest
 from tests.optee.rig import REGISTER, Rig, Rpc, invoke_message, open_message, value
@@ -24,6 +26,7 @@ SHARED_READ = DataFlag.ACCESS_READ | DataFlag.SHARE_READ
 PRIVATE = int(StorageId.PRIVATE)
 RPMB = int(StorageId.PRIVATE_RPMB)
 RPMB_ASKED = 1000
+MANAGED = StorageOptions(memory=StorageMemory.MANAGED, leak_detection=1)
 CHANGES = (FsOperation.CREATE, FsOperation.WRITE, FsOperation.TRUNCATE, FsOperation.REMOVE)
 
 
@@ -38,6 +41,8 @@ class Disk:
     cut_after: int | None = None
     """File operations and RPMB requests until the power is cut."""
     rpmb: RpmbDevice | None = None
+    fail_at: int | None = None
+    """Operations before one that fails."""
     open_files: dict[int, tuple[str, bytearray]] = field(default_factory=dict)
 
     @classmethod
@@ -57,6 +62,9 @@ class Disk:
             return self.serve_rpmb(rig, rpc)
         operation = FsOperation(rpc.params[0].a)
         self.asked.append(operation)
+        if self.fail_at is not None and len(self.asked) > self.fail_at:
+            self.fail_at = None
+            return Result.GENERIC
         return self._serve(rig, rpc, operation)
 
     def serve_rpmb(self, rig: "StorageRig", rpc: Rpc) -> Result:
@@ -110,13 +118,37 @@ class StorageRig(Rig):
 
     def __init__(self, disk: Disk | None = None, **config: object) -> None:
         super().__init__(Config(threads=4, guests=2, **config))
-        self.disk = disk or Disk()
-        self.disk.open_files.clear()
+        self.vm = 1
+        """The guest that acts."""
+        self.disks: dict[int, Disk] = {}
+        self._plug_in(disk)
         self.served: list[Rpc] = []
         self._free: dict[int, list[tuple[int, int]]] = {}
         self._lists: dict[int, tuple[int, int]] = {}
         self._page = self.page()
         self._scratch = {name: self.buffer(1 << 20) for name in ("id", "data")}
+
+    @property
+    def disk(self) -> Disk:
+        """Of the guest that acts."""
+        return self.disks[self.vm]
+
+    def _plug_in(self, disk: Disk | None) -> None:
+        self.disks[self.vm] = disk or Disk()
+        self.disk.open_files.clear()
+
+    def add_guest(self) -> None:
+        """Let one more guest come, with an empty disk: it acts now."""
+        self.vm = len(self.disks) + 1
+        assert self.call(Function.VM_CREATED, self.vm, vm=0)[0] == 0
+        self._plug_in(None)
+
+    @property
+    def storage_memory(self) -> MemoryManager:
+        """The memory manager of the guest that acts."""
+        partition = self.world._by_id[self.vm]
+        assert partition.storage.memory is not None
+        return partition.storage.memory
 
     def payload(self, param: Param, size: int) -> bytes:
         return self.memory.read(self.supplicant.buffers[param.c], size)
@@ -147,8 +179,8 @@ class StorageRig(Rig):
     def send(self, message: Message) -> Message:
         """Run a message on one page that is used again."""
         self.memory.write(self._page, message.pack())
-        answer = self.call(0x32000004, self._page >> 32, self._page & 0xFFFFFFFF)
-        answer = self.finish(answer, self._page, serve=self.serve)
+        answer = self.call(0x32000004, self._page >> 32, self._page & 0xFFFFFFFF, vm=self.vm)
+        answer = self.finish(answer, self._page, vm=self.vm, serve=self.serve)
         assert answer == (ReturnCode.OK, 0, 0, 0), answer
         return self.read(self._page)
 
@@ -189,8 +221,10 @@ class Client:
         self.rig = rig
         self.number = number
         self.storage = storage
+        self.vm = rig.vm
 
     def invoke(self, command: int, *params: Param) -> Sequence[Param]:
+        self.rig.vm = self.vm
         done = self.rig.send(invoke_message(self.number, command, *params))
         if done.ret:
             raise StorageError(done.ret)
@@ -236,6 +270,10 @@ class Client:
         outputs = [value(kind=ParamType.VALUE_OUTPUT)] * 3
         _, *found = self.invoke(21, value(handle, kind=VALUE), *outputs)
         return tuple(word for param in found for word in (param.a, param.b))
+
+    def close_session(self) -> None:
+        self.rig.vm = self.vm
+        assert self.rig.send(Message(Command.CLOSE_SESSION, session=self.number)).ret == 0
 
     def enumerate(self, storage: int | None = None) -> list[tuple[bytes, int]]:
         """Ids and sizes of all objects."""

@@ -1,5 +1,6 @@
 """Any sequence of operations: a dictionary says what must come of it, a second reader what is on the disk."""
 
+from dataclasses import replace
 from typing import ClassVar
 
 from hypothesis import settings
@@ -8,10 +9,11 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from guests.rpmb import RpmbDevice
 from optee.abi.results import Result
+from optee.storage.memory.collector import PASS_BOUND
 from optee.storage.registry import DataFlag
 from optee.tas.secure_storage_test import StorageTest
 from tests.storage import independent
-from tests.storage.rig import ALL, PRIVATE, RPMB, Disk, StorageError, StorageRig
+from tests.storage.rig import ALL, MANAGED, PRIVATE, RPMB, Disk, StorageError, StorageRig
 
 NAMES = st.sampled_from([b"", b"a", b"\1", b"b" * 64])
 SIZES = st.one_of(st.sampled_from([0, 1, 4071, 4072, 4073, 8168, 20000]), st.integers(0, 30000))
@@ -179,6 +181,28 @@ class AnchoredStorage(Storage):
         return found
 
 
+class ManagedStorage(Storage):
+    """With caches that are far too small, and a collector that runs all the time."""
+
+    config: ClassVar[dict[str, object]] = {
+        "storage": replace(MANAGED, object_cache_size=2, block_cache_size=3, htree_node_count=9, gc_interval_ms=10)
+    }
+
+    @rule(milliseconds=st.integers(1, 200))
+    def wait(self, milliseconds: int) -> None:
+        self.rig.world.slept(milliseconds)
+
+    def teardown(self) -> None:
+        super().teardown()
+        for client in self.clients:
+            client.close_session()
+        memory = self.rig.storage_memory
+        assert memory.charged <= memory.bound
+        assert memory.collector.statistics.longest_pass <= PASS_BOUND
+        memory.clear()
+        assert memory.held() == {}
+
+
 class RpmbStorage(Storage):
     storage = RPMB
     config: ClassVar[dict[str, object]] = {"rpmb_fs": True, "rpmb_write_key": True}
@@ -199,5 +223,7 @@ TestSequences.settings = settings(max_examples=settings.default.max_examples // 
 """A sequence takes as long as several examples of other tests."""
 TestAnchoredSequences = AnchoredStorage.TestCase
 TestAnchoredSequences.settings = settings(TestSequences.settings, max_examples=TestSequences.settings.max_examples // 3)
+TestManagedSequences = ManagedStorage.TestCase
+TestManagedSequences.settings = TestAnchoredSequences.settings
 TestRpmbSequences = RpmbStorage.TestCase
 TestRpmbSequences.settings = TestAnchoredSequences.settings
