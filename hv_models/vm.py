@@ -45,6 +45,10 @@ class VirtualMachine(GuestMemory):
         """False once the machine destroyed it."""
         self.on_interrupt: Callable[[], object] | None = None
         """Called whenever an interrupt becomes pending."""
+        self.on_kick: Callable[[], object] | None = None
+        """Called as well, after that: who holds up a vCPU lets it go."""
+        self.injected = 0
+        """Interrupts that became pending so far."""
         self._pending: dict[int, None] = {}
 
     def __repr__(self) -> str:
@@ -81,8 +85,16 @@ class VirtualMachine(GuestMemory):
     def inject(self, interrupt: int) -> None:
         """Make a virtual interrupt pending; one that is pending already stays one."""
         self._pending[interrupt] = None
+        self.injected += 1
         if self.on_interrupt is not None:
             self.on_interrupt()
+        if self.on_kick is not None:
+            self.on_kick()
+
+    @property
+    def pending(self) -> bool:
+        """Whether an interrupt is pending."""
+        return bool(self._pending)
 
     def acknowledge(self) -> int | None:
         """Take the interrupt that has been pending for longest; None if there is none."""

@@ -22,6 +22,7 @@ from hv_models.vm import VirtualMachine
 from mediator.core.mediator import Mediator
 from mediator.core.policy import Policy
 from mediator.core.steps import Event
+from mediator.costs import Costs, VirtualTime
 from mediator.invariants import Checker
 from mediator.policies import load_policy
 from mediator.shell import Service, Tale
@@ -57,6 +58,7 @@ class MediatedMachine:
         check: bool = True,
         thorough: bool = True,
         on_event: Callable[[Event], None] = lambda event: None,
+        time: VirtualTime | None = None,
     ) -> None:
         self.machine = world.machine
         self.world = world
@@ -64,7 +66,7 @@ class MediatedMachine:
         chosen = load_policy(policy) if isinstance(policy, str) else policy
         self.core = Mediator(chosen, world, world.ledger)
         self.checker = Checker(self.core, world, threads_held, thorough=thorough) if check else None
-        self.service = Service(self.checker or self.core, world, on_event)
+        self.service = Service(self.checker or self.core, world, on_event, time)
         self.clients: set[int] = set()
         """Client ids of all VMs so far."""
         self.probed = Tale()
@@ -188,6 +190,7 @@ class Board(MediatedMachine):
     every step with the invariant checker, whose findings are `violations`; thorough: at all invariants, not the
     cheap ones only. on_event: told what happens in the mediator. world: what stands before OP-TEE's model, if it is
     more than a counter of calls. modelled: False if some answers are not the model's, so that its threads say nothing.
+    costs: what takes how long in virtual time; None: nothing takes any.
     """
 
     world: LocalSecureWorld
@@ -202,16 +205,19 @@ class Board(MediatedMachine):
         on_event: Callable[[Event], None] = lambda event: None,
         world: Callable[[Machine, SecureWorld], LocalSecureWorld] = LocalSecureWorld,
         modelled: bool = True,
+        costs: Costs | None = None,
     ) -> None:
         machine = Machine()
         self.model = SecureWorld(machine.memory, config)
+        end = world(machine, self.model)
         super().__init__(
-            world(machine, self.model),
+            end,
             policy,
             threads_held=self.model.threads_held if modelled else None,
             check=check,
             thorough=thorough,
             on_event=on_event,
+            time=None if costs is None else VirtualTime(end, self.model, costs),
         )
         self.model.on_notification = self.service.notify
 

@@ -12,7 +12,8 @@ from hv_models.stage2 import Pinned
 from hv_models.vm import VirtualMachine
 from mediator.core.mediator import Mediator
 from mediator.core.ports import SecureWorld
-from mediator.core.steps import Event, Forward, Preempt, Queue, Regs, Reply, Step
+from mediator.core.steps import Event, Forward, Preempt, Queue, Regs, Reply, Step, Ticket
+from mediator.costs import SECOND, VirtualTime
 from mediator.invariants import Checker
 from mediator.trace.record import Recorder, SmcRecord
 from optee.abi.smc import HYPERVISOR_CLIENT_ID, Function, ReturnCode, SecCapability, VmId
@@ -33,6 +34,8 @@ class GuestMemoryCount:
     def __init__(self, vm: VirtualMachine) -> None:
         self.vm = vm
         self.pages = 0
+        self.charged = 0
+        """Of these, how many were already counted in virtual time."""
         self.identical = 0
         self.read = vm.read
         self.write_fields = vm.write_fields
@@ -99,11 +102,23 @@ class Tale:
         self.told.append((self._asked, regs))
 
 
+class Turn:
+    """A call that waits for its turn: what it is woken by, and whether the turn has come."""
+
+    __slots__ = ("come", "vm", "woken")
+
+    def __init__(self, vm: VirtualMachine) -> None:
+        self.vm = vm
+        self.woken = trio.Event()
+        self.come = False
+
+
 class Service:
     """One mediator, one secure world, any number of VMs, in one trio run.
 
     `on_event` is told every event of the core, `on_fault` why the secure world died. Nothing here holds a lock across
-    a checkpoint: the core is synchronous, and a call is a loop over its steps.
+    a checkpoint: the core is synchronous, and a call is a loop over its steps. `time` says what takes how long in
+    virtual time, None: nothing does.
     """
 
     def __init__(
@@ -111,6 +126,7 @@ class Service:
         mediator: Mediator | Checker,
         world: SecureWorld,
         on_event: Callable[[Event], None] = lambda event: None,
+        time: VirtualTime | None = None,
     ) -> None:
         self.mediator = mediator
         self.world = world
@@ -119,12 +135,20 @@ class Service:
         self.on_fault: Callable[[str], object] = lambda why: None
         self.recorders: dict[int, Recorder] = {}
         """Who writes down the calls of a guest, by client id."""
-        self._distant = world if isinstance(world, DistantSecureWorld) else None
         self.memory_of: Callable[[VirtualMachine], GuestMemoryCount] = GuestMemoryCount
         """What the mediator gets as the memory of a VM."""
+        self._time = time
+        self._distant: DistantSecureWorld | None = time
+        if time is None and isinstance(world, DistantSecureWorld):
+            self._distant = world
         self._on_event = on_event
         self._vms: dict[int, VirtualMachine] = {}
         self._changed = trio.lowlevel.ParkingLot()
+        self._turns: dict[Ticket, Turn] = {}
+        self._come: set[Ticket] = set()
+        """Calls whose turn came before they began to wait."""
+        self._kicked: dict[tuple[int, int], int] = {}
+        """Interrupts of the VM for which this vCPU, by client id and number, was let go."""
 
     async def start(self, witness: Witness | None = None) -> bool:
         """Find OP-TEE; False if there is none that knows virtualization."""
@@ -143,12 +167,14 @@ class Service:
         self.memories[vm.client_id] = memory
         self.seen[vm.client_id] = Seen()
         self._vms[vm.client_id] = vm
+        vm.on_kick = lambda: self._kick(vm)
         return True
 
     async def remove(self, vm: VirtualMachine) -> bool:
         """End a VM, at whatever point it is (R24); False if OP-TEE did not let go of it."""
         reply = await self._ask(lambda: self.mediator.destroy(vm.client_id))
         self._vms.pop(vm.client_id, None)
+        vm.on_kick = None
         self.recorders.pop(vm.client_id, None)
         self._changed.unpark_all()
         return reply[0] == ReturnCode.OK
@@ -166,6 +192,7 @@ class Service:
     def resume(self, vm: VirtualMachine) -> bool:
         """End a pause: calls that waited go on; False if the VM is not paused."""
         resumed = self.mediator.resume(vm.client_id)
+        self._give_turns()
         self._changed.unpark_all()
         return resumed
 
@@ -180,6 +207,7 @@ class Service:
         client = vm.client_id
         if client in self.recorders:
             return None
+        self._give_turns()
         step = self._settle(self.mediator.submit(client, vcpu, regs), None)
         if isinstance(step, Reply):
             self._note(client, regs, step.regs)
@@ -195,17 +223,18 @@ class Service:
             nonlocal record
             if recorder is not None:
                 record = recorder.look(vcpu, regs)
+            self._give_turns()
             return self.mediator.submit(client, vcpu, regs)
 
         if step is None:
             step = submit()
-            while isinstance(step, Queue):
+            while isinstance(step, Queue) and step.ticket is None:
                 await self._changed.park()
                 step = submit()
             if record is not None:
                 record.begin()
             step = self._settle(step, record)
-        answer = await self._finish(step, submit, record)
+        answer = await self._finish(step, submit, record, (vm, vcpu))
         if record is not None:
             record.back(answer)
         self._note(client, regs, answer)
@@ -239,6 +268,7 @@ class Service:
 
     def _settle(self, step: Step, witness: Witness | None) -> Step:
         """Take the steps that need no waiting."""
+        self._give_turns()
         if step.events:
             self.tell(step.events)
         while isinstance(step, Forward) and self._distant is None:
@@ -251,15 +281,33 @@ class Service:
             step = self._returned(step, answer, witness)
         return step
 
-    async def _finish(self, step: Step, request: Callable[[], Step], witness: Witness | None) -> Regs:
-        """Do what the steps say until there is an answer; `request` is made again where it has to wait."""
+    async def _finish(
+        self,
+        step: Step,
+        request: Callable[[], Step],
+        witness: Witness | None,
+        whose: tuple[VirtualMachine, int] | None = None,
+    ) -> Regs:
+        """Do what the steps say until there is an answer; `request` is made again where it has to wait.
+
+        whose: VM and vCPU of a guest's call, None for a request of the host.
+        """
+        began = self.now()
         while not isinstance(step, Reply):
+            if self._time is not None and whose is not None:
+                await self._time.translate(self._translated(whose[0]))
             if isinstance(step, Forward):
                 step = await self._far(step, witness)
             elif isinstance(step, Preempt):
                 # Not to be cancelled: the guest's call has begun.
                 await trio.lowlevel.cancel_shielded_checkpoint()
-                step = self._settle(self.mediator.proceed(step.ticket), witness)
+                if whose is not None and self._park is not None and self.now() >= began + self._park:
+                    step = self._settle(self.mediator.give_back(step.ticket), witness)
+                else:
+                    step = self._settle(self.mediator.proceed(step.ticket), witness)
+            elif isinstance(step, Queue) and step.ticket is not None:
+                assert whose is not None and self._park is not None
+                step = self._settle(await self._wait(step.ticket, *whose, began + self._park), witness)
             else:
                 assert isinstance(step, Queue)
                 await self._changed.park()
@@ -281,6 +329,7 @@ class Service:
         if witness is not None:
             witness.answer(answer)
         after = self.mediator.returned(step.ticket, answer)
+        self._give_turns()
         if self._changed:
             self._changed.unpark_all()
         if after.events:
@@ -289,10 +338,76 @@ class Service:
 
     def _lost(self, step: Forward, fault: SecureWorldFault) -> Step:
         after = self.mediator.lost(step.ticket, str(fault))
+        self._give_turns()
         self._changed.unpark_all()
         self.tell(after.events)
         self.on_fault(str(fault))
         return after
+
+    # Flow control
+
+    def now(self) -> int:
+        """Nanoseconds, for flow control."""
+        return round(trio.current_time() * SECOND)
+
+    @property
+    def _park(self) -> int | None:
+        """How long a waiting call may hold its vCPU, in nanoseconds; None without flow control."""
+        flow = self.mediator.policy.flow
+        return None if flow is None else flow.park
+
+    def _translated(self, vm: VirtualMachine) -> int:
+        """Pages that were translated for this VM since the last time."""
+        memory = self.memories[vm.client_id]
+        pages, memory.charged = memory.pages - memory.charged, memory.pages
+        return pages
+
+    async def _wait(self, ticket: Ticket, vm: VirtualMachine, vcpu: int, until: int) -> Step:
+        """Let a call wait for its turn, and give its vCPU back if that does not come soon (R29).
+
+        Not to be cancelled: the call has its place. It is not for long.
+        """
+        whose = vm.client_id, vcpu
+        turn = Turn(vm)
+        if ticket in self._come:
+            self._come.discard(ticket)
+            turn.come = True
+        else:
+            self._turns[ticket] = turn
+        interrupted = vm.pending and vm.injected != self._kicked.get(whose)
+        while not turn.come and not interrupted:
+            following = self.mediator.next_turn()
+            deadline = until if following is None else min(until, following)
+            with trio.CancelScope(deadline=deadline / SECOND, shield=True):
+                await turn.woken.wait()
+            interrupted = turn.woken.is_set()
+            self._give_turns()
+            if self.now() >= until:
+                break
+        if turn.come:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            return self.mediator.proceed(ticket)
+        del self._turns[ticket]
+        self._kicked[whose] = vm.injected
+        return self.mediator.give_back(ticket)
+
+    def _give_turns(self) -> None:
+        """Tell flow control what time it is, and wake those whose turn it is."""
+        if self.mediator.flow is None:
+            return
+        for ticket in self.mediator.turns(self.now()):
+            turn = self._turns.pop(ticket, None)
+            if turn is None:
+                self._come.add(ticket)
+            else:
+                turn.come = True
+                turn.woken.set()
+
+    def _kick(self, vm: VirtualMachine) -> None:
+        """An interrupt is pending: the VM's calls that wait let their vCPUs go."""
+        for turn in self._turns.values():
+            if turn.vm is vm:
+                turn.woken.set()
 
     def tell(self, events: Sequence[Event]) -> None:
         """Pass on what happened in the core."""

@@ -7,7 +7,7 @@ import pytest
 
 from hv_models.machine import Machine
 from mediator.core.mediator import Mediator
-from mediator.core.policy import ANY_GUEST, Policy, Word
+from mediator.core.policy import ANY_GUEST, FlowPolicy, Policy, Word
 from mediator.documents import DocumentError
 from mediator.host import Host
 from mediator.policies import BUILT_IN, load_policy, policy_text
@@ -148,6 +148,26 @@ def test_limits_of_single_guests_are_checked(quotas: str, line: int, words: str,
     (error,) = errors(tmp_path, text)
     assert words in error
     assert int(error.split(":")[1]) == text[: text.index(quotas)].count("\n") + line
+
+
+def test_flow_control_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(changed("flow: null", "flow: {queue: 3, rate: 2.5, burst: 4, park_ms: 5, secure_cores: 1}"))
+    assert load_policy(str(path)).flow == FlowPolicy(3, 2.5, 4, 5_000_000, 1)
+    path.write_text(changed("flow: null", "flow: {queue: 3}"))
+    assert load_policy(str(path)).flow == FlowPolicy(3, None, 1, 2_000_000, None)
+
+
+@pytest.mark.parametrize(
+    "key", ["queue: 0", "rate: 0", "rate: 0.5", "rate: -1", "burst: 0", "park_ms: 0", "secure_cores: 0", "cores: 1"]
+)
+def test_a_policy_that_could_starve_a_guest_is_refused(key: str, tmp_path: Path) -> None:
+    queue = "" if key.startswith("queue") else "  queue: 4\n"
+    text = changed("flow: null", f"flow:\n{queue}  {key}\n#")
+    (line,) = errors(tmp_path, text)
+    name = key.partition(":")[0]
+    assert f"flow.{name}" in line
+    assert int(line.split(":")[1]) == text[: text.index(f"  {key}")].count("\n") + 1
 
 
 # R4 and what belongs together

@@ -118,6 +118,24 @@ def _print_status(control: Path, json: bool) -> None:
         emit_json(found)
         return
     show(_table(found), heading("\nquota"), _quota_table(found), *_refusals(found))
+    if any(guest.get("flow") for guest in found["guests"]):
+        show(heading("\nflow control"), _flow_table(found))
+
+
+def _flow_table(status: dict[str, Any]) -> "Table":
+    """How many calls of each guest wait, how long they waited, and how many a second go to each TA."""
+    rows = []
+    for guest in status["guests"]:
+        flow = guest.get("flow")
+        if flow:
+            waited = flow["waited_us"]
+            times = (f"< {waited['p50']} us", f"< {waited['p99']} us", f"{waited['max']} us")
+            refused = guest["refusals"].get("queue", 0)
+            numbers = (f"{flow['waiting']} of {flow['limit']}", flow["peak"], flow["queued"], *times, refused)
+            rates = ", ".join(f"{each['ta'][:8]} {each['per_second']}/s" for each in flow["tas"] if each["per_second"])
+            rows.append((guest["name"], *map(str, numbers), rates))
+    columns = ("waiting", "peak", "had to wait", "p50", "p99", "longest", "refused")
+    return table("guest", *columns, "calls by TA", right=columns, rows=rows)
 
 
 def _quota_table(status: dict[str, Any]) -> "Table":

@@ -5,7 +5,7 @@ be written as a vector file.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -86,6 +86,7 @@ class Run:
     def __init__(self, vector: v.Vector, policy: Policy) -> None:
         self.vector = vector
         self.machine = VectorMachine(vector.setup.domains)
+        policy = replace(policy, flow=None)  # a vector has its own order
         self.mediator = Mediator(policy, self.machine, self.machine.ledger)
         self.checker = Checker(self.mediator, self.machine)
         self.extra_forwards = 0

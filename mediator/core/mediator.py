@@ -11,6 +11,7 @@ from typing import Final
 
 from mediator.core import fast, rpc, yielding
 from mediator.core.faults import SecureWorldFault
+from mediator.core.flow import Flow, Stand
 from mediator.core.ledger import Ledger, Limits, OverLimit
 from mediator.core.policy import ANY_GUEST, Policy, PolicyLimits, Word, Words
 from mediator.core.pool import Pool
@@ -25,6 +26,7 @@ from mediator.core.states import (
     advance,
 )
 from mediator.core.steps import (
+    CALL_ADMITTED,
     CALL_DENIED,
     GUEST_CREATED,
     GUEST_DESTROYED,
@@ -100,6 +102,8 @@ class Mediator:
         self.rpc_argument_size = 0
         self._ledger = ledger
         self.pool = Pool(policy.pool_pages)
+        self.flow = None if policy.flow is None else Flow(policy.flow)
+        """Which calls wait, and for what; None without flow control."""
         self.learn_rpc_params(DEFAULT_RPC_PARAMS)
         self.commands = {int(command): command for command in policy.commands}
         self._guests: dict[VmId, Guest] = {}
@@ -192,16 +196,21 @@ class Mediator:
         return tuple(events)
 
     def adopt(self, policy: Policy, limits: Mapping[VmId, PolicyLimits]) -> tuple[Event, ...]:
-        """Go on under another policy, which differs from this one in limits only; `limits` are those of the guests.
+        """Go on under another policy, which differs from this one in limits and in how its flow control is
+        set; `limits` are those of the guests.
 
         Raises ValueError for one that differs in more, OverLimit as `change_limits`; the old one stays then.
         """
         fixed = replace(policy, limits=self.policy.limits, guests=self.policy.guests, pool_pages=self.policy.pool_pages)
+        if policy.flow is not None and self.policy.flow is not None:  # turned on or off only at the start
+            fixed = replace(fixed, flow=self.policy.flow)
         if fixed != self.policy:
             names = [name for name in Policy.__slots__ if getattr(fixed, name) != getattr(self.policy, name)]
             raise ValueError(f"policy {policy.name}: {', '.join(names)} cannot change while guests run")
         events = self.change_limits(limits, policy.pool_pages)
         self.policy = policy
+        if self.flow is not None and policy.flow is not None:
+            self.flow.policy = policy.flow
         return events
 
     def destroy(self, vm: VmId) -> Step:
@@ -225,6 +234,7 @@ class Mediator:
             return Queue("the guest is released")
         if guest.state is not GuestState.DYING:
             advance(guest, GuestEvent.DESTROY, GUEST_TABLE)
+            self._drop(guest)
         if guest.in_flight:
             return Queue("the calls that are with OP-TEE have returned")
         guest.in_flight += 1
@@ -248,6 +258,8 @@ class Mediator:
         if guest is None or guest.state is not GuestState.LIVE:
             return False
         advance(guest, GuestEvent.PAUSE, GUEST_TABLE)
+        if self.flow is not None:
+            self.flow.pause(guest.lane)
         return True
 
     def resume(self, vm: VmId) -> bool:
@@ -256,6 +268,8 @@ class Mediator:
         if guest is None or guest.state is not GuestState.PAUSED:
             return False
         advance(guest, GuestEvent.RESUME, GUEST_TABLE)
+        if self.flow is not None:
+            self.flow.unpause(guest.lane)
         return True
 
     def why_not_saved(self, vm: VmId) -> str | None:
@@ -311,6 +325,8 @@ class Mediator:
                 step = self._call_returned(ticket, answer)
             except SecureWorldFault as fault:
                 step = self._isolate(guest, ticket.regs, fault)
+            if self.flow is not None and isinstance(step, Reply):
+                self._leave(ticket)
         elif isinstance(ticket, fast.FastCall):
             guest = ticket.guest
             guest.in_flight -= 1
@@ -334,6 +350,8 @@ class Mediator:
         assert isinstance(ticket, Call | fast.FastCall)
         guest = ticket.guest
         guest.in_flight -= 1
+        if isinstance(ticket, Call):
+            self._leave(ticket)
         if guest.state not in _SERVED:
             return Reply((NOT_HANDLED, *ticket.regs[1:]))
         step = self._isolate(guest, ticket.regs, SecureWorldFault(why))
@@ -350,16 +368,44 @@ class Mediator:
             _tell(guest, step)
         return step
 
+    def turns(self, now: int) -> list[Ticket]:
+        """Flow control: it is `now` nanoseconds; the waiting calls that `proceed` shall go on with, each once.
+
+        To be asked before each `submit`, after each step that ends a call or a stay in the secure world, and at
+        `next_turn`.
+        """
+        if self.flow is None:
+            return []
+        tickets = self.flow.turns(now)
+        for ticket in tickets if self.tracing else ():
+            assert isinstance(ticket, Call) and ticket.turn is not None
+            detail = {"call": ticket.id, "waited_us": (self.flow.now - ticket.turn.since) // 1000}
+            ticket.guest.events.append(Event(CALL_ADMITTED, "debug", ticket.guest.vm, detail))
+        return tickets
+
+    def next_turn(self) -> int | None:
+        """Flow control: when to ask for `turns` though nothing else happens."""
+        return None if self.flow is None else self.flow.next_turn()
+
     def give_back(self, ticket: Ticket) -> Reply:
-        """After a `Preempt`: let the guest take its interrupts, under a thread id of our own (R29)."""
+        """After a `Preempt`, or while the call waits: let the guest take its interrupts (R29).
+
+        The guest comes back with RETURN_FROM_RPC and a thread id of our own, that OP-TEE gives nobody.
+        """
         assert isinstance(ticket, Call)
         guest = ticket.guest
-        if guest.state is not _LIVE or ticket.work is None:
+        if guest.state not in _SERVED or ticket.work is None:
+            self._leave(ticket)
             return Reply((NOT_HANDLED, *ticket.regs[1:]))
         thread = ThreadId(rpc.OWN_THREADS + ticket.id % rpc.OWN_THREADS)
         ticket.thread = thread
         guest.suspended[thread] = ticket
-        return self.suspended(ticket.regs, (int(RpcReturn.FOREIGN_INTR), 0, 0, thread))
+        reply = self.suspended(ticket.regs, (int(RpcReturn.FOREIGN_INTR), 0, 0, thread))
+        if self.flow is not None and ticket.turn is not None and ticket.turn.stand is Stand.WAITING:
+            self.flow.away(ticket.turn)
+        else:
+            self._leave(ticket)
+        return reply
 
     # For the modules of the core
 
@@ -369,6 +415,7 @@ class Mediator:
         if isinstance(ticket, Call) and (work is None or ticket.guest.state not in _SERVED):
             # Its guest died while others had their turn; what the call holds is released with the guest.
             ticket.work = None
+            self._leave(ticket)
             return Reply((NOT_HANDLED, *ticket.regs[1:]))
         assert work is not None
         try:
@@ -376,8 +423,15 @@ class Mediator:
         except StopIteration as stop:
             ticket.work = None
             step: Step = stop.value
+            if self.flow is not None and isinstance(ticket, Call) and isinstance(step, Reply):
+                self._leave(ticket)
             return step
         return Preempt(ticket)
+
+    def _leave(self, call: Call) -> None:
+        """A call goes back to its guest: its secure core, if flow control gave it one, is free."""
+        if self.flow is not None and call.turn is not None:
+            self.flow.leave(call.turn)
 
     def forward(self, call: Call, regs: Regs) -> Forward:
         """Send a yielding call on to OP-TEE."""
@@ -427,6 +481,7 @@ class Mediator:
 
     def _isolate(self, guest: Guest, regs: Regs, fault: SecureWorldFault) -> Step:
         advance(guest, GuestEvent.ISOLATE, GUEST_TABLE)
+        self._drop(guest)
         guest.events.append(Event(SECURE_WORLD_FAULT, "error", guest.vm, {"why": str(fault)}))
         guest.events.append(Event(GUEST_ISOLATED, "error", guest.vm, {}))
         return Reply((NOT_HANDLED, *regs[1:]))
@@ -490,6 +545,11 @@ class Mediator:
             return self.create(guest.vm, guest.memory, guest.limits, rpmb=guest.rpmb)
         return self._host_reply(ReturnCode.OK)
 
+    def _drop(self, guest: Guest) -> None:
+        """None of the guest's calls waits any more."""
+        if self.flow is not None:
+            self.flow.drop(guest.lane)
+
     def _forget(self, guest: Guest) -> None:
         del self._guests[guest.vm]
         self.pool.leave(guest.ledger)
@@ -504,6 +564,8 @@ class Mediator:
             return Forward((int(Function.VM_DESTROYED), 0, 0, 0, 0, 0, 0, HYPERVISOR_CLIENT_ID), ticket)
         if ticket.stage == 3 and words[0] != _UNKNOWN:
             self.threads = ticket.threads
+            if self.flow is not None:
+                self.flow.threads = self.threads
             return self._host_reply(ReturnCode.OK)
         return self._host_reply(ReturnCode.ENOTAVAIL)
 

@@ -43,6 +43,22 @@ ANY_GUEST: Final = "any"
 
 
 @dataclass(frozen=True, slots=True)
+class FlowPolicy:
+    """How calls wait that cannot go on at once; see `mediator.core.flow`.
+
+    queue: calls of a guest that may wait, at least 1. rate: new calls a second of a guest, None without a bound;
+    burst: how many of them may come at once. park: nanoseconds after which a waiting call gives its vCPU back.
+    secure_cores: calls of all guests in the secure world at once, None without a bound.
+    """
+
+    queue: int
+    rate: float | None = None
+    burst: int = 1
+    park: int = 2_000_000
+    secure_cores: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Policy:
     """What the mediator does for a guest.
 
@@ -56,7 +72,8 @@ class Policy:
     yielding call that ended, `suspended` for an RPC, `failed` beside an error in a0, `local` beside an answer of
     the mediator's own. shared_pages: IPAs of pages that a guest may share although another VM
     maps the same frame (R26). guests: limits of guests by name, for those that have others than `limits`.
-    pool_pages: 4 KiB pages that all guests together may share, None without a bound (R22).
+    pool_pages: 4 KiB pages that all guests together may share, None without a bound (R22). flow: flow control, None
+    where a call over `limits.calls` is answered ETHREAD_LIMIT at once.
     rpmb_owner: name of the guest that the RPMB device belongs to (None: nobody's; ANY_GUEST: whoever's asks).
     """
 
@@ -77,6 +94,7 @@ class Policy:
     guests: Mapping[str, PolicyLimits] = field(default_factory=dict)
     pool_pages: int | None = None
     rpmb_owner: str | None = None
+    flow: FlowPolicy | None = None
 
     def limits_of(self, name: str) -> PolicyLimits:
         """The limits of the guest with this name."""

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from hv_models.memory import PAGE_SIZE, Ipa
 from hv_models.stage2 import Pinned, Reason, Stage2Fault
+from mediator.core.flow import Lane, Place
 from mediator.core.ledger import Charge, Ledger
 from mediator.core.policy import PolicyLimits
 from mediator.core.ports import GuestMemory, SharedPage
@@ -32,6 +33,7 @@ class Guest:
         "counters",
         "events",
         "in_flight",
+        "lane",
         "ledger",
         "limits",
         "memory",
@@ -63,6 +65,8 @@ class Guest:
         self.in_flight = 0
         self.next_call = 0
         self.notifications = False
+        self.lane = Lane(ledger)
+        """Where its calls wait, if there is flow control."""
 
 
 class Counters:
@@ -170,7 +174,7 @@ class Call(Ticket):
     offsets of temporary memory references, `written` the cookies of registered buffers that OP-TEE may write.
     `rpc` is the a0 of the RPC that suspended the call, `rpc_words` its a1 and a2 (saved, rule R16). `rpc_offset` is
     where the RPC argument stands behind the message in the shadow, 0 if the guest gives arguments by RPC ALLOC.
-    `cookie` is what UNREGISTER_SHM names.
+    `cookie` is what UNREGISTER_SHM names. `turn` is its place with flow control, None without.
     """
 
     __slots__ = (
@@ -197,6 +201,7 @@ class Call(Ticket):
         "state",
         "temporary",
         "thread",
+        "turn",
         "undelivered",
         "unregistering",
         "vcpu",
@@ -233,6 +238,7 @@ class Call(Ticket):
         self.argument: RpcArgument | None = None
         self.shm_type = 0
         self.undelivered = 0
+        self.turn: Place | None = None
         self.work: Generator[None, None, Step] | None = None
         guest.calls[self.id] = self
 

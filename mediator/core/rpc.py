@@ -8,6 +8,7 @@ import numpy as np
 from hv_models.memory import PAGE_SIZE, Ipa
 from hv_models.stage2 import Stage2Fault
 from mediator.core.faults import CallRefused, MessageRejected, SecureWorldFault
+from mediator.core.flow import Flow, Stand
 from mediator.core.ledger import OverLimit
 from mediator.core.parameters import RMEM_INOUT, RMEM_INPUT, TMEM_INOUT, TMEM_INPUT, parameters
 from mediator.core.ports import SharedPage
@@ -34,7 +35,7 @@ from mediator.core.states import (
     advance,
 )
 from mediator.core.steps import RPC_REPLY_REPLACED, RPC_UNDELIVERED, Event, Regs, Step
-from mediator.core.yielding import note_rejection, refuse
+from mediator.core.yielding import note_rejection, refuse, wait
 from optee.abi.message import (
     HEADER,
     HEADER_SIZE,
@@ -246,18 +247,43 @@ def resume(core: "Mediator", guest: Guest, vcpu: int, regs: Regs) -> Step:
     call.vcpu = vcpu
     call.regs = regs
     call.undelivered = 0
+    if core.flow is not None:
+        return _resume_in_turn(core, core.flow, call, thread)
     if thread >= OWN_THREADS:
         return core.work(call)
+    if call.state is CallState.SUSPENDED and call.rpc == CMD:
+        call.work = _resume_command(core, call, thread)
+        return core.work(call)
+    return _resume_plainly(core, call, thread, regs)
+
+
+def _resume_plainly(core: "Mediator", call: Call, thread: ThreadId, regs: Regs) -> Step:
+    """Go on after anything but a command: what the guest answered stands in `regs`."""
     if call.state is CallState.FREEING:
         _answer_failed(core, call)
         return _forward(core, call, thread)
-    if call.rpc == CMD:
-        call.work = _resume_command(core, call, thread)
-        return core.work(call)
     if call.rpc == ALLOC:
-        return _resume_alloc(core, call, thread)
+        return _resume_alloc(core, call, thread, regs)
     a1, a2 = call.rpc_words
     return _forward(core, call, thread, a1, a2)
+
+
+def _resume_in_turn(core: "Mediator", flow: Flow, call: Call, thread: ThreadId) -> Step:
+    """The same under flow control: a call that had given its vCPU back finds its old place again."""
+    turn = call.turn
+    assert turn is not None
+    if thread < OWN_THREADS:
+        call.work = _let_on(core, call, thread, call.regs)
+    if flow.back(turn) if turn.stand is Stand.AWAY else flow.resume(turn):
+        return core.work(call)
+    return wait(core, call)
+
+
+def _let_on(core: "Mediator", call: Call, thread: ThreadId, regs: Regs) -> Generator[None, None, Step]:
+    """It is the turn of a call that OP-TEE has begun; `regs` is what the guest answered, some time ago."""
+    if call.state is CallState.SUSPENDED and call.rpc == CMD:
+        return (yield from _resume_command(core, call, thread))
+    return _resume_plainly(core, call, thread, regs)
 
 
 def _forward(
@@ -267,10 +293,9 @@ def _forward(
     return core.forward(call, (_RETURN_FROM_RPC, a1, a2, thread, a4, a5, 0, call.guest.vm))
 
 
-def _resume_alloc(core: "Mediator", call: Call, thread: ThreadId) -> Step:
+def _resume_alloc(core: "Mediator", call: Call, thread: ThreadId, regs: Regs) -> Step:
     """The guest gave a page for RPC requests: pin it, and hand OP-TEE one of ours instead."""
     guest = call.guest
-    regs = call.regs
     ipa = Ipa((regs[1] & LOW) << 32 | regs[2] & LOW)
     cookie = Cookie((regs[4] & LOW) << 32 | regs[5] & LOW)
     pa = 0

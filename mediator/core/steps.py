@@ -23,6 +23,8 @@ GUEST_QUARANTINED: Final = "guest_quarantined"
 LIMITS_CHANGED: Final = "limits_changed"
 POOL_CHANGED: Final = "pool_changed"
 CALL_DENIED: Final = "call_denied"
+CALL_QUEUED: Final = "call_queued"
+CALL_ADMITTED: Final = "call_admitted"
 CALL_REFUSED: Final = "call_refused"
 CALL_REJECTED: Final = "call_rejected"
 PAGES_PINNED: Final = "pages_pinned"
@@ -75,13 +77,18 @@ class Forward(Step):
 
 
 class Queue(Step):
-    """Nothing was done: make the same request again when `until` holds."""
+    """Wait until `until` holds. Without a ticket nothing was done: make the same request again then.
 
-    __slots__ = ("until",)
+    With a ticket the call has a place in the queue. `Mediator.proceed(ticket)` goes on with it once `Mediator.turns`
+    has named it; until then, after the policy's `park` at most, `Mediator.give_back(ticket)` lets its vCPU go.
+    """
 
-    def __init__(self, until: str) -> None:
+    __slots__ = ("ticket", "until")
+
+    def __init__(self, until: str, ticket: Ticket | None = None) -> None:
         self.events = ()
         self.until = until
+        self.ticket = ticket
 
 
 class Preempt(Step):

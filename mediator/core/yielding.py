@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 from hv_models.memory import PAGE_SIZE, Ipa
 from hv_models.stage2 import Stage2Fault
 from mediator.core.faults import CallRefused, MessageRejected
+from mediator.core.flow import Flow, Place
 from mediator.core.ledger import OverLimit
 from mediator.core.parameters import RMEM_INPUT, parameters
 from mediator.core.policy import Policy
@@ -27,7 +28,7 @@ from mediator.core.states import (
     CallEvent,
     advance,
 )
-from mediator.core.steps import CALL_REFUSED, CALL_REJECTED, Event, Regs, Reply, Step
+from mediator.core.steps import CALL_QUEUED, CALL_REFUSED, CALL_REJECTED, Event, Queue, Regs, Reply, Step
 from optee.abi.message import (
     HEADER,
     HEADER_SIZE,
@@ -39,6 +40,7 @@ from optee.abi.message import (
     PARAM_SIZE,
     TYPE_MASK,
     Command,
+    page_count,
 )
 from optee.abi.results import Origin, Result
 from optee.abi.smc import SHM_CACHED, Cookie, Function, ReturnCode
@@ -70,6 +72,8 @@ _WHY: Final = (slice(0, OFFSET_RET_ORIGIN + 4 - OFFSET_RET),)
 
 def enter(core: "Mediator", guest: Guest, vcpu: int, regs: Regs, function: Function) -> Step:
     """A guest's CALL_WITH_ARG, CALL_WITH_RPC_ARG or CALL_WITH_REGD_ARG."""
+    if core.flow is not None:
+        return _enter_in_turn(core, core.flow, guest, vcpu, regs, function)
     try:
         charge = guest.ledger.charge(0, 0, 0, 1, CALL_MEMORY)
     except OverLimit as over:
@@ -87,6 +91,59 @@ def enter(core: "Mediator", guest: Guest, vcpu: int, regs: Regs, function: Funct
         return _reject(core, call, rejected)
     call.work = _translate(core, call, message)
     return core.work(call)
+
+
+def _enter_in_turn(core: "Mediator", flow: Flow, guest: Guest, vcpu: int, regs: Regs, function: Function) -> Step:
+    """The same under flow control: the message is taken, then the call waits until it is let in."""
+    try:
+        charge = guest.ledger.charge(0, 0, 0, 0, CALL_MEMORY)
+    except OverLimit as over:
+        return refuse(core, guest, regs, CallRefused(ReturnCode.ENOMEM, over))
+    call = Call(guest, vcpu, regs, function, charge)
+    try:
+        message = _take_message(core, call)
+    except CallRefused as refused:
+        end(core, call, CallEvent.REJECT)
+        return refuse(core, guest, regs, refused, call)
+    except MessageRejected as rejected:
+        return _reject(core, call, rejected)
+    urgent = call.command is Command.CANCEL
+    turn = call.turn = Place(guest.lane, call, charge, _pages(message, call.temporary, guest), urgent=urgent)
+    call.work = _let_in(core, call, message)
+    try:
+        now = flow.enter(turn)
+    except OverLimit as over:
+        end(core, call, CallEvent.REJECT)
+        return refuse(core, guest, regs, CallRefused(ReturnCode.ETHREAD_LIMIT, over), call)
+    if call.command is Command.INVOKE_COMMAND:
+        guest.lane.traffic.invoked(HEADER.unpack_from(message)[2], flow.now)
+    return core.work(call) if now else wait(core, call)
+
+
+def _let_in(core: "Mediator", call: Call, message: bytes) -> Generator[None, None, Step]:
+    """It is the call's turn."""
+    if call.temporary:
+        return (yield from _translate(core, call, message))
+    return _send(core, call)
+
+
+def _pages(message: bytes, temporary: tuple[int, ...], guest: Guest) -> int:
+    """Pages that a message wants to share, as far as they are allowed: what its turn costs."""
+    most = guest.ledger.limits.pages_per_buffer
+    pages = 0
+    for at in temporary:
+        _, pointer, size, _ = PARAM.unpack_from(message, at)
+        pages += min(page_count(size, pointer & OFFSET_MASK), most)
+    return pages
+
+
+def wait(core: "Mediator", call: Call) -> Queue:
+    """Let a call wait for its turn."""
+    if core.tracing:
+        guest = call.guest
+        detail = {"call": call.id, "waiting": guest.lane.waiting}
+        guest.events.append(Event(CALL_QUEUED, "debug", guest.vm, detail))
+    return Queue("flow control lets the call go on", call)
 
 
 def _translate(core: "Mediator", call: Call, message: bytes) -> Generator[None, None, Step]:
@@ -244,12 +301,24 @@ def completed(core: "Mediator", call: Call, answer: Regs) -> Step:
             _registered(core, call)
         elif call.command is _UNREGISTER:
             _unregistered(core, call)
+        elif call.turn is not None:
+            _count_session(call, data)
     end(core, call, _COMPLETE)
     try:
         call.write(0, data, _ANSWER + call.outputs)
     except Stage2Fault as fault:
         return refuse(core, guest, regs, CallRefused(ReturnCode.EBADADDR, str(fault)), call)
     return core.completed(regs, answer)
+
+
+def _count_session(call: Call, data: bytes) -> None:
+    """Under flow control: tell a guest's sessions and TAs apart. The TA's UUID is the first parameter of an open."""
+    traffic = call.guest.lane.traffic
+    session = int.from_bytes(data[OFFSET_SESSION : OFFSET_SESSION + 4], "little")
+    if call.command is Command.OPEN_SESSION:
+        traffic.opened(session, data[HEADER_SIZE + 8 : HEADER_SIZE + 24])
+    elif call.command is Command.CLOSE_SESSION:
+        traffic.closed(session)
 
 
 def _registered(core: "Mediator", call: Call) -> None:

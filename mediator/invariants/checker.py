@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Final, TypeVar
 
+from mediator.core.flow import Flow
 from mediator.core.mediator import Lifecycle, Mediator
 from mediator.core.policy import Policy, PolicyLimits
 from mediator.core.ports import GuestMemory
@@ -24,7 +25,7 @@ from mediator.invariants.host import Addresses, Host
 from mediator.invariants.outside import LOW, is_rpc
 from mediator.invariants.violations import Violation
 from mediator.invariants.watched import WatchedMemory, Work
-from mediator.invariants.witness import Witness
+from mediator.invariants.witness import Witness, in_flight
 from optee.abi.smc import Function, VmId
 
 SCAN_EVERY: Final = 1000
@@ -143,6 +144,19 @@ class Checker:
             witness.paused[ticket] = request.work
         return self._answered(ticket, request, self.mediator.give_back(ticket))
 
+    @property
+    def flow(self) -> Flow | None:
+        """See `Mediator`."""
+        return self.mediator.flow
+
+    def turns(self, now: int) -> list[Ticket]:
+        """See `Mediator.turns`."""
+        return self.mediator.turns(now)
+
+    def next_turn(self) -> int | None:
+        """See `Mediator.next_turn`."""
+        return self.mediator.next_turn()
+
     def notified(self) -> list[VmId]:
         """See `Mediator.notified`."""
         return self.mediator.notified()
@@ -154,7 +168,7 @@ class Checker:
         resumed, work = (None, _NO_WORK) if witness is None else witness.begin(regs, self._guests.get(vm))
         request = Request(vm, vcpu, self.steps, regs, work)
         step = self.mediator.submit(vm, vcpu, regs)
-        if witness is not None and not isinstance(step, Queue):
+        if witness is not None and not (isinstance(step, Queue) and step.ticket is None):
             witness.submitted(regs, resumed, step)
         return self._answered(None, request, step)
 
@@ -248,7 +262,7 @@ class Checker:
         vm = request.vm
         if ticket is not None:
             self._open.pop(ticket, None)
-        if isinstance(step, Forward | Preempt):
+        if isinstance(step, Forward | Preempt | Queue) and step.ticket is not None:
             if step.ticket in self._open:
                 lost = self._open[step.ticket]
                 self.report(6, lost.vm, f"an answer to the request of step {lost.step}", "another one with its ticket")
@@ -308,7 +322,7 @@ class Checker:
     def _count(self, vm: VmId, guest: Guest) -> None:
         """What costs next to nothing."""
         ledger = guest.ledger
-        counts = (len(guest.buffers), len(guest.arguments), len(guest.calls))
+        counts = (len(guest.buffers), len(guest.arguments), in_flight(guest, self.flow))
         if (ledger.buffers, ledger.rpc_arguments, ledger.calls) != counts:
             self.report(2, vm, f"buffers, RPC arguments, calls in the ledger: {counts}", str(ledger.sums()))
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from hv_models.memory import PAGE_SIZE
 from mediator.core.fast import FastCall
+from mediator.core.flow import Flow
 from mediator.core.records import Buffer, Call, Guest, Pins
 from mediator.core.states import GuestState
 from mediator.core.steps import Forward, Preempt, Queue, Regs, Reply, Step, Ticket
@@ -118,7 +119,7 @@ class Witness:
     def submitted(self, regs: Regs, resumed: Ticket | None, step: Step) -> None:
         """What became of an SMC: invariant 6 for calls that wait."""
         outside = self.outside
-        ticket = step.ticket if isinstance(step, Forward | Preempt) else None
+        ticket = step.ticket if isinstance(step, Forward | Preempt | Queue) else None
         if isinstance(ticket, Call) and ticket is not resumed:
             self._call = ticket
             if ticket not in outside.calls:
@@ -136,7 +137,7 @@ class Witness:
                 outside.told(resumed, step.regs)
             elif step.regs[0] & LOW == ReturnCode.ERESUME:
                 self._refused(regs, resumed)
-        elif not isinstance(step, Queue):
+        else:
             outside.waiting.pop(thread, None)
             self.paused.pop(resumed, None)
             if ticket is not resumed:
@@ -200,8 +201,8 @@ class Witness:
         calls = len(outside.calls)
         if len(guest.calls) != calls + len(outside.fresh):
             self._report(3, f"{calls + len(outside.fresh)} live calls", str(len(guest.calls)))
-        if ledger.calls != len(guest.calls):
-            self._report(2, f"{len(guest.calls)} calls in the ledger", str(ledger.calls))
+        if ledger.calls != (charged := in_flight(guest, self.checker.flow)):
+            self._report(2, f"{charged} calls in the ledger", str(ledger.calls))
         if self.checker.threads_held is not None:
             live = len(guest.calls) - len(outside.fresh)
             threads = self.checker.threads_held(self.vm)
@@ -367,6 +368,13 @@ class Witness:
             left -= ENTRIES_PER_PAGE
             page = int(entries[ENTRIES_PER_PAGE])
         return parts
+
+
+def in_flight(guest: Guest, flow: Flow | None) -> int:
+    """Calls that the ledger has: all but those that flow control has not let in yet."""
+    if flow is None:
+        return len(guest.calls)
+    return sum(call.turn is None or call.turn.counted for call in guest.calls.values())
 
 
 def _buffers_of(call: Call) -> list[Buffer]:

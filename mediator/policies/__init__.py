@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from mediator.core.mediator import HANDLED
-from mediator.core.policy import Policy, PolicyLimits, Word, Words
+from mediator.core.policy import FlowPolicy, Policy, PolicyLimits, Word, Words
 from mediator.documents import MAX_SIZE, DocumentError, load_document
 from optee.abi.message import META, Attr, Command
 from optee.abi.rpc import RpcCommand
@@ -136,6 +136,18 @@ class QuotaDocument(_Strict):
         return changed
 
 
+class _Flow(_Strict):
+    queue: Annotated[int, Field(ge=1, le=1 << 16)]
+    rate: Annotated[float, Field(ge=1, le=1_000_000)] | None = None
+    burst: Annotated[int, Field(ge=1, le=1 << 16)] = 1
+    park_ms: Annotated[int, Field(ge=1, le=1000)] = 2
+    secure_cores: Annotated[int, Field(ge=1, le=1 << 16)] | None = None
+
+    def flow(self) -> FlowPolicy:
+        """The same as the core wants it."""
+        return FlowPolicy(self.queue, self.rate, self.burst, self.park_ms * 1_000_000, self.secure_cores)
+
+
 class _Pool(_Strict):
     pages: _Pages | None
 
@@ -166,6 +178,7 @@ class PolicyDocument(_Strict):
     limits: _Limits
     guests: dict[str, QuotaDocument] = {}
     pool: _Pool = _Pool(pages=None)
+    flow: _Flow | None = None
     rpmb_owner: Annotated[str, Field(min_length=1)] | None = None
     shared_pages: list[Annotated[int, Field(ge=4096, multiple_of=4096)]] = []
 
@@ -244,6 +257,7 @@ class PolicyDocument(_Strict):
             limits=limits,
             guests={name: quota.apply(limits) for name, quota in self.guests.items()},
             pool_pages=self.pool.pages,
+            flow=None if self.flow is None else self.flow.flow(),
             shared_pages=frozenset(self.shared_pages),
             rpmb_owner=self.rpmb_owner,
         )

@@ -90,12 +90,14 @@ class Control:
             status = guest.status().as_data(*STATUS_KEYS)
             if guest.accounts is not None:
                 status.update(quota.describe(guest.accounts.ledger, guest.accounts.counters))
+                status["flow"] = quota.describe_flow(bench.board, guest.accounts.client_id) if guest.vm else None
             guests.append(status)
         return {
             "format": FORMAT,
             "policy": core.policy.name,
             "tracing": core.tracing,
             "pool": asdict(core.pool.status()),
+            "secure_calls": None if core.flow is None else core.flow.running,
             "guests": guests,
         }
 

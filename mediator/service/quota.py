@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from uuid import UUID
 
 from mediator.board import MediatedMachine
 from mediator.core.ledger import RESOURCES, Ledger, OverLimit
@@ -39,6 +40,40 @@ def adopt(board: MediatedMachine, name_or_file: str) -> None:
         board.service.tell(board.core.adopt(policy, limits))
     except (ValueError, OverLimit) as error:
         raise DocumentError([f"{name_or_file}: {error}"]) from None
+
+
+def describe_flow(board: MediatedMachine, client: int) -> dict[str, Any] | None:
+    """What flow control says of one guest, as `mediator ctl status` prints it; None without either."""
+    flow, guest = board.core.flow, board.core.guests.get(VmId(client))
+    if flow is None or guest is None:
+        return None
+    lane, now = guest.lane, board.service.now()
+    return {
+        "waiting": lane.waiting,
+        "limit": flow.policy.queue,
+        "peak": lane.peak,
+        "queued": lane.queued,
+        "admitted": lane.admitted,
+        "waited_us": {
+            "p50": lane.wait_below(0.5),
+            "p99": lane.wait_below(0.99),
+            "max": lane.waited_longest // 1000,
+            "sum": lane.waited // 1000,
+        },
+        "tas": [
+            {"ta": str(UUID(bytes=ta)), "calls": rate.calls, "per_second": round(rate.per_second(now), 1)}
+            for ta, rate in lane.traffic.tas.items()
+        ],
+        "sessions": [
+            {
+                "session": session,
+                "ta": str(UUID(bytes=ta)),
+                "calls": rate.calls,
+                "per_second": round(rate.per_second(now), 1),
+            }
+            for session, (ta, rate) in lane.traffic.sessions.items()
+        ],
+    }
 
 
 def describe(ledger: Ledger, counters: Counters) -> dict[str, Any]:

@@ -5,7 +5,7 @@ and what the guest sees are compared with the recording. Source: the trace-file 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -95,7 +95,7 @@ class Replay:
         )
         self.ram = self.vm.ram
         host = Host(self.machine)
-        self.mediator = Mediator(policy, host)
+        self.mediator = Mediator(replace(policy, flow=None), host)  # a recording has its own order
         self.checker = Checker(self.mediator, host)
         self._as_xen = policy.name == "xen" and header.client_id is not None
         self._observer = observer

@@ -4,6 +4,7 @@ import re
 import runpy
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.main import get_command
@@ -133,11 +134,16 @@ def test_every_command_and_option_is_in_the_reference_and_no_other() -> None:
 def test_every_key_of_a_policy_is_in_the_reference_and_no_other() -> None:
     schema = PolicyDocument.model_json_schema()
 
-    def keys(properties: dict[str, dict[str, str]], prefix: str) -> set[str]:
+    def keys(properties: dict[str, Any], prefix: str) -> set[str]:
         found = set()
         for key, value in properties.items():
-            inner = schema["$defs"].get(value.get("$ref", "").rpartition("/")[2], {})
-            found |= keys(inner["properties"], f"{key}.") if "properties" in inner else {prefix + key}
+            nullable = value.get("anyOf") == [value.get("anyOf", [{}])[0], {"type": "null"}]
+            reference = value["anyOf"][0] if nullable else value
+            inner = schema["$defs"].get(reference.get("$ref", "").rpartition("/")[2], {})
+            if "properties" in inner:
+                found |= keys(inner["properties"], f"{key}.") | ({prefix + key} if nullable else set())
+            else:
+                found.add(prefix + key)
         return found
 
     first = [row[0].strip("`") for row in rows(REFERENCE / "policy.md")]

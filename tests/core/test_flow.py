@@ -1,0 +1,439 @@
+"""Flow control: whose turn it is, who waits, and what gives a place back (R22, R29; B9, B10)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mediator.core.flow import PAGES_PER_UNIT, Flow, Lane, Place, Stand
+from mediator.core.ledger import Ledger, Limits, OverLimit
+from mediator.core.policy import FlowPolicy
+from mediator.core.rates import MAX_SESSIONS, Rate, Traffic
+from mediator.core.rpc import OWN_THREADS
+from mediator.core.steps import CALL_ADMITTED, CALL_QUEUED, CALL_REFUSED, Forward, Preempt, Queue, Reply, Ticket
+from optee.abi.message import Command, Message
+from optee.abi.smc import Function, ReturnCode, RpcReturn, to_pair
+from tests.core.pair import NOT_HANDLED, ask_alloc, interrupt, invoke, policy_of, raw, smc, succeed
+
+SECOND = 1_000_000_000
+INTERRUPTED = int(RpcReturn.FOREIGN_INTR)
+
+
+def controlled(calls: int | None = None, **settings):
+    policy = policy_of("default", **({} if calls is None else {"calls": calls}))
+    return replace(policy, flow=FlowPolicy(**{"queue": 4, **settings}))
+
+
+# The choice alone
+
+
+class Model:
+    """Lanes of guests with calls, and what was let in, in order."""
+
+    def __init__(self, calls, **settings):
+        self.flow = Flow(FlowPolicy(**{"queue": 1000, **settings}))
+        self.flow.threads = 8
+        self.lanes = [Lane(Ledger(Limits(100, 100, 100, each, 1 << 30, 100))) for each in calls]
+        self.places = {}
+
+    def place(self, number, pages=0, urgent=False):
+        lane, ticket = self.lanes[number], Ticket()
+        place = Place(lane, ticket, lane.ledger.charge(), pages, urgent=urgent)
+        self.places[ticket] = place
+        return place
+
+    def turns(self, now=0):
+        return [self.places[ticket] for ticket in self.flow.turns(now)]
+
+
+@given(st.data())
+def test_bounds_hold_and_nobody_waits_for_nothing(data):
+    """Whatever calls come, leave, go away and come back: caps, cores and queues hold, and what is free is used."""
+    calls = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    cores = data.draw(st.none() | st.integers(1, 3))
+    rate = data.draw(st.none() | st.integers(1, 50))
+    model = Model(calls, queue=data.draw(st.integers(1, 3)), secure_cores=cores, rate=rate, burst=2)
+    flow, live, now = model.flow, [], 0
+    for _ in range(data.draw(st.integers(0, 40))):
+        match data.draw(st.sampled_from("eeeelbatr")):
+            case "e":
+                place = model.place(data.draw(st.integers(0, len(calls) - 1)), data.draw(st.integers(0, 2000)))
+                try:
+                    flow.enter(place)
+                    live.append(place)
+                except OverLimit as over:
+                    assert over.held == over.limit == flow.policy.queue == place.lane.waiting
+            case "l":
+                inside = [place for place in live if place.stand is Stand.INSIDE]
+                if inside:
+                    place = data.draw(st.sampled_from(inside))
+                    flow.leave(place)
+                    if data.draw(st.booleans()):
+                        place.charge.refund()
+                        live.remove(place)
+            case "a":
+                waiting = [place for place in live if place.stand is Stand.WAITING]
+                if waiting:
+                    flow.away(data.draw(st.sampled_from(waiting)))
+            case "b":
+                away = [place for place in live if place.stand is Stand.AWAY]
+                if away:
+                    flow.back(data.draw(st.sampled_from(away)))
+            case "r":
+                outside = [place for place in live if place.stand is Stand.OUTSIDE]
+                if outside:
+                    flow.resume(data.draw(st.sampled_from(outside)))
+            case "t":
+                now += data.draw(st.integers(0, SECOND // 20))
+        model.turns(now)
+        inside = [place for place in live if place.stand is Stand.INSIDE]
+        assert flow.running == len(inside) and (cores is None or flow.running <= cores)
+        for number, lane in enumerate(model.lanes):
+            own = [place for place in live if place.lane is lane]
+            assert lane.ledger.calls == sum(place.counted for place in own) <= calls[number]
+            assert lane.waiting <= flow.policy.queue
+            if cores is not None and flow.running == cores:
+                continue
+            waiting = [place for place in own if place.stand is Stand.WAITING]
+            assert not any(place.counted for place in waiting)
+            if waiting and lane.ledger.calls < calls[number]:
+                following = flow.next_turn()
+                assert rate is not None and following is not None and now < following <= now + SECOND / rate + 1
+
+
+@given(st.lists(st.integers(0, 40), min_size=2, max_size=4), st.integers(1, 3))
+def test_guests_that_wait_get_equal_shares(costs, cores):
+    """Deficit round robin by guest: whatever each call costs, nobody gets ahead by more than the dearest call."""
+    model = Model([1000] * len(costs), secure_cores=cores)
+    model.flow.threads = 1000
+    holders = [model.place(0) for _ in range(cores)]
+    assert all(model.flow.enter(place) for place in holders)
+    for number, cost in enumerate(costs):
+        for _ in range(200):
+            assert not model.flow.enter(model.place(number, cost * PAGES_PER_UNIT))
+    served = Counter()
+    for _ in range(len(costs) * 40):
+        model.flow.leave(holders.pop(0))
+        (place,) = model.turns()
+        holders.append(place)
+        served[place.lane] += place.cost
+        shares = [served[lane] for lane in model.lanes]
+        assert max(shares) - min(shares) <= max(costs) + 1
+
+
+def test_what_optee_has_begun_and_cancel_come_before_new_calls():
+    model = Model([4, 4, 4], secure_cores=1)
+    first = model.place(0)
+    begun = model.place(0)
+    assert model.flow.enter(first)
+    assert not model.flow.enter(begun)
+    model.flow.leave(first)
+    assert model.turns() == [begun]
+    new = [model.place(number) for number in (1, 2, 1, 0)]
+    assert not any(model.flow.enter(place) for place in new)
+    assert not model.flow.resume(first)
+    cancel = model.place(2, urgent=True)
+    assert not model.flow.enter(cancel)
+    order = []
+    holder = begun
+    for _ in range(6):
+        model.flow.leave(holder)
+        (holder,) = model.turns()
+        order.append(holder)
+    assert set(order[:2]) == {first, cancel}
+    assert set(order[2:5]) == {new[0], new[1], new[3]} and order[5] is new[2]
+
+
+def test_cancel_goes_beyond_the_cap_while_optee_has_threads():
+    model = Model([1])
+    model.flow.threads = 2
+    assert model.flow.enter(model.place(0))
+    assert not model.flow.enter(model.place(0))
+    cancel, second = model.place(0, urgent=True), model.place(0, urgent=True)
+    assert model.flow.enter(cancel)
+    assert not model.flow.enter(second)
+    cancel.charge.refund()
+    model.flow.leave(cancel)
+    assert model.turns() == [second]
+
+
+@given(st.integers(1, 1000), st.integers(1, 10), st.lists(st.integers(0, SECOND), min_size=1, max_size=30))
+def test_no_more_calls_than_rate_and_burst(rate, burst, pauses):
+    """In any span of t seconds at most burst + rate * t calls; and where `next_turn` says, there is one."""
+    model = Model([1000], rate=rate, burst=burst)
+    now, starts = 0, []
+    for pause in pauses:
+        now += pause
+        starts += [now] * len(model.turns(now))
+        starts += [now] * model.flow.enter(model.place(0))
+        following = model.flow.next_turn()
+        if following is not None:
+            assert following > now
+            now = following
+            turns = model.turns(now)
+            assert turns
+            starts += [now] * len(turns)
+    for first, began in enumerate(starts):
+        for last in range(first, len(starts)):
+            assert last - first + 1 <= burst + rate * (starts[last] - began) / SECOND + 1e-6
+
+
+def test_who_is_away_keeps_its_place_but_holds_nothing_up():
+    model = Model([1], secure_cores=1)
+    holder, first, second, third = (model.place(0) for _ in range(4))
+    assert model.flow.enter(holder)
+    for place in (first, second, third):
+        assert not model.flow.enter(place)
+    model.flow.away(first)
+    model.flow.leave(holder)
+    holder.charge.refund()
+    assert model.turns() == [second]
+    assert not model.flow.back(first)
+    model.flow.leave(second)
+    second.charge.refund()
+    assert model.turns() == [first]
+
+
+def test_rates_look_back_a_second():
+    rate = Rate()
+    for tenth in range(20):
+        rate.count(tenth * SECOND // 10)
+    assert rate.calls == 20 and rate.per_second(2 * SECOND - 1) == pytest.approx(10, abs=0.1)
+    assert rate.per_second(2 * SECOND + SECOND // 2) == pytest.approx(5, abs=0.1)
+    assert rate.per_second(9 * SECOND) == 0
+
+
+def test_a_guest_cannot_fill_memory_with_sessions_and_tas():
+    traffic = Traffic()
+    for number in range(3 * MAX_SESSIONS):
+        traffic.opened(number, number.to_bytes(16, "little"))
+        traffic.invoked(number, 0)
+    assert len(traffic.sessions) <= MAX_SESSIONS and len(traffic.tas) <= 256
+    for number in range(3 * MAX_SESSIONS):
+        traffic.closed(number)
+    assert not traffic.sessions
+
+
+# In the core
+
+
+def waiting(guest, message, function=Function.CALL_WITH_ARG):
+    """Make a call that has to wait: the step and the IPA of its message."""
+    ipa = guest.write(message)
+    step = guest.pair.note(guest.submit(smc(function, *to_pair(ipa))))
+    assert isinstance(step, Queue) and step.ticket is not None, step
+    return step, ipa
+
+
+def turn(pair, step, now=0):
+    """It is the turn of this one."""
+    assert pair.checker.turns(now) == [step.ticket]
+    return pair.drive(pair.checker.proceed(step.ticket))
+
+
+def test_a_call_waits_and_goes_on_where_the_cap_allows(make):
+    pair = make(controlled(calls=1))
+    pair.mediator.tracing = True
+    guest = pair.guest()
+    pair.world.script.append(interrupt())
+    assert guest.call(invoke())[0][0] == INTERRUPTED
+    step, ipa = waiting(guest, invoke(guest.tmem(3)))
+    assert guest.pins() == 0 and guest.sums()["calls"] == 1
+    assert pair.checker.turns(1000) == []
+    assert guest.resume()[0] == 0
+    assert turn(pair, step, 5_000_000)[0] == 0
+    assert guest.read(ipa).ret == 0
+    assert pair.names().count(CALL_QUEUED) == 1
+    (admitted,) = [event for event in pair.events if event.name == CALL_ADMITTED]
+    assert admitted.detail["waited_us"] == 5000 and guest.record.lane.waited_longest == 5_000_000
+    pair.settle(guest)
+
+
+def test_thread_limit_only_while_another_call_of_the_guest_is_in_flight(make):
+    """R29: the queue of another guest does not count, and a guest with no call in flight can always wait."""
+    pair = make(controlled(calls=1, queue=1, secure_cores=1))
+    busy, other = pair.guest(), pair.guest()
+    ipa = busy.write(invoke())
+    first = busy.submit(smc(Function.CALL_WITH_ARG, *to_pair(ipa)))
+    assert isinstance(first, Forward)
+    step, _ = waiting(busy, invoke())
+    mine, _ = waiting(other, invoke())
+    assert busy.call(invoke())[0][0] == other.call(invoke())[0][0] == ReturnCode.ETHREAD_LIMIT
+    refused = [event for event in pair.events if event.name == CALL_REFUSED][-1]
+    detail = {key: refused.detail[key] for key in ("rule", "resource", "asked", "held", "limit", "answer", "origin")}
+    assert detail == {
+        "rule": "R29", "resource": "queue", "asked": 1, "held": 1, "limit": 1,
+        "answer": int(ReturnCode.ETHREAD_LIMIT), "origin": None,
+    }  # fmt: skip
+    assert other.record.calls and other.record.counters.refusals == {"queue": 1}
+    pair.drive(pair.returned(first.ticket, pair.answer(first)))
+    for waits in (step, mine):
+        assert turn(pair, waits)[0] == 0
+
+
+def test_a_waiting_call_gives_its_vcpu_back_and_finds_its_place_again(make):
+    """FOREIGN_INTR with a thread id that OP-TEE cannot have given; the guest's a4..a7 stay its own."""
+    pair = make(controlled(calls=1))
+    guest = pair.guest()
+    pair.world.script.append(interrupt())
+    guest.call(invoke())
+    first, ipa = waiting(guest, invoke(session=7))
+    second, _ = waiting(guest, invoke())
+    reply = pair.checker.give_back(first.ticket)
+    assert reply.regs[0] == INTERRUPTED and reply.regs[3] >= OWN_THREADS
+    assert guest.smc(Function.RETURN_FROM_RPC, 0, 0, 1)[0] == ReturnCode.ERESUME
+    again = pair.checker.submit(guest.id, 1, smc(Function.RETURN_FROM_RPC, 0, 0, reply.regs[3], 0x44, 0x55, 0x66, 0x77))
+    assert isinstance(again, Queue) and again.ticket is first.ticket
+    assert guest.smc(Function.RETURN_FROM_RPC, 0, 0, reply.regs[3])[0] == ReturnCode.ERESUME
+    guest.resume()
+    regs = turn(pair, first)
+    assert regs[0] == 0 and regs[4:] == (0x44, 0x55, 0x66, 0x77) and guest.read(ipa).ret == 0
+    assert turn(pair, second)[0] == 0
+    pair.settle(guest)
+
+
+def test_what_the_guest_answered_outlasts_the_wait(make):
+    """An RPC ALLOC answered with a page: the call waits for a core, gives its vCPU back, and has the page still."""
+    pair = make(controlled(secure_cores=1))
+    guest, other = pair.guest(), pair.guest()
+    pair.world.script.append(ask_alloc())
+    assert guest.call(invoke())[0][0] == RpcReturn.ALLOC
+    holder = other.submit(smc(Function.CALL_WITH_ARG, *to_pair(other.write(invoke()))))
+    page = guest.page()
+    step = guest.submit(smc(Function.RETURN_FROM_RPC, *to_pair(page), 0, *to_pair(0xC0)))
+    assert isinstance(step, Queue) and guest.sums()["rpc_arguments"] == 0
+    reply = pair.checker.give_back(step.ticket)
+    again = guest.submit(smc(Function.RETURN_FROM_RPC, 0, 0, reply.regs[3]))
+    assert isinstance(again, Queue) and again.ticket is step.ticket
+    pair.drive(pair.returned(holder.ticket, pair.answer(holder)))
+    pair.world.script.append(interrupt())
+    assert turn(pair, again)[0] == INTERRUPTED
+    assert guest.sums()["rpc_arguments"] == 1 and guest.record.arguments[0xC0].ipa == page
+    pair.world.script.append(raw(int(RpcReturn.FREE), *to_pair(0xC0), 0))
+    guest.resume()
+    guest.resume()
+    pair.settle(guest)
+
+
+@pytest.mark.parametrize("away", [False, True])
+@pytest.mark.parametrize("how", ["destroy", "reset", "isolate"])
+def test_the_end_of_a_guest_frees_its_places(make, how, away):
+    """A guest that dies, or whose driver starts anew, while its calls wait: others have its turn, all sums are zero."""
+    pair = make(controlled(calls=1, queue=3, secure_cores=1))
+    guest, other = pair.guest(), pair.guest()
+    pair.world.script.append(interrupt())
+    guest.call(invoke())
+    steps = [waiting(guest, invoke(guest.tmem(2, cookie=n)))[0] for n in (1, 2)]
+    if away:
+        pair.checker.give_back(steps[0].ticket)
+    if how == "isolate":
+        pair.errors_expected = True
+        pair.world.script.append(raw(INTERRUPTED, 0, 0, 0xFFFFFFFF))
+        assert guest.resume()[0] == NOT_HANDLED
+    else:
+        request = pair.checker.destroy(guest.id) if how == "destroy" else pair.checker.reset(guest.id)
+        assert pair.drive(request)[0] == 0
+        if how == "reset":
+            pair.records.append(pair.mediator.guests[guest.id])
+    woken = pair.checker.turns(0)
+    assert woken == [step.ticket for step in steps][away:]
+    for ticket in woken:
+        assert pair.drive(pair.checker.proceed(ticket))[0] == NOT_HANDLED
+    assert pair.mediator.flow.running == 0
+    assert other.invoke(other.tmem(1)).ret == 0
+    if how == "reset":
+        assert guest.invoke(guest.tmem(1)).ret == 0
+
+
+def test_a_paused_guest_has_no_turn(make):
+    pair = make(controlled(secure_cores=1))
+    paused, other = pair.guest(), pair.guest()
+    holder = other.submit(smc(Function.CALL_WITH_ARG, *to_pair(other.write(invoke()))))
+    step, _ = waiting(paused, invoke())
+    mine, _ = waiting(other, invoke())
+    assert pair.checker.pause(paused.id)
+    pair.drive(pair.returned(holder.ticket, pair.answer(holder)))
+    assert turn(pair, mine)[0] == 0
+    assert pair.checker.turns(0) == []
+    reply = pair.checker.give_back(step.ticket)
+    regs = smc(Function.RETURN_FROM_RPC, 0, 0, reply.regs[3])
+    asked = paused.submit(regs)
+    assert isinstance(asked, Queue) and asked.ticket is None
+    assert pair.checker.resume(paused.id)
+    assert pair.drive(paused.submit(regs))[0] == 0
+
+
+def test_long_translations_give_their_core_back_with_their_vcpu(make):
+    """A guest that does not come back after it was let go holds no secure core meanwhile."""
+    pair = make(controlled(secure_cores=1))
+    guest, other = pair.guest(ram=16 << 20), pair.guest()
+    message = invoke(*[guest.tmem(16384, cookie=n + 1) for n in range(2)])
+    step = guest.submit(smc(Function.CALL_WITH_ARG, *to_pair(guest.write(message))))
+    assert isinstance(step, Preempt)
+    waits, _ = waiting(other, invoke())
+    reply = pair.checker.give_back(step.ticket)
+    assert reply.regs[0] == INTERRUPTED
+    assert turn(pair, waits)[0] == 0
+    assert guest.smc(Function.RETURN_FROM_RPC, 0, 0, reply.regs[3])[0] == 0
+    pair.settle(guest)
+
+
+def test_a_rejected_call_holds_no_core(make):
+    pair = make(controlled(secure_cores=1, calls=1))
+    guest = pair.guest()
+    bad = guest.tmem(1)._replace(a=guest.tmem(1).a + (1 << 40))
+    for _ in range(3):
+        assert guest.invoke(bad).ret != 0
+        assert guest.call(Message(99))[0][0] == ReturnCode.EBADCMD
+    assert pair.mediator.flow.running == 0
+    pair.settle(guest)
+
+
+def test_cancel_is_not_held_up(make):
+    """Its command is known before it could wait: it passes calls that came before it."""
+    pair = make(controlled(calls=2, queue=2))
+    guest = pair.guest()
+    for thread in (0, 1):
+        pair.world.script.append(interrupt(thread))
+        guest.call(invoke())
+    waits, _ = waiting(guest, invoke())
+    assert guest.call(Message(Command.CANCEL, session=1))[0][0] == 0
+    guest.resume(0)
+    assert turn(pair, waits)[0] == 0
+    guest.resume(1)
+
+
+def test_sessions_and_tas_are_told_apart(make):
+    pair = make(controlled())
+    guest = pair.guest()
+    uuid = bytes(range(16))
+    meta = [(0x101, int.from_bytes(uuid[:8], "little"), int.from_bytes(uuid[8:], "little"), 0), (0x101, 0, 0, 0)]
+    params = [guest.tmem(0)._make(words) for words in meta]
+    pair.world.script.append(succeed(session=5))
+    guest.run(Message(Command.OPEN_SESSION, params=params))
+    guest.run(Message(Command.INVOKE_COMMAND, 0, 5))
+    guest.run(Message(Command.INVOKE_COMMAND, 0, 6))
+    traffic = guest.record.lane.traffic
+    assert traffic.tas[uuid].calls == 1 and traffic.sessions[5][1].per_second(0) == 1
+    guest.run(Message(Command.CLOSE_SESSION, 0, 5))
+    assert not traffic.sessions
+
+
+def test_calls_that_wait_are_charged_for_their_memory_only(make):
+    pair = make(replace(controlled(calls=1, queue=100), limits=policy_of("default", calls=1, memory=20 << 10).limits))
+    guest = pair.guest()
+    pair.world.script.append(interrupt())
+    guest.call(invoke())
+    answers = [guest.submit(smc(Function.CALL_WITH_ARG, *to_pair(guest.write(invoke())))) for _ in range(10)]
+    refused = [step for step in answers if isinstance(step, Reply)]
+    assert refused and all(step.regs[0] == ReturnCode.ENOMEM for step in refused)
+    assert guest.sums()["calls"] == 1
+    guest.resume()
+    for step in answers:
+        if isinstance(step, Queue):
+            assert turn(pair, step)[0] == 0
+    assert not guest.record.calls
