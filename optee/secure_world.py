@@ -39,6 +39,7 @@ from optee.memory.pools import GuestPools, LowMemory, NexusPools
 from optee.normal_world import NormalWorld
 from optee.panic import PanicReport
 from optee.partition import Partition
+from optee.storage.memory.manager import MemoryManager
 from optee.tas.catalogue import BUILT_IN
 from optee.threads import Thread, ThreadState
 from optee.trusted_application import TrustedApplication
@@ -171,6 +172,11 @@ class SecureWorld:
         """Sessions of the normal world that are open."""
         partition = self._by_id.get(vm_id)
         return 0 if partition is None else len(partition.sessions.open)
+
+    def storage_memory(self, vm_id: int) -> MemoryManager | None:
+        """The memory manager of a guest's secure storage; None if it has none, as in OP-TEE."""
+        partition = self._by_id.get(vm_id)
+        return None if partition is None else partition.storage.memory
 
     def stack_peaks(self, vm_id: int) -> dict[str, tuple[int, int]]:
         """By TA: the most bytes of stack ever used by that guest, and the stack's size."""

@@ -12,6 +12,7 @@ from mediator.bench.cases import CASES, Case
 from mediator.bench.measure import Timing
 from mediator.bench.memory import GROWTH_TARGET, Growth
 from mediator.bench.stand import LARGE_PAGES, SMALL_BUFFERS, SMALL_PAGES, Stand, buffer_call, register_call
+from mediator.bench.storage import Advice, Point, advise
 from mediator.core.policy import Policy
 from mediator.policies import load_policy
 from optee.abi.smc import Function
@@ -119,3 +120,31 @@ def test_a_timing_summarizes_its_samples(samples: list[float]) -> None:
 )
 def test_flat_memory_is_few_bytes_and_no_page(growth: Growth, met: bool) -> None:
     assert growth.met is met and growth.as_data()["met"] is met
+
+
+def test_storage_is_measured_with_and_without_caches(done: Bench) -> None:
+    found = done.storage
+    assert found is not None and found.object_bytes == 2 * 16 * 1024 and found.objects == 2
+    names = {cost.name for cost in found.costs}
+    assert names == {"read-first", "open", "read-again", "read-again-1k", "rewrite", "enumerate", "create"}
+    for name in names:
+        assert found.of(name, "managed").rpcs < found.of(name, "optee").rpcs
+        assert found.of(name, "optee").us > 0
+    assert found.saved("read-again") >= 0.8 and found.saved("rewrite") >= 0.4
+    assert {"objects", "blocks", "nodes", "rpc_buffers"} == set(found.hit_rates)
+    data = done.as_data()["storage"]
+    assert {point["option"] for point in data["sweep"]} == {
+        "CFG_BLOCK_CACHE_SIZE",
+        "CFG_TEE_POBJ_CACHE_SIZE",
+        "CFG_HTREE_NODE_COUNT",
+    }
+    assert len(data["advice"]) == 3 * 4 and data["gains"][0].keys() == {"name", "rpcs_saved", "times_faster"}
+
+
+def test_the_advice_is_the_smallest_size_that_is_worth_it() -> None:
+    counts = {0: 100, 8: 95, 16: 27, 32: 20, 64: 20}
+    points = [Point("CFG_X", size, 1000 + size, {"use": count, "other": 7}) for size, count in counts.items()]
+    worth, nothing = advise(points)
+    assert worth == Advice("CFG_X", "use", 16, 16, 0.73)
+    assert nothing == Advice("CFG_X", "other", 0, 0, 0.0)
+    assert str(nothing) == "other: CFG_X=0, it saves nothing"

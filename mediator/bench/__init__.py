@@ -11,13 +11,14 @@ from mediator.bench.end_to_end import END_TO_END, PRICE, EndToEnd, Price, measur
 from mediator.bench.measure import Timing, batch, measure, undone
 from mediator.bench.memory import Growth, growth
 from mediator.bench.stand import Stand
+from mediator.bench.storage import STORAGE, StorageBench, measure_storage
 from mediator.core.policy import Policy
 
 __all__ = ["BATCHES", "CALLS", "FORMAT", "MEMORY", "NAMES", "Bench", "Measured", "run"]
 
 FORMAT: Final = "mediator-bench/1"
 MEMORY: Final = "memory"
-NAMES: Final = (*(case.name for case in CASES), MEMORY, *(case.name for case in END_TO_END), PRICE)
+NAMES: Final = (*(case.name for case in CASES), MEMORY, *(case.name for case in END_TO_END), PRICE, STORAGE)
 BATCHES: Final = 400
 """Samples of each measurement. Many short ones: what else the machine does then spoils a few, not the median."""
 CALLS: Final = 200_000
@@ -69,6 +70,7 @@ class Bench:
     memory: Growth | None = None
     end_to_end: list[EndToEnd] = field(default_factory=list)
     prices: list[Price] = field(default_factory=list)
+    storage: StorageBench | None = None
 
     def as_data(self) -> dict[str, Any]:
         """The JSON document of `mediator bench`."""
@@ -81,6 +83,7 @@ class Bench:
             "memory": None if self.memory is None else self.memory.as_data(),
             "end_to_end": [measured.as_data() for measured in self.end_to_end],
             "price_of_no_reserved_memory": [price.as_data() for price in self.prices],
+            "storage": None if self.storage is None else self.storage.as_data(),
         }
 
 
@@ -108,6 +111,10 @@ def run(policy: Policy, wanted: str, progress: Progress, *, batches: int = BATCH
         progress(PRICE, 0, 1)
         bench.prices = price_of_no_reserved_memory(policy, batches)
         progress(PRICE, 1, 1)
+    if wanted in STORAGE:
+        progress(STORAGE, 0, 1)
+        bench.storage = measure_storage(policy, batches)
+        progress(STORAGE, 1, 1)
     return bench
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from mediator.bench import Bench, Measured
     from mediator.bench.measure import Timing
+    from mediator.bench.storage import StorageBench
 
 _POLICY = "default"
 
@@ -73,6 +74,8 @@ def _show(done: "Bench") -> None:
         for price in done.prices:
             prices.add_row(price.how, _us(price.timing.median), f"{price.smcs:g}", f"{price.pages:g}")
         parts += [heading("the price of refusing reserved memory: an invoke with a 64 KiB buffer"), prices]
+    if done.storage is not None:
+        parts += _storage(done.storage)
     if done.memory is not None:
         memory = done.memory
         met = "met" if memory.met else "not met"
@@ -82,6 +85,24 @@ def _show(done: "Bench") -> None:
         )
     show(*parts)
     note("medians of short batches, Python's garbage collector at work; a machine with other work to do is slower")
+
+
+def _storage(done: "StorageBench") -> "list[RenderableType]":
+    columns = ("", "RPCs, optee", "managed", "saved", "us, optee", "managed", "times")
+    costs = table(*columns, right=columns[1:])
+    for name in dict.fromkeys(cost.name for cost in done.costs):
+        plain, managed = done.of(name, "optee"), done.of(name, "managed")
+        rpcs = f"{plain.rpcs:.1f}", f"{managed.rpcs:.1f}", f"{done.saved(name):.0%}"
+        costs.add_row(plain.what, *rpcs, _us(plain.us), _us(managed.us), f"{done.faster(name):.1f}")
+    rates = ", ".join(f"{name} {rate:.0%}" for name, rate in done.hit_rates.items() if rate is not None)
+    parts: list[RenderableType] = [heading("secure storage, from a client to its guest's files and back"), costs]
+    parts.append(f"hit rates: {rates}")
+    patterns = list(done.sweep[0].rpcs)
+    sizes = table("RPCs by size of a level", "size", "KiB of heap", *patterns, right=("size", "KiB of heap", *patterns))
+    for point in done.sweep:
+        counts = [str(point.rpcs[pattern]) for pattern in patterns]
+        sizes.add_row(point.option, str(point.size), str(point.charged // 1024), *counts)
+    return [*parts, sizes, heading("what follows from that"), *(str(advice) for advice in done.advice)]
 
 
 def _values(timing: "Timing") -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from optee.storage.memory.nodes import NodeCache
 from optee.storage.memory.objects import ObjectCache
 from optee.storage.memory.pool import Pool
 from optee.storage.memory.rpc_buffers import RpcBuffers
+from optee.storage.memory.statistics import LevelStatistics
 from optee.storage.options import StorageOptions
 
 _OWNER: Final = "storage memory"
@@ -102,6 +103,16 @@ class MemoryManager:
         return sum(level.statistics.freed for level in levels)
 
     @property
+    def levels(self) -> dict[str, LevelStatistics]:
+        """Statistics of each level by name."""
+        return {
+            "objects": self.objects.statistics,
+            "blocks": self.blocks.statistics,
+            "nodes": self.nodes.statistics,
+            "rpc_buffers": self.rpc_buffers.statistics,
+        }
+
+    @property
     def charged(self) -> int:
         """Bytes of the core's heap."""
         return self.buffers.charged + self.nodes.pool.charged + self.objects.pool.charged
@@ -134,23 +145,20 @@ class MemoryManager:
 
     def as_data(self) -> dict[str, Any]:
         """The record, for JSON."""
-        blocks = self.blocks
         pools = self._pools
         return {
             "options": self.options.as_data(),
             "charged": self.charged,
             "bound": self.bound,
             "levels": {
-                "objects": self.objects.statistics.as_data(),
-                "blocks": blocks.statistics.as_data() | {"written_back": blocks.written_back},
-                "nodes": self.nodes.statistics.as_data(),
-                "rpc_buffers": self.rpc_buffers.statistics.as_data(),
+                **{name: statistics.as_data() for name, statistics in self.levels.items()},
                 **{name: pool.statistics.as_data() for name, pool in pools.items() if "buffers" in name},
                 "direct buffers": self.buffers.direct.as_data(),
             },
             "fragmentation": {name: round(pool.fragmentation, 4) for name, pool in pools.items()},
-            "blocks_filled": blocks.filled,
-            "bytes_copied": blocks.copied,
+            "blocks_filled": self.blocks.filled,
+            "blocks_written": self.blocks.written_back,
+            "bytes_copied": self.blocks.copied,
             "returned": self.returned,
             "double_releases": sum(pool.double_releases for pool in pools.values()) + self.buffers.double_releases,
             "foreign_releases": sum(pool.foreign_releases for pool in pools.values()),
