@@ -142,6 +142,8 @@ class OutputExpectation(Strict):
     value: ExpectedNumbers | None = None
     size: Expected | None = None
     content: Octets | None = None
+    one_of: list[Octets] | None = None
+    """Contents, one of which it must be."""
 
     def check(self, output: Output, actor: Actor, what: str) -> None:
         """Compare. Raises StepFailed."""
@@ -151,7 +153,7 @@ class OutputExpectation(Strict):
             wanted = self.value if isinstance(self.value, list) else [self.value]
             for name, expected, got in zip(("a", "b"), wanted, output, strict=False):
                 check_number(f"{what}.{name}", expected, got, actor)
-        if self.size is None and self.content is None:
+        if self.size is None and self.content is None and self.one_of is None:
             return
         if not isinstance(output, MemoryResult):
             raise StepFailed(what, "memory", "none")
@@ -159,6 +161,8 @@ class OutputExpectation(Strict):
             check_number(f"{what}.size", self.size, output.size, actor)
         if self.content is not None:
             check_bytes(what, octets(self.content, actor), output.data)
+        if self.one_of is not None and output.data not in [octets(source, actor) for source in self.one_of]:
+            raise StepFailed(what, f"one of {len(self.one_of)} contents", f"{output.size} other bytes")
 
 
 class OperationExpectation(StateExpectation):
@@ -243,7 +247,10 @@ class Open(ClientStep):
         params = [None if spec is None else spec.build(actor) for spec in self.params]
         uuid = ta_uuid(self.open)
         session = await actor.guest.context(self.process).open_session(uuid, *params, login=Login[self.login])
-        actor.define(self.name, Record("session", session.identifier, {"id": session.identifier}, (session, uuid)))
+        actor.define(
+            self.name,
+            Record("session", session.identifier, {"id": session.identifier}, (session, uuid, actor.guest.driver)),
+        )
         return session.outputs
 
 
@@ -256,8 +263,10 @@ class SessionStep(ClientStep):
         """The session, and its TA. Raises EvaluationError."""
         thing = actor.thing(self.session, "session").thing
         assert isinstance(thing, tuple)
-        session, uuid = thing
+        session, uuid, driver = thing
         assert isinstance(session, Session) and isinstance(uuid, UUID)
+        if driver is not actor.guest.driver:
+            raise EvaluationError(f"{self.session.text} ended with the kernel that opened it")
         return session, uuid
 
 

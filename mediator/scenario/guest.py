@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Mapping
 from random import Random
 from typing import TYPE_CHECKING, Final
-from uuid import UUID
 
 import trio
 
 import guests
+from guests.files import MemoryFiles
 from guests.memory import PageAllocator
 from hv_models.conduit import InProcessConduit
 from hv_models.memory import GuestRam
@@ -62,6 +61,9 @@ class ScenarioGuest:
         self.events_mark: Counter[str] = Counter()
         self.traffic_mark: Counter[str] = Counter()
         self.draw = Random(f"{run.seed} {name}")
+        self.files = MemoryFiles()
+        """What its tee-supplicant keeps for OP-TEE: the disk is there before and after the VM."""
+        self.saved_files: dict[str, dict[tuple[str, ...], bytes]] = {}
         self.lives = 0
         self.smcs = 0
         self.cut: PowerCut | None = None
@@ -170,7 +172,7 @@ class ScenarioGuest:
             with self._power:
                 async with boot as guest:
                     self._guest, self.driver = guest, guest.driver
-                    supplicant = _supplicant(spec.supplicant, spec.supplicant_delay, self.run.images)
+                    supplicant = self._supplicant()
                     if supplicant is not None:
                         await guest.driver.start_supplicant(supplicant)
                     started = True
@@ -182,6 +184,16 @@ class ScenarioGuest:
                 task_status.started()
         finally:
             self._gone.set()
+
+    def _supplicant(self) -> guests.Supplicant | None:
+        variant, images = self.spec.supplicant, self.run.images
+        if variant == "none":
+            return None
+        if variant == "slow":
+            return guests.SlowSupplicant(self.spec.supplicant_delay, images, files=self.files)
+        if variant in _VARIANTS:
+            return guests.MisbehavingSupplicant(_VARIANTS[variant], images, files=self.files)
+        return guests.Supplicant(images, files=self.files, rpmb=self.run.rpmb)
 
     def context(self, process: str) -> guests.Context:
         """A process of the guest: its connection to the TEE is made when it is first needed."""
@@ -290,13 +302,3 @@ def _shown(value: object) -> str:
 
 def _status(code: int) -> str:
     return name_of(RpcReturn, code) if is_rpc(code) else name_of(ReturnCode, code)
-
-
-def _supplicant(variant: str, delay: float, images: Mapping[UUID, bytes]) -> guests.Supplicant | None:
-    if variant == "none":
-        return None
-    if variant == "slow":
-        return guests.SlowSupplicant(delay, images)
-    if variant in _VARIANTS:
-        return guests.MisbehavingSupplicant(_VARIANTS[variant], images)
-    return guests.Supplicant(images)

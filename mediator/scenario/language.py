@@ -16,7 +16,7 @@ from hv_models.machine import RAM_BASE, RamBlock
 from mediator.documents import DocumentError, Path, Places, load_located
 from mediator.invariants import TITLES
 from mediator.policies import PolicyDocument
-from mediator.scenario import client, driver, flow, world
+from mediator.scenario import client, driver, flow, storage, world
 from mediator.scenario.client import TaName
 from mediator.scenario.expressions import EvaluationError, Expression, Number, Seconds, Value
 from mediator.scenario.guest import SUPPLICANTS
@@ -27,7 +27,7 @@ MAX_GUESTS: Final = 1000
 """VMs of one machine: stops a file from filling memory."""
 EVERY: Final = "every"
 """The name that stands for each guest of the machine."""
-STEPS: Final[tuple[type[Step], ...]] = (*client.STEPS, *driver.STEPS, *world.STEPS, *flow.STEPS)
+STEPS: Final[tuple[type[Step], ...]] = (*client.STEPS, *driver.STEPS, *world.STEPS, *storage.STEPS, *flow.STEPS)
 VERBS: Final[Mapping[str, type[Step]]] = {step.verb: step for step in STEPS}
 _RESERVED: Final = frozenset({"guest", EVERY})
 
@@ -69,7 +69,7 @@ def _one_verb(given: object) -> object:
 
 
 AnyStep = Annotated[Step, _AnyStep()]
-for _step in flow.STEPS:
+for _step in (*flow.STEPS, *storage.STEPS):
     _step.model_rebuild(_types_namespace={"AnyStep": AnyStep})
 
 
@@ -150,6 +150,12 @@ class OpteeSpec(Strict):
     """User TAs inside OP-TEE's image; the others come from each guest's tee-supplicant."""
     core_heap: Number | None = None
     """CFG_CORE_HEAP_SIZE."""
+    rpmb: bool = False
+    """CFG_RPMB_FS and CFG_RPMB_WRITE_KEY: a storage in RPMB."""
+    anchor: bool = False
+    """CFG_REE_FS_INTEGRITY_RPMB: the files of guests are anchored in RPMB."""
+    guest_storage_keys: bool = False
+    """Ours, not OP-TEE's: guests have storage keys of their own."""
 
 
 class Machine(Strict):
@@ -167,6 +173,8 @@ class Machine(Strict):
         Annotated[str, Tag("<name>")] | Annotated[PolicyDocument, Tag("<document>")],
         Discriminator(lambda given: "<document>" if isinstance(given, dict) else "<name>"),
     ] = "default"
+    rpmb_owner: Name | None = None
+    """The guest that the RPMB device belongs to, if not whom the policy says. Each VM has the one device."""
     optee: OpteeSpec = OpteeSpec()
     interrupts: Annotated[float, Field(ge=0, le=0.9)] = 0.0
     """Probability that an interrupt is pending at a moment at which secure code can be interrupted."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -17,7 +17,7 @@ from uuid import UUID
 
 import trio
 
-from guests import GuestError
+from guests import GuestError, RpmbDevice
 from hv_models.conduit import ConduitClosed
 from hv_models.machine import Machine
 from hv_models.stage2 import Stage2Fault
@@ -108,6 +108,7 @@ class Run:
         self.recordings: Recordings | None = None
         specs = scenario.machine.specs(guests)
         self.images = _images()
+        self.rpmb = RpmbDevice()
         self.by_client: dict[int, ScenarioGuest] = {}
         self.began = 0.0
         self.steps = 0
@@ -190,6 +191,10 @@ class Run:
             guests=optee.guests or len(self.guests),
             early_tas=None if optee.early_tas == "all" else frozenset(map(ta_uuid, optee.early_tas)),
             seed=self.seed,
+            rpmb_fs=optee.rpmb or optee.anchor,
+            rpmb_write_key=True,
+            ree_fs_integrity_rpmb=optee.anchor,
+            guest_storage_keys=optee.guest_storage_keys,
             **more,
         )
         self._board = board = Board(
@@ -229,7 +234,7 @@ class Run:
             self._nursery = nursery
             present = [guest for guest in self.guests.values() if guest.spec.created]
             for guest in present:
-                await self._create(guest)
+                await self.create(guest)
             async with trio.open_nursery() as boots:
                 for guest in present:
                     boots.start_soon(guest.boot, nursery)
@@ -244,7 +249,8 @@ class Run:
                 for guest in self.guests.values():
                     ends.start_soon(guest.shut_down)
 
-    async def _create(self, guest: ScenarioGuest) -> None:
+    async def create(self, guest: ScenarioGuest) -> None:
+        """Make a guest's VM. Raises StepFailed if OP-TEE has no room for it."""
         try:
             await guest.create()
         except BoardError as error:
@@ -355,8 +361,9 @@ def _images() -> Mapping[UUID, bytes]:
 
 
 def _policy(scenario: Scenario) -> Policy:
-    policy = scenario.machine.policy
-    return load_policy(policy) if isinstance(policy, str) else policy.policy()
+    machine = scenario.machine
+    policy = load_policy(machine.policy) if isinstance(machine.policy, str) else machine.policy.policy()
+    return policy if machine.rpmb_owner is None else replace(policy, rpmb_owner=machine.rpmb_owner)
 
 
 def run_scenario(scenario: Scenario, seed: int = 1, guests: int | None = None, record: Path | None = None) -> Outcome:

@@ -122,3 +122,36 @@ def test_a_failure_in_one_branch_ends_the_others_whatever_their_kernel_waits_for
     )
     assert outcome.failure is not None and outcome.failure.got == "BAD_STATE from TRUSTED_APP"
     assert outcome.seconds == 0
+
+
+WRITE = (
+    "{invoke: WRITE_RAW, params: [{temporary: {text: a}, direction: input}, {temporary: {text: b}, direction: input}]}"
+)
+READ = "{invoke: READ_RAW, params: [{temporary: {text: a}, direction: input}, {temporary: 9, direction: output}]%s}"
+
+
+def test_a_power_cut_in_the_middle_of_steps_leaves_the_disk_and_boots_again() -> None:
+    body = "steps:\n- {open: secure_storage}\n- %s\n- {cut_power: [%s], at_call: %d}\n%s- %s\n"
+    found = READ % ", expect: {params: [null, {content: {text: b}}]}"
+    again = "- {open: secure_storage}\n"
+    assert play(body % (WRITE, READ % "", 3, again, found)).good
+    assert not play(body % (WRITE, READ % "", 3, "", found)).good, "the old session is gone"
+    assert play(body % (WRITE, READ % "", 1000, "", found)).good, "fewer SMCs than that: nothing was cut"
+
+
+def test_files_of_another_time_or_guest_are_served() -> None:
+    missing = READ % ", expect: {result: ITEM_NOT_FOUND}"
+    steps = f"steps:\n- {{open: secure_storage}}\n- {missing}\n- {{save_files: before}}\n- {WRITE}\n"
+    steps += "- {serve_files: before}\n"
+    assert play(f"{steps}- {missing}\n").good
+    for wrong in ("{serve_files: nobody}", '{serve_files: before, files: ["7"]}'):
+        outcome = play(f"{steps}- {wrong}\n")
+        assert outcome.failure is not None and outcome.failure.place == "f.yaml:9"
+
+
+def test_one_of_several_contents() -> None:
+    body = "steps:\n- {open: secure_storage}\n- %s\n- %s\n"
+    either = READ % ", expect: {params: [null, {one_of: [{text: x}, {text: %s}]}]}"
+    assert play(body % (WRITE, either % "b")).good
+    outcome = play(body % (WRITE, either % "c"))
+    assert outcome.failure is not None and outcome.failure.expected == "one of 2 contents"
