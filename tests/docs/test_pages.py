@@ -79,8 +79,8 @@ _ALL = [line for page in PAGES for line in commands(page) if line.startswith("me
 @pytest.mark.parametrize("line", sorted(set(_ALL)))
 def test_a_command_that_is_shown_exists(line: str) -> None:
     words = shlex.split(line, comments=True)[1:]
-    if ">" in words:
-        words = words[: words.index(">")]
+    for end in (">", "&"):
+        words = words[: words.index(end)] if end in words else words
     command, given = get_command(app), list(words)
     while hasattr(command, "commands"):
         command = command.commands[given.pop(0)]
