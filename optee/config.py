@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from optee.memory.build import Build
+from optee.memory.build import Build, up
+from optee.memory.heap import HEADER, block_sizes
+from optee.memory.structures import GUEST
 from optee.storage.keys import DEFAULT_CHIP_ID, DEFAULT_HUK
 from optee.storage.options import OPTEE, StorageOptions
 
@@ -43,9 +45,14 @@ class Config:
     build_id: int = 0
     """First 32 bits of the commit, the third number of GET_OS_REVISION; 0 in a build without one."""
 
-    secure_ram: tuple[tuple[int, int], ...] = ((0xE0_0000_0000, 64 * ROOMY), (0x0E00_0000, 0x3200_0000))
-    """(PA, bytes) of memory that the normal world must not name. The first range (CFG_TZDRAM_START and _SIZE) holds
-    the core and the TAs of all guests."""
+    tzdram_start: int = 0xE0_0000_0000
+    """CFG_TZDRAM_START: PA of the memory that holds the core and the TAs of all guests."""
+
+    tzdram_size: int | None = None
+    """CFG_TZDRAM_SIZE in bytes; None: the simulated board has `ROOMY` for each guest."""
+
+    secure_devices: tuple[tuple[int, int], ...] = ((0x0E00_0000, 0x3200_0000),)
+    """(PA, bytes) of other memory that the normal world must not name."""
 
     reserved_shm: tuple[int, int] = (0x4200_0000, 0x20_0000)
     """PA and bytes of static shared memory: announced and accepted only without virtualization."""
@@ -53,8 +60,8 @@ class Config:
     core_heap_size: int = 4 << 20
     """CFG_CORE_HEAP_SIZE in bytes, of each guest. OP-TEE's default is 64 KiB; this board is roomy."""
 
-    nexus_heap_size: int = 1 << 20
-    """CFG_CORE_NEX_HEAP_SIZE in bytes, of all guests together."""
+    nexus_heap_size: int | None = None
+    """CFG_CORE_NEX_HEAP_SIZE in bytes, of all guests together; None: as much as they need."""
 
     best_fit: bool = False
     """CFG_CORE_BGET_BESTFIT."""
@@ -123,19 +130,25 @@ class Config:
     """Everything random in the model comes from here."""
 
     @property
+    def secure_ram(self) -> tuple[tuple[int, int], ...]:
+        """(PA, bytes) of all memory that the normal world must not name."""
+        return ((self.tzdram_start, self.build.secure_ram or 0), *self.secure_devices)
+
+    @property
     def build(self) -> Build:
         """What of this decides about memory."""
+        nexus = self.nexus_heap_size
         return Build(
             threads=self.threads,
             heap=self.core_heap_size,
-            nexus_heap=self.nexus_heap_size,
+            nexus_heap=up(block_sizes(GUEST) * self.guests + HEADER) if nexus is None else nexus,
             best_fit=self.best_fit,
             prealloc=self.preallocated_tables,
             table_entries=self.table_cache_entries,
             lpae=self.lpae,
             virtualization=self.virtualization,
             guest_count=self.guests,
-            secure_ram=self.secure_ram[0][1],
+            secure_ram=self.guests * ROOMY if self.tzdram_size is None else self.tzdram_size,
             tee_ram=self.tee_ram_size,
             cores=self.cores,
             bignum_bits=self.bignum_bits,
@@ -145,8 +158,6 @@ class Config:
 
     def built(self, build: Build) -> Config:
         """Return this configuration on another build and board; secure RAM that is not limited is roomy."""
-        base, _ = self.secure_ram[0]
-        size = build.guest_count * ROOMY if build.secure_ram is None else build.secure_ram
         return replace(
             self,
             threads=build.threads,
@@ -158,7 +169,7 @@ class Config:
             lpae=build.lpae,
             virtualization=build.virtualization,
             guests=build.guest_count,
-            secure_ram=((base, size), *self.secure_ram[1:]),
+            tzdram_size=build.secure_ram,
             tee_ram_size=build.tee_ram,
             cores=build.cores,
             bignum_bits=build.bignum_bits,

@@ -34,7 +34,7 @@ from optee.abi.smc import (
 from optee.config import DEFAULT, NOTIFICATION_VALUES, Config
 from optee.entry import yielding_call
 from optee.errors import SecureWorldFault, TeeError
-from optee.memory.heap import Allocation, Owner
+from optee.memory.heap import Allocation
 from optee.memory.pools import GuestPools, LowMemory, NexusPools
 from optee.normal_world import NormalWorld
 from optee.panic import PanicReport
@@ -261,7 +261,7 @@ class SecureWorld:
         self.nexus.destroy_guest(partition.pools)
         if self.config.leak_report:
             self.leaks += left
-            self.console.extend(f"leak: {allocation.size} bytes, {_words(allocation.owner)}" for allocation in left)
+            self.console.extend(f"leak: {allocation.size} bytes, {allocation.owner}" for allocation in left)
         for other in self._partitions:
             if other.vm_id == vm_id:
                 self._by_id[vm_id] = other
@@ -365,11 +365,6 @@ class SecureWorld:
         if vm_id == HYPERVISOR_CLIENT_ID or not self._add_partition(vm_id):
             return _ENOTAVAIL
         return _OK
-
-
-def _words(owner: Owner) -> str:
-    session = "" if owner.session is None else f", session {owner.session}"
-    return f"{owner.what} of guest {owner.guest}{session}"
 
 
 def _guest(partition: Partition | None) -> Partition:

@@ -168,10 +168,9 @@ _POOL_NUMBERS: Final = {
     "failure": re.compile(r"[Ss]ize of larges?t? allocation failure:\s*(\d+)"),
 }
 _POOLS: Final = (
+    ("kheap", "nexus heap", "CFG_CORE_NEX_HEAP_SIZE"),
     ("nexus", "nexus heap", "CFG_CORE_NEX_HEAP_SIZE"),
     ("physical ta", TA_RAM, "CFG_TZDRAM_SIZE"),
-    ("secure ddr", TA_RAM, "CFG_TZDRAM_SIZE"),
-    ("phys", TA_RAM, "CFG_TZDRAM_SIZE"),
     ("heap", CORE_HEAP, "CFG_CORE_HEAP_SIZE"),
 )
 

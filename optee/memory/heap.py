@@ -35,6 +35,10 @@ class Owner(NamedTuple):
     session: int | None = None
     """Id of the session that it was allocated for."""
 
+    def __str__(self) -> str:
+        session = "" if self.session is None else f", session {self.session}"
+        return f"{self.what} of guest {self.guest}{session}"
+
 
 class Allocation(NamedTuple):
     """A block that is allocated."""
@@ -201,6 +205,11 @@ class Heap:
     def largest_free(self) -> int:
         """The largest size that can be allocated now; 0 if none."""
         return max(max(self._free.values(), default=HEADER) - HEADER, 0)
+
+    @property
+    def free_squares(self) -> int:
+        """Sum of the squares of the free blocks' sizes: small where what is free is in pieces (free2_sum)."""
+        return sum((size - HEADER) ** 2 for size in self._free.values())
 
     @property
     def statistics(self) -> Statistics:

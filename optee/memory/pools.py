@@ -46,6 +46,11 @@ class GuestPools:
         for pool in (self.heap, self.ta_ram):
             pool.on_low = lambda pool: on_low(LowMemory(pool.name, guest, pool.statistics))
 
+    @property
+    def statistics(self) -> dict[str, Statistics]:
+        """Counters by the pool's name; of translation tables in tables, else in bytes."""
+        return {pool.name: pool.statistics for pool in (self.heap, self.ta_ram, self.tables)}
+
     def left(self) -> list[Allocation]:
         """Everything that is allocated but for what the core itself keeps."""
         everything = (*self.heap.allocations(), *self.ta_ram.allocations())

@@ -92,6 +92,11 @@ class TaRam:
         return max((end - start for start, end in zip(self._starts, self._ends, strict=True)), default=0)
 
     @property
+    def free_squares(self) -> int:
+        """Sum of the squares of the free pieces' sizes."""
+        return sum((end - start) ** 2 for start, end in zip(self._starts, self._ends, strict=True))
+
+    @property
     def statistics(self) -> Statistics:
         """The pool's counters."""
         failed = self._failed, self._biggest_failure, self._allocated_at_biggest_failure

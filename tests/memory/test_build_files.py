@@ -146,7 +146,7 @@ def test_statistics_name_the_pool_that_failed() -> None:
     (finding,) = read_console(stats.format("Heap", 3))
     assert (finding.limit, finding.line) == (CORE_HEAP, 1)
     assert "CFG_CORE_HEAP_SIZE" in finding.text
-    (finding,) = read_console(stats.format("Nexus heap", 3))
+    (finding,) = read_console(stats.format("KHeap", 3))
     assert "CFG_CORE_NEX_HEAP_SIZE" in finding.text
 
 
