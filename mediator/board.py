@@ -71,6 +71,8 @@ class MediatedMachine:
         """Client ids of all VMs so far."""
         self.probed = Tale()
         """How OP-TEE was found."""
+        self.split = ""
+        """How secure RAM is split, said where a guest is refused."""
         self._numbers = count(1)
 
     @property
@@ -117,7 +119,7 @@ class MediatedMachine:
             vm = self.machine.create_xen(name, ram, vcpus, domain=None if client_id is None else client_id - 1)
         if not await self.service.add(vm):
             self.machine.destroy(vm)
-            raise BoardError(f"OP-TEE has no room for {vm.name}")
+            raise BoardError(f"OP-TEE has no room for {vm.name}{self.split}")
         self.clients.add(vm.client_id)
         return vm
 
@@ -220,6 +222,14 @@ class Board(MediatedMachine):
             time=None if costs is None else VirtualTime(end, self.model, costs),
         )
         self.model.on_notification = self.service.notify
+        self.split = f": VM_CREATED answered ENOTAVAIL, {split_in_words(config)}"
+
+
+def split_in_words(config: Config) -> str:
+    """How the board's secure RAM is split."""
+    build = config.build
+    ram = (build.ta_ram or 0) / (1 << 20)
+    return f"secure RAM is split for {build.guest_count} guests (CFG_VIRT_GUEST_COUNT), {ram:.1f} MiB of TA RAM each"
 
 
 def images(*tas: type[TrustedApplication]) -> dict[UUID, bytes]:

@@ -491,6 +491,17 @@ def test_serve_prints_one_document(capsys: Capture) -> None:
     assert not any(told["left"].values())
 
 
+def test_a_board_refuses_the_guest_that_it_is_not_built_for(capsys: Capture) -> None:
+    arguments = ["--guests", "3", "--board", "qemu_armv8a", "--in-process", "--workload", "hello", "--duration", "0.01"]
+    code, _, err = result(capsys, "serve", *arguments)
+    assert code == FAILED
+    board, *_, refused_guest = err.splitlines()
+    split = "secure RAM is split for 2 guests (CFG_VIRT_GUEST_COUNT), 6.2 MiB of TA RAM each"
+    assert board == f"board: {split}"
+    assert refused_guest == f"kvm-3: OP-TEE refused the guest: VM_CREATED answered ENOTAVAIL, {split}"
+    assert "'pc' is none of" in refused(capsys, "serve", "--board", "pc")
+
+
 def test_serve_states_its_mission(capsys: Capture) -> None:
     code, out, _ = result(capsys, "serve", "--guests", "1", "--duration", "0.01", "--workload", "hello")
     assert code == GOOD and "\x1b" not in out

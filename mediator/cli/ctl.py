@@ -120,6 +120,25 @@ def _print_status(control: Path, json: bool) -> None:
     show(_table(found), heading("\nquota"), _quota_table(found), *_refusals(found))
     if any(guest.get("flow") for guest in found["guests"]):
         show(heading("\nflow control"), _flow_table(found))
+    if any(map(_pools, found["guests"])):
+        show(heading("\nmemory of OP-TEE"), _memory_table(found))
+
+
+def _pools(guest: dict[str, Any]) -> list[dict[str, Any]]:
+    pools: list[dict[str, Any]] = guest.get("memory", [])
+    return pools
+
+
+def _memory_table(status: dict[str, Any]) -> "Table":
+    """OP-TEE's pools of each guest: bytes, but translation tables."""
+    keys = ("allocated", "max_allocated", "size", "failed", "biggest_failure")
+    rows = [
+        (guest["name"], pool["pool"], *(str(pool[key]) for key in keys))
+        for guest in status["guests"]
+        for pool in _pools(guest)
+    ]
+    columns = ("allocated", "most", "size", "failures", "biggest failure")
+    return table("guest", "pool", *columns, right=columns, rows=rows)
 
 
 def _flow_table(status: dict[str, Any]) -> "Table":

@@ -47,6 +47,10 @@ def serve(
         Path | None, typer.Option("--secure-world", metavar="PATH", help="Forward to the secure world there.")
     ] = None,
     record: Annotated[Path | None, typer.Option("--record", metavar="FILE", help="Write each guest's trace.")] = None,
+    board: Annotated[
+        str | None,
+        typer.Option("--board", metavar="NAME", help="OP-TEE's board, such as qemu_armv8a; else a roomy one."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of everything random in the models.")] = 0,
     json: Json = False,
 ) -> int:
@@ -67,7 +71,12 @@ def serve(
     from guests.workloads import WORKLOADS
     from mediator.service.options import ServeOptions
     from mediator.service.serve import run_bench
+    from optee.memory.boards import BOARDS
 
+    if board is not None and board not in BOARDS:
+        raise BadInput(f"serve: the board {board!r} is none of {', '.join(BOARDS)}")
+    if board is not None and secure_world is not None:
+        raise BadInput("serve: --board builds the OP-TEE of this process, --secure-world forwards to another one")
     if workload not in WORKLOADS:
         raise BadInput(f"serve: the workload {workload!r} is none of {', '.join(WORKLOADS)}")
     structlog.configure(logger_factory=lambda: structlog.PrintLogger(sys.stderr))
@@ -86,6 +95,7 @@ def serve(
         host_client=host_client,
         record=record,
         secure_world=secure_world,
+        board=board,
     )
     summary = run_bench(options)
     if json:
@@ -123,4 +133,4 @@ def _show(summary: "Summary") -> None:
     for violation in summary.violations:
         note(violation)
     for name in summary.refused_guests:
-        note(f"{name}: OP-TEE refused the guest")
+        note(f"{name}: OP-TEE refused the guest{summary.split}")

@@ -338,6 +338,8 @@ class StateExpectation(Strict):
     forwarded: list[ForwardedExpectation] | None = None
     """The SMCs that reached OP-TEE in this step, all of them."""
     alive: bool | None = None
+    console: list[str] = Field(default=[])
+    """Pieces of lines that OP-TEE has printed."""
 
     def check(self, actor: Actor, since: int | None = None) -> None:
         """Look at everything that is mentioned. Raises StepFailed, EvaluationError.
@@ -359,6 +361,10 @@ class StateExpectation(Strict):
             self._check_counts(actor)
         if self.alive is not None and actor.guest.alive is not self.alive:
             raise StepFailed(f"{actor.guest.name}", "alive" if self.alive else "gone", "the contrary")
+        printed = actor.run.board.model.console
+        for piece in self.console:
+            if not any(piece in line for line in printed):
+                raise StepFailed("OP-TEE's console", piece, printed[-1] if printed else "nothing")
         if self.forwarded is not None:
             self._check_forwarded(actor, since)
         if self.dirty:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Discriminator, Field, GetCoreSchemaHandler, Tag, model_validator
@@ -17,11 +18,14 @@ from mediator.documents import DocumentError, Path, Places, load_located
 from mediator.invariants import TITLES
 from mediator.policies import PolicyDocument
 from mediator.scenario import client, driver, flow, storage, world
-from mediator.scenario.client import TaName
+from mediator.scenario.client import TaName, ta_uuid
 from mediator.scenario.expressions import EvaluationError, Expression, Number, Seconds, Value
 from mediator.scenario.guest import SUPPLICANTS
 from mediator.scenario.steps import Name, Step, Strict
-from optee.config import DEFAULT
+from optee.config import DEFAULT, Config
+from optee.memory.boards import BOARDS
+from optee.tas.catalogue import BUILT_IN
+from optee.trusted_application import TrustedApplication
 
 MAX_GUESTS: Final = 1000
 """VMs of one machine: stops a file from filling memory."""
@@ -139,6 +143,27 @@ class _Nothing:
 _NOTHING: Final = _Nothing()
 
 
+class TaSizes(Strict):
+    """Sizes of a TA; what is not given stays as it is."""
+
+    stack: Number | None = None
+    """TA_STACK_SIZE."""
+    heap: Number | None = None
+    """TA_DATA_SIZE."""
+    code: Number | None = None
+    """Code and constants."""
+
+    def over(self, name: str) -> type[TrustedApplication]:
+        """The TA of that name with these sizes."""
+        uuid = ta_uuid(name)
+        known = next((ta for ta in BUILT_IN if ta.uuid == uuid and not ta.is_pseudo), None)
+        if known is None:
+            raise EvaluationError(f"{name} is no user TA of the model")
+        given = {"stack_size": self.stack, "data_size": self.heap, "code_size": self.code}
+        sizes = {key: size.number(_NOTHING) for key, size in given.items() if size is not None}
+        return type(known.__name__, (known,), sizes)
+
+
 class OpteeSpec(Strict):
     """How OP-TEE is built, by its own options; see `optee.config.Config`."""
 
@@ -148,6 +173,8 @@ class OpteeSpec(Strict):
     """Guests for whom there is room; as many as the machine has if not given."""
     early_tas: list[TaName] | Literal["all"] = "all"
     """User TAs inside OP-TEE's image; the others come from each guest's tee-supplicant."""
+    board: Literal["qemu_armv8a", "hikey", "hikey960", "rk3399", "rk322x"] | None = None
+    """A board of `mediator size`, with its build; what stands here beside it goes first. None: a roomy one."""
     core_heap: Number | None = None
     """CFG_CORE_HEAP_SIZE."""
     rpmb: bool = False
@@ -156,6 +183,39 @@ class OpteeSpec(Strict):
     """CFG_REE_FS_INTEGRITY_RPMB: the files of guests are anchored in RPMB."""
     guest_storage_keys: bool = False
     """Ours, not OP-TEE's: guests have storage keys of their own."""
+    secure_ram: Number | None = None
+    """CFG_TZDRAM_SIZE."""
+    preallocated_tables: bool | None = None
+    """CFG_CORE_PREALLOC_EL0_TBLS."""
+    sizes: dict[TaName, TaSizes] = Field(default={})
+    """Other sizes for TAs of the model."""
+
+    def config(self, guests: int, seed: int) -> Config:
+        """The same as the model wants it, with room for so many guests."""
+        config = Config(guests=guests, threads=self.threads, seed=seed, leak_report=True)
+        if self.board is not None:
+            config = config.built(BOARDS[self.board].build)
+        more: dict[str, Any] = {
+            "threads": self.threads if "threads" in self.model_fields_set else None,
+            "guests": self.guests,
+            "core_heap_size": self._bytes(self.core_heap),
+            "tzdram_size": self._bytes(self.secure_ram),
+            "preallocated_tables": self.preallocated_tables,
+        }
+        return replace(
+            config,
+            early_tas=None if self.early_tas == "all" else frozenset(map(ta_uuid, self.early_tas)),
+            rpmb_fs=self.rpmb or self.anchor,
+            rpmb_write_key=True,
+            ree_fs_integrity_rpmb=self.anchor,
+            guest_storage_keys=self.guest_storage_keys,
+            extra_tas=tuple(sizes.over(name) for name, sizes in self.sizes.items()),
+            **{name: value for name, value in more.items() if value is not None},
+        )
+
+    @staticmethod
+    def _bytes(size: Number | None) -> int | None:
+        return None if size is None else size.number(_NOTHING)
 
 
 class Machine(Strict):

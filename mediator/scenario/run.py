@@ -29,7 +29,6 @@ from mediator.interleaving import run as run_seeded
 from mediator.invariants import Violation
 from mediator.policies import QuotaDocument, load_policy
 from mediator.scenario.actor import WORLD, Actor, Scope
-from mediator.scenario.client import ta_uuid
 from mediator.scenario.expressions import EvaluationError
 from mediator.scenario.flips import FlippingMemory
 from mediator.scenario.flow import Flow, side_by_side
@@ -39,7 +38,6 @@ from mediator.scenario.secure_side import ScriptedWorld
 from mediator.scenario.steps import Step, StepFailed
 from mediator.service.recording import Recordings
 from mediator.shell import GuestMemoryCount
-from optee.config import Config
 from optee.secure_world import SecureWorld
 from optee.tas.catalogue import EXAMPLES, EXERCISES
 
@@ -177,26 +175,14 @@ class Run:
             outcome.events = list(self.guests[outcome.failure.guest].events) if outcome.failure.guest else []
         else:
             outcome.left = {name: count for name, count in board.left().items() if count != NOTHING_LEFT[name]}
+            if board.model.leaks:
+                outcome.left["optee_memory"] = sum(leak.size for leak in board.model.leaks)
         if self._died is not None:
             outcome.failure = StepFailed("OP-TEE", "alive", f"dead: {self._died}")
 
     def _make_board(self) -> Board:
         machine = self.scenario.machine
-        optee = machine.optee
-        more: dict[str, Any] = {}
-        if optee.core_heap is not None:
-            more["core_heap_size"] = optee.core_heap.number(_NoNames())
-        config = Config(
-            threads=optee.threads,
-            guests=optee.guests or len(self.guests),
-            early_tas=None if optee.early_tas == "all" else frozenset(map(ta_uuid, optee.early_tas)),
-            seed=self.seed,
-            rpmb_fs=optee.rpmb or optee.anchor,
-            rpmb_write_key=True,
-            ree_fs_integrity_rpmb=optee.anchor,
-            guest_storage_keys=optee.guest_storage_keys,
-            **more,
-        )
+        config = machine.optee.config(len(self.guests), self.seed)
         self._board = board = Board(
             _policy(self.scenario),
             config,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import trio
 
 from hv_models.vm import VirtualMachine
+from mediator.board import Board
 from mediator.documents import DocumentError
 from mediator.service import quota
 from mediator.service.served import ServedGuest
@@ -88,6 +89,7 @@ class Control:
         guests = []
         for guest in bench.guests:
             status = guest.status().as_data(*STATUS_KEYS)
+            status["memory"] = self._memory(guest)
             if guest.accounts is not None:
                 status.update(quota.describe(guest.accounts.ledger, guest.accounts.counters))
                 status["flow"] = quota.describe_flow(bench.board, guest.accounts.client_id) if guest.vm else None
@@ -100,6 +102,14 @@ class Control:
             "secure_calls": None if core.flow is None else core.flow.running,
             "guests": guests,
         }
+
+    def _memory(self, guest: ServedGuest) -> list[dict[str, Any]]:
+        """Counters of OP-TEE's pools for a guest; none where OP-TEE is another process."""
+        board = self._bench.board
+        pools = board.model.pools(guest.vm.client_id) if isinstance(board, Board) and guest.vm is not None else None
+        if pools is None:
+            return []
+        return [{"pool": name, **counters._asdict()} for name, counters in pools.statistics.items()]
 
     def _change_quota(self, name: str, limits: dict[Any, Any]) -> dict[str, Any]:
         guest = self._find(name)

@@ -8,6 +8,7 @@ from typing import Final
 import structlog
 
 from mediator.core.steps import Event
+from optee.memory.pools import LowMemory
 
 LINES_PER_SECOND: Final = 20
 """Lines that one guest can cause. Stops a hostile guest from filling the log, and from slowing the others down."""
@@ -33,6 +34,18 @@ class EventLog:
         elif self._everything() and self._room(event.vm):
             log = self._log.info if event.level == "info" else self._log.debug
             log(event.name, guest=event.vm, **event.detail)
+
+    def memory_low(self, low: LowMemory) -> None:
+        """Log that a pool of OP-TEE is four fifths taken, or has failed, for the first time."""
+        counters = low.statistics
+        self._log.warning(
+            "memory_low",
+            guest=low.guest,
+            pool=low.pool,
+            allocated=counters.allocated,
+            size=counters.size,
+            biggest_failure=counters.biggest_failure,
+        )
 
     def link_ended(self, guest: str, why: str) -> None:
         """Log why a link of somebody else's VMM was ended; all of them together are bounded like one guest."""

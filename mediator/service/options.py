@@ -12,7 +12,7 @@ class ServeOptions:
     checker; seed: of everything random in the models; in_process: guests are tasks, not processes of their own.
     external: the socket for VMs of others; control: the socket for `mediator ctl`; host_client: the host's own driver
     is a guest as well. record: the trace to write, one for each guest. secure_world: the
-    socket of a secure world in another process.
+    socket of a secure world in another process. board: the board on which OP-TEE runs; None: one with room for all.
     """
 
     guests: int = 4
@@ -29,3 +29,4 @@ class ServeOptions:
     host_client: bool = False
     record: Path | None = None
     secure_world: Path | None = None
+    board: str | None = None

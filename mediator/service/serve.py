@@ -15,7 +15,7 @@ from guests.workloads import WORKLOADS
 from hv_models.link import LinkError
 from hv_models.machine import DEFAULT_RAM, DEFAULT_VCPUS, RAM_BASE, Machine
 from hv_models.vm import VirtualMachine
-from mediator.board import Board, BoardError, MediatedMachine, images
+from mediator.board import Board, BoardError, MediatedMachine, images, split_in_words
 from mediator.core.policy import Policy
 from mediator.documents import DocumentError
 from mediator.policies import load_policy
@@ -32,6 +32,7 @@ from mediator.service.recording import Recordings
 from mediator.service.served import ServedGuest
 from mediator.service.summary import Summary
 from optee.config import Config
+from optee.memory.boards import BOARDS
 from optee.tas.catalogue import BUILT_IN
 
 SHOWN_PANICS: Final = 8
@@ -79,12 +80,18 @@ class Bench:
         if options.secure_world is None:
             room = options.guests + options.host_client + (EXTERNAL_ROOM if options.external is not None else 0)
             config = Config(guests=max(room, 1), early_tas=frozenset(), seed=options.seed)
-            return Board(policy, config, thorough=options.check, on_event=self._events), nullcontext()
+            if options.board is not None:
+                config = config.built(BOARDS[options.board].build)
+            if not options.json:
+                print(f"board: {split_in_words(config)}", file=sys.stderr, flush=True)
+            board = Board(policy, config, thorough=options.check, on_event=self._events)
+            board.model.on_low_memory = self._events.memory_low
+            return board, nullcontext()
         world = RemoteSecureWorld(Machine(), options.secure_world)
-        board = MediatedMachine(world, policy, thorough=options.check, on_event=self._events)
-        world.on_notification = board.service.notify
+        machine = MediatedMachine(world, policy, thorough=options.check, on_event=self._events)
+        world.on_notification = machine.service.notify
         world.on_death = self._secure_world_died
-        return board, world.connected()
+        return machine, world.connected()
 
     def _secure_world_died(self, why: str) -> None:
         """Nothing can be answered any more: say so once, and end."""
@@ -336,6 +343,7 @@ class Bench:
             up_seconds=up,
             seconds=seconds,
             refused_guests=tuple(self.refused_guests),
+            split=board.split,
             faults=tuple(faults),
             panic_reports=world.panic_reports()[-SHOWN_PANICS:],
         )

@@ -38,6 +38,8 @@ class Summary:
     refused_guests: tuple[str, ...]
     faults: tuple[str, ...] = ()
     """What else went wrong, a line for each."""
+    split: str = ""
+    """How the board is split, said where a guest is refused."""
     panic_reports: tuple[PanicReport, ...] = ()
     """The last few TA panics, as OP-TEE printed them."""
 

@@ -213,3 +213,33 @@ def test_own_ta_in_twenty_lines() -> None:
     added = rig.invoke(session, 0, number(0xFFFFFFFF), number(3), value(kind=ParamType.VALUE_OUTPUT))
     assert added.params[2].a == 2
     assert rig.invoke(session, 1, number(5)).ret == 0
+
+
+def test_statistics_of_pools(client: Client) -> None:
+    layout = struct.Struct("<32sQ6I")
+    session, ta = client.open(Statistics.uuid), client.open(ExerciseTa.uuid)
+    everything = client.result(client.invoke(session, 1, number(0, 0), client.target(4096)), 1)
+    records = [layout.unpack_from(everything, at) for at in range(0, len(everything), layout.size)]
+    assert [record[0].rstrip(b"\0") for record in records] == [
+        b"Heap",
+        b"Public DDR (deprecated)",
+        b"Physical TA memory",
+        b"KHeap",
+        b"RPMB secure storage (no data)",
+    ]
+    _, squares, allocated, most, size, failed, biggest, at_biggest = records[0]
+    assert 0 < allocated <= most < size == client.world.config.core_heap_size
+    assert (failed, biggest, at_biggest) == (0, 0, 0)
+    assert 0 < squares <= size * size
+    # A reset begins anew; what is allocated stays.
+    client.invoke(ta, 14, number(3, 10), value(kind=ParamType.VALUE_OUTPUT))
+    client.invoke(ta, 15)
+    for wanted in (allocated + 10 * 9424, allocated):
+        record = layout.unpack(client.result(client.invoke(session, 1, number(1, 1), client.target(64)), 1))
+        assert (record[2], record[3] >= wanted) == (allocated, True)
+    assert record[3] < allocated + 9424
+    assert client.invoke(session, 1, number(6, 0), client.target(4096)).ret == Result.BAD_PARAMETERS
+    short = client.invoke(session, 1, number(0, 0), client.target(100))
+    assert (short.ret, short.params[1].b) == (Result.SHORT_BUFFER, 5 * layout.size)
+    assert client.invoke(session, 2).ret == 0
+    assert any("session of guest 1" in line for line in client.world.console)

@@ -74,7 +74,11 @@ async def test_status(running: Running, tmp_path: Path) -> None:
     ]
     for guest in found["guests"]:
         assert guest["calls"] and guest["invokes"] and guest["pages_quota"] == 65536 and guest["ended"] == ""
+        pools = {pool["pool"]: pool for pool in guest["memory"]}
+        assert list(pools) == ["Heap", "Physical TA memory", "Translation tables"]
+        assert all(0 < pools[name]["allocated"] <= pools[name]["size"] for name in ("Heap", "Physical TA memory"))
     assert ctl._table(found).row_count == 2
+    assert ctl._memory_table(found).row_count == 6
 
 
 async def test_a_quota_is_changed_while_its_guest_runs(running: Running) -> None:
