@@ -150,7 +150,9 @@ class RpcHandler:
         elif not params:
             self._ram.write(at + OFFSET_RET, _RESULT.pack(ret, origin))
         else:
-            words = [word for param in params for word in param]
+            words: list[int] = []
+            for param in params:
+                words += param
             self._ram.write(at + OFFSET_RET, _REPLIES[len(params)].pack(ret, origin, len(params), *words))
 
     async def _get_time(self, call: Call, at: int, params: list[Param]) -> None:

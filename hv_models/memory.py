@@ -349,6 +349,9 @@ def _pieces(address: int, size: int) -> Iterator[tuple[int, int, int]]:
         size -= count
 
 
+_ZERO_PAGE: Final = bytes(PAGE_SIZE)
+
+
 class GuestRam:
     """A stretch of RAM as the guest itself sees it: by IPA, without translation or bookkeeping."""
 
@@ -371,6 +374,10 @@ class GuestRam:
 
     def clear(self, pages: Sequence[int]) -> None:
         """Fill whole pages, named by their IPAs, with zeroes. Raises ValueError for what is no page of this RAM."""
+        if len(pages) == 1 and not pages[0] & PAGE_MASK:
+            offset = self._offset(pages[0], PAGE_SIZE)
+            self.store.view[offset : offset + PAGE_SIZE] = _ZERO_PAGE
+            return
         distances = np.array(pages, dtype=np.int64) - self.base
         if np.any(distances & PAGE_MASK) or np.any(distances < 0) or np.any(distances >= self.size):
             raise ValueError(f"not all of {len(pages)} addresses are pages of the RAM at {self.base:#x}")

@@ -7,6 +7,7 @@ end of the call unless the SHM cache is enabled.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
@@ -43,6 +44,11 @@ _PRESET = int(Result.GENERIC)
 _BAD_PARAMETERS = int(Result.BAD_PARAMETERS)
 _OUT_OF_MEMORY = int(Result.OUT_OF_MEMORY)
 
+_REQUESTS: Final = tuple(
+    struct.Struct(HEADER.format + PARAM.format.removeprefix("<") * count) for count in range(RPC_PARAMS + 1)
+)
+"""A whole RPC argument with so many parameters."""
+
 RpcParam: TypeAlias = tuple[int, ...]
 """Attribute and the three words behind it."""
 
@@ -62,16 +68,17 @@ def rpc_command(thread: Thread, command: int, params: Sequence[RpcParam]) -> Ste
         window = yield from _allocate_argument(thread)
         if window is None:
             return Reply(_OUT_OF_MEMORY, 0, [])
-    if any(RMEM_INPUT <= param[0] < TMEM_INPUT and not param[3] for param in params):
-        return Reply(_BAD_PARAMETERS, 0, [])  # a buffer that the normal world gave without a name
-    window.store(
-        0,
-        HEADER.pack(command, 0, 0, 0, 0, _PRESET, 0, len(params)) + b"".join(PARAM.pack(*param) for param in params),
-    )
+    words: list[int] = []
+    for param in params:
+        if not param[3] and RMEM_INPUT <= param[0] < TMEM_INPUT:
+            return Reply(_BAD_PARAMETERS, 0, [])  # a buffer that the normal world gave without a name
+        words += param
+    count = len(params)
+    window.store(0, _REQUESTS[count].pack(command, 0, 0, 0, 0, _PRESET, 0, count, *words))
     buffer = thread.rpc_buffer
     cookie = 0 if buffer is None else buffer.cookie
     yield _CMD, cookie >> 32, cookie & 0xFFFFFFFF
-    data = window.load(0, message_size(len(params)))
+    data = window.load(0, _REQUESTS[count].size)
     header = HEADER.unpack_from(data)
     return Reply(header[5], header[7], list(PARAM.iter_unpack(data[HEADER_SIZE:])))
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import trio
 
-from guests import Direction, Guest, Session, Supplicant, Temporary, Value, Values
+from guests import Direction, Guest, Partial, Session, SharedMemory, Supplicant, Temporary, Value, Values
 from mediator.board import Board
 from mediator.core.policy import Policy
 from optee.config import Config
@@ -127,11 +127,12 @@ class StorageBench:
 
 
 class Client:
-    """A session with the storage test TA, and what its guest counted."""
+    """A session with the storage test TA, shared memory for the data, and what the guest counted."""
 
-    def __init__(self, guest: Guest, session: Session) -> None:
+    def __init__(self, guest: Guest, session: Session, memory: SharedMemory) -> None:
         self._guest = guest
         self._session = session
+        self._memory = memory
 
     @property
     def rpcs(self) -> int:
@@ -159,11 +160,12 @@ class Client:
 
     async def read(self, handle: int, size: int) -> None:
         """Read so many bytes."""
-        await self._session.invoke(2, Temporary(size=size, direction=_OUT), Value(handle))
+        await self._session.invoke(2, Partial(self._memory, 0, size, _OUT), Value(handle))
 
     async def write(self, handle: int, data: bytes) -> None:
         """Write, and commit."""
-        await self._session.invoke(3, _bytes(data), Value(handle, direction=_IN))
+        self._memory.write(data)
+        await self._session.invoke(3, Partial(self._memory, 0, len(data), _IN), Value(handle, direction=_IN))
 
     async def enumerate(self, count: int) -> None:
         """Go through all objects of the TA, of which there are `count`."""
@@ -196,8 +198,9 @@ async def _client(policy: Policy, options: StorageOptions, directory: Path) -> A
         board.guest("kvm", supplicant=Supplicant(storage=directory)) as guest,
         guest.context() as context,
         await context.open_session(StorageTest.uuid) as session,
+        await context.allocate(LARGEST) as memory,
     ):
-        yield board, Client(guest, session)
+        yield board, Client(guest, session, memory)
 
 
 def measure_storage(policy: Policy, batches: int) -> StorageBench:
