@@ -35,6 +35,11 @@ class SessionPool:
         self._idle: list[Session] = []
         self._next_start = float("-inf")
 
+    @property
+    def waiting(self) -> int:
+        """Callers that wait for a session."""
+        return self._limiter.statistics().tasks_waiting
+
     async def invoke(self, command: int, *parameters: Parameter) -> tuple[Output, ...]:
         """Invoke a command in a session of the pool. Raises PoolFullError, and TeeError as `Session.invoke`.
 

@@ -374,7 +374,7 @@ class Service:
             turn.come = True
         else:
             self._turns[ticket] = turn
-        interrupted = vm.pending and vm.injected != self._kicked.get(whose)
+        interrupted = (vm.pending and vm.injected != self._kicked.get(whose)) or self._is_last(ticket, vm)
         while not turn.come and not interrupted:
             following = self.mediator.next_turn()
             deadline = until if following is None else min(until, following)
@@ -390,6 +390,11 @@ class Service:
         del self._turns[ticket]
         self._kicked[whose] = vm.injected
         return self.mediator.give_back(ticket)
+
+    def _is_last(self, ticket: Ticket, vm: VirtualMachine) -> bool:
+        """Whether all vCPUs of a guest would wait here, though it has calls to go on with."""
+        held = sum(turn.vm is vm for turn in self._turns.values())
+        return held >= len(vm.vcpus) and self.mediator.in_the_way(ticket)
 
     def _give_turns(self) -> None:
         """Tell flow control what time it is, and wake those whose turn it is."""

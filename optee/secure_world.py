@@ -186,6 +186,11 @@ class SecureWorld:
         peaks = partition.sessions.stack_peaks
         return {str(uuid): (peak, self.tas[uuid].stack_size) for uuid, peak in peaks.items()}
 
+    def ta_heap_peak(self, vm_id: int) -> int:
+        """The most bytes that the heaps of that guest's TAs ever had in use, all together."""
+        partition = self._by_id.get(vm_id)
+        return 0 if partition is None else partition.sessions.heap_peak
+
     def notify(self, vm_id: int, value: int) -> None:
         """Send an asynchronous notification to a guest, as a driver in OP-TEE does; 0 asks for a bottom half.
 

@@ -54,6 +54,8 @@ class Sessions:
         self.instances: list[Instance] = []
         self.stack_peaks: dict[UUID, int] = {}
         """High-water mark of the stack in bytes, by TA."""
+        self.heap_peak = 0
+        """High-water mark of the heaps of all TAs together, in bytes."""
         self._mutex = Mutex()  # tee_ta_mutex
         self._initialized = Condition(self._mutex)
         self._single_free = Condition(self._mutex)
@@ -66,6 +68,10 @@ class Sessions:
         """Raise the high-water mark of a TA."""
         uuid = instance.uuid
         self.stack_peaks[uuid] = max(self.stack_peaks.get(uuid, 0), instance.stack_peak)
+
+    def note_heap(self) -> None:
+        """Raise the high-water mark of the TAs' heaps."""
+        self.heap_peak = max(self.heap_peak, sum(instance.heap_used for instance in self.instances))
 
     def open_session(
         self, thread: Thread, uuid: UUID, client: Client, params: Params, sessions: dict[int, Session]

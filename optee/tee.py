@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from optee.ta_context import Instance, Session
     from optee.trusted_application import TrustedApplication
 
+STACK_WARNING = 0.75
+"""Part of a TA's stack from which on its high-water mark is worth a line on the console."""
 _SUSPEND = int(RpcCommand.SUSPEND)
 _GET_TIME = int(RpcCommand.GET_TIME)
 
@@ -191,6 +193,7 @@ class Tee:
             raise TeeError(Result.OUT_OF_MEMORY)
         instance.heap_used += size
         instance.heap_peak = max(instance.heap_peak, instance.heap_used)
+        self.thread.partition.sessions.note_heap()
         return Allocation(instance, size)
 
     def set_up(self, kind: str) -> SetUp:
@@ -208,8 +211,16 @@ class Tee:
             instance.stack_peak = min(size, instance.ta.stack_size)
             if not instance.ta.is_pseudo:  # those run on the thread's own stack
                 self.thread.partition.sessions.note_stack(instance)
+                self._warn_of_stack(size)
             if size > instance.ta.stack_size:
                 raise TaAbort(instance.below_stack())
+
+    def _warn_of_stack(self, size: int) -> None:
+        """A new high-water mark: say so while there is stack left, and not much."""
+        stack = self.instance.ta.stack_size
+        if stack * STACK_WARNING < size <= stack:
+            world, uuid = self.thread.partition.world, self.instance.uuid
+            world.log(f"W/TC:{self.thread.index:02} 0 TA {uuid}: {size} of {stack} bytes of stack were used")
 
     @contextmanager
     def stack(self, size: int) -> Iterator[None]:

@@ -55,9 +55,11 @@ class InvokeTests(IntEnum):
 class Exercise(IntEnum):
     """Commands of the test TA.
 
-    Panic with a code; wait for milliseconds, cancellable if the second number says so; take a buffer and do nothing.
+    Panic with a code; wait for milliseconds, cancellable if the second number says so; compute for so many portions;
+    take a buffer and do nothing.
     """
 
     PANIC = 0
     WAIT = 1
+    WORK = 6
     TAKE = 13

@@ -3,26 +3,39 @@
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
+from mediator.bench.burst import BURST, ROWS, TIMES, BurstRow, bursts
 from mediator.bench.cases import CASES, Case
 from mediator.bench.end_to_end import END_TO_END, PRICE, EndToEnd, Price, measure_case, price_of_no_reserved_memory
+from mediator.bench.fairness import FAIRNESS, SMALL_CALLS, Fairness, fairness
 from mediator.bench.measure import Timing, batch, measure, undone
 from mediator.bench.memory import Growth, growth
 from mediator.bench.stand import Stand
 from mediator.bench.storage import STORAGE, StorageBench, measure_storage
 from mediator.core.policy import Policy
+from mediator.costs import Costs
 
 __all__ = ["BATCHES", "CALLS", "FORMAT", "MEMORY", "NAMES", "Bench", "Measured", "run"]
 
 FORMAT: Final = "mediator-bench/1"
 MEMORY: Final = "memory"
-NAMES: Final = (*(case.name for case in CASES), MEMORY, *(case.name for case in END_TO_END), PRICE, STORAGE)
+NAMES: Final = (
+    *(case.name for case in CASES),
+    MEMORY,
+    *(case.name for case in END_TO_END),
+    PRICE,
+    STORAGE,
+    FAIRNESS,
+    BURST,
+)
 BATCHES: Final = 400
 """Samples of each measurement. Many short ones: what else the machine does then spoils a few, not the median."""
 CALLS: Final = 200_000
 """Calls over which memory must stay flat."""
+_FAIRNESS: Final = ((True, False), (True, True), (False, False), (False, True))
+"""Virtual or real time, without and with flow control."""
 _WARM_UP: Final = 5
 """One warm-up batch for so many that are counted: caches are filled, pages faulted in."""
 
@@ -71,6 +84,8 @@ class Bench:
     end_to_end: list[EndToEnd] = field(default_factory=list)
     prices: list[Price] = field(default_factory=list)
     storage: StorageBench | None = None
+    fairness: list[Fairness] = field(default_factory=list)
+    bursts: list[BurstRow] = field(default_factory=list)
 
     def as_data(self) -> dict[str, Any]:
         """The JSON document of `mediator bench`."""
@@ -84,6 +99,9 @@ class Bench:
             "end_to_end": [measured.as_data() for measured in self.end_to_end],
             "price_of_no_reserved_memory": [price.as_data() for price in self.prices],
             "storage": None if self.storage is None else self.storage.as_data(),
+            "fairness": [found.as_data() for found in self.fairness],
+            "burst": [row.as_data() for row in self.bursts],
+            "costs": asdict(Costs()),
         }
 
 
@@ -115,6 +133,15 @@ def run(policy: Policy, wanted: str, progress: Progress, *, batches: int = BATCH
         progress(STORAGE, 0, 1)
         bench.storage = measure_storage(policy, batches)
         progress(STORAGE, 1, 1)
+    if wanted in FAIRNESS:
+        small = min(SMALL_CALLS, -(-batches * SMALL_CALLS // BATCHES))
+        for number, (virtual, controlled) in enumerate(_FAIRNESS):
+            progress(FAIRNESS, number, len(_FAIRNESS))
+            bench.fairness.append(fairness(policy, virtual=virtual, controlled=controlled, calls=small))
+    if wanted in BURST:
+        for row in bursts(policy, min(TIMES, -(-batches * TIMES // BATCHES))):
+            bench.bursts.append(row)
+            progress(BURST, len(bench.bursts), ROWS)
     return bench
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from mediator.bench import Bench, Measured
+    from mediator.bench.burst import BurstRow
     from mediator.bench.measure import Timing
     from mediator.bench.storage import StorageBench
 
@@ -76,6 +77,20 @@ def _show(done: "Bench") -> None:
         parts += [heading("the price of refusing reserved memory: an invoke with a 64 KiB buffer"), prices]
     if done.storage is not None:
         parts += _storage(done.storage)
+    if done.fairness:
+        latencies = ("alone p50 (us)", "p99 (us)", "beside the flood p50 (us)", "p99 (us) ", "p99, times as long")
+        fair = table("", *latencies, right=latencies)
+        for found in done.fairness:
+            numbers = (found.alone.p50, found.alone.p99, found.beside.p50, found.beside.p99)
+            how = "with flow control" if found.controlled else "without"
+            fair.add_row(f"{found.time} time, {how}", *map(_us, numbers), f"{found.ratio:.1f}")
+        parts += [heading("a guest's small calls, alone and beside a guest that floods"), fair]
+    if done.bursts:
+        parts += [heading("bursts of calls to one TA, in virtual time"), _bursts(done.bursts)]
+    if done.fairness or done.bursts:
+        from mediator.costs import Costs
+
+        parts.append("virtual time: " + ", ".join(f"{what} {cost}" for what, cost in Costs().rows()))
     if done.memory is not None:
         memory = done.memory
         met = "met" if memory.met else "not met"
@@ -103,6 +118,18 @@ def _storage(done: "StorageBench") -> "list[RenderableType]":
         counts = [str(point.rpcs[pattern]) for pattern in patterns]
         sizes.add_row(point.option, str(point.size), str(point.charged // 1024), *counts)
     return [*parts, sizes, heading("what follows from that"), *(str(advice) for advice in done.advice)]
+
+
+def _bursts(rows: "list[BurstRow]") -> "RenderableType":
+    columns = ("answered", "thread limits", "p50 (us)", "p99 (us)", "calls/s", "peak queue", "bound", "TA heap (KiB)")
+    made = table("TA", "calls", "held back", *columns, right=columns)
+    for row in rows:
+        burst = row.burst
+        numbers = (burst.answered, burst.thread_limits, f"{1e6 * burst.took(0.5):.0f}", f"{1e6 * burst.took(0.99):.0f}")
+        bound = "none" if row.bound is None else row.bound
+        more = (f"{burst.rate:.0f}", row.queue, bound, f"{row.heap / 1024:g}")
+        made.add_row(row.ta, f"{burst.calls}, {row.load}", str(burst.form), *map(str, (*numbers, *more)))
+    return made
 
 
 def _values(timing: "Timing") -> tuple[str, ...]:

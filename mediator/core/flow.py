@@ -41,10 +41,11 @@ class Stand(Enum):
 class Place:
     """One call's place. charge: takes up the call when it is let in. cost: in the round robin, at least 1.
 
-    urgent: it goes before new calls. counted: it is one of its guest's calls in flight.
+    urgent: it goes before new calls. counted: it is one of its guest's calls in flight. let_go: the lane's `returns`
+    when its vCPU was last let go.
     """
 
-    __slots__ = ("charge", "cost", "counted", "lane", "since", "stand", "ticket", "urgent")
+    __slots__ = ("charge", "cost", "counted", "lane", "let_go", "since", "stand", "ticket", "urgent")
 
     def __init__(self, lane: "Lane", ticket: Ticket, charge: Charge, pages: int, *, urgent: bool) -> None:
         self.lane = lane
@@ -53,6 +54,7 @@ class Place:
         self.cost = 1 + pages // PAGES_PER_UNIT
         self.urgent = urgent
         self.counted = False
+        self.let_go = 0
         self.stand = Stand.OUTSIDE
         self.since = 0
 
@@ -60,8 +62,9 @@ class Place:
 class Lane:
     """What flow control knows of one guest. Times are in nanoseconds.
 
-    queued, peak: calls that had to wait to be let in, and the most at once. admitted: how often a call was given a
-    core; waited, waited_longest: for it; waits: how many of them waited less than 2**n microseconds.
+    returns: how often a call was handed to the guest in its middle; outside: those that the guest has now. queued,
+    peak: calls that had to wait to be let in, and the most at once. admitted: how often a call was given a core;
+    waited, waited_longest: for it; waits: how many of them waited less than 2**n microseconds.
     """
 
     __slots__ = (
@@ -71,9 +74,11 @@ class Lane:
         "credit_at",
         "deficit",
         "ledger",
+        "outside",
         "paused",
         "peak",
         "queued",
+        "returns",
         "traffic",
         "urgent",
         "waited",
@@ -89,6 +94,8 @@ class Lane:
         self.deficit = 0
         self.credit: int | None = None
         self.credit_at = 0
+        self.returns = 0
+        self.outside = 0
         self.admitted = 0
         self.queued = 0
         self.peak = 0
@@ -147,6 +154,7 @@ class Flow:
     def resume(self, place: Place) -> bool:
         """Let a call that OP-TEE has begun, or that has its place in flight, go on (True), or wait for a core."""
         place.urgent = True
+        place.lane.outside -= 1
         return self._go(place)
 
     def leave(self, place: Place) -> None:
@@ -154,12 +162,20 @@ class Flow:
         if place.stand is Stand.INSIDE:
             self.running -= 1
             place.stand = Stand.OUTSIDE
+            if not place.charge.refunded:
+                place.lane.outside += 1
+                place.lane.returns += 1
         elif place.stand is Stand.DROPPED:
             place.stand = Stand.OUTSIDE
 
     def away(self, place: Place) -> None:
         """The vCPU of a waiting call goes back to its guest; the call keeps its place."""
         place.stand = Stand.AWAY
+        place.let_go = place.lane.returns
+
+    def in_the_way(self, place: Place) -> bool:
+        """Whether a waiting call keeps a vCPU from a call that the guest could go on with: once for each of those."""
+        return place.lane.outside > 0 and place.let_go != place.lane.returns
 
     def back(self, place: Place) -> bool:
         """It has come back: its turn may be now (True)."""

@@ -67,6 +67,11 @@ class Charge:
             self.memory -= size
             self._ledger.memory -= size
 
+    @property
+    def refunded(self) -> bool:
+        """Whether everything was given back."""
+        return self._ledger is None
+
     def take_call(self) -> None:
         """Charge a call in flight to a charge that was made while the call waited; its limit was looked at."""
         ledger = self._ledger

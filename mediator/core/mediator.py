@@ -383,6 +383,11 @@ class Mediator:
             ticket.guest.events.append(Event(CALL_ADMITTED, "debug", ticket.guest.vm, detail))
         return tickets
 
+    def in_the_way(self, ticket: Ticket) -> bool:
+        """Flow control: give the vCPU of this waiting call back at once if the guest has no other left."""
+        assert isinstance(ticket, Call)
+        return self.flow is not None and ticket.turn is not None and self.flow.in_the_way(ticket.turn)
+
     def next_turn(self) -> int | None:
         """Flow control: when to ask for `turns` though nothing else happens."""
         return None if self.flow is None else self.flow.next_turn()

@@ -153,6 +153,10 @@ class Checker:
         """See `Mediator.turns`."""
         return self.mediator.turns(now)
 
+    def in_the_way(self, ticket: Ticket) -> bool:
+        """See `Mediator.in_the_way`."""
+        return self.mediator.in_the_way(ticket)
+
     def next_turn(self) -> int | None:
         """See `Mediator.next_turn`."""
         return self.mediator.next_turn()

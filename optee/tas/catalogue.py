@@ -18,6 +18,7 @@ from optee.tas.exercise import (
 from optee.tas.hello_world import HelloWorld
 from optee.tas.hotp import Hotp
 from optee.tas.invoke_tests import InvokeTests
+from optee.tas.load import AllocatingTa, ReusingTa, StackExhaustionTa, StackSmashTa
 from optee.tas.random import Random
 from optee.tas.rng import RandomNumberGenerator
 from optee.tas.secure_storage import SecureStorage
@@ -42,5 +43,9 @@ EXERCISES: Final[tuple[type[TrustedApplication], ...]] = (
     BigHeapTa,
     StorageTest,
     StorageTest2,
+    AllocatingTa,
+    ReusingTa,
+    StackSmashTa,
+    StackExhaustionTa,
 )
 BUILT_IN: Final = (*PSEUDO, *EXAMPLES, *EXERCISES)

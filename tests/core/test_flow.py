@@ -71,10 +71,10 @@ def test_bounds_hold_and_nobody_waits_for_nothing(data):
                 inside = [place for place in live if place.stand is Stand.INSIDE]
                 if inside:
                     place = data.draw(st.sampled_from(inside))
-                    flow.leave(place)
                     if data.draw(st.booleans()):
                         place.charge.refund()
                         live.remove(place)
+                    flow.leave(place)
             case "a":
                 waiting = [place for place in live if place.stand is Stand.WAITING]
                 if waiting:
@@ -96,6 +96,7 @@ def test_bounds_hold_and_nobody_waits_for_nothing(data):
             own = [place for place in live if place.lane is lane]
             assert lane.ledger.calls == sum(place.counted for place in own) <= calls[number]
             assert lane.waiting <= flow.policy.queue
+            assert lane.outside == sum(place.stand is Stand.OUTSIDE for place in own)
             if cores is not None and flow.running == cores:
                 continue
             waiting = [place for place in own if place.stand is Stand.WAITING]
