@@ -126,6 +126,10 @@ class Config:
     storage: StorageOptions = OPTEE
     """What secure storage keeps in memory: nothing, as OP-TEE, or what these options of ours say."""
 
+    listed_primes: bool = False
+    """RSA keys are made of primes from a list, which the seed chooses: as quick as it can be. Otherwise primes are
+    searched for, which takes the time that it takes."""
+
     seed: int = 0
     """Everything random in the model comes from here."""
 

@@ -192,7 +192,7 @@ class OpteeSpec(Strict):
 
     def config(self, guests: int, seed: int) -> Config:
         """The same as the model wants it, with room for so many guests."""
-        config = Config(guests=guests, threads=self.threads, seed=seed, leak_report=True)
+        config = Config(guests=guests, threads=self.threads, seed=seed, leak_report=True, listed_primes=True)
         if self.board is not None:
             config = config.built(BOARDS[self.board].build)
         more: dict[str, Any] = {

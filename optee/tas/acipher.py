@@ -6,7 +6,10 @@ from its seed, which libraries for good reason do not offer. Nothing here is fit
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib import resources
 from math import gcd
 from uuid import UUID
 
@@ -29,6 +32,7 @@ _EXPONENT = 65537
 _SMALLEST, _LARGEST = 256, 4096  # bits of a modulus that OP-TEE takes
 _PADDING = 11  # bytes of PKCS#1 v1.5 padding, at least
 _SMALL_PRIMES = [n for n in range(3, 2000, 2) if all(n % m for m in range(3, int(n**0.5) + 1, 2))]
+_PORTIONS = 4  # of work that a prime from the list takes
 _ROUNDS = 8  # of Miller and Rabin's test
 
 
@@ -102,8 +106,23 @@ class Acipher(TrustedApplication):
         return cipher.to_bytes(key.size, "big")
 
 
+@cache
+def _listed_primes() -> Mapping[int, Sequence[int]]:
+    """The primes that are shipped, by their bits."""
+    text = resources.files("optee.tas").joinpath("rsa_primes.txt").read_text(encoding="ascii")
+    primes: dict[int, list[int]] = {}
+    for line in text.split():
+        prime = int(line, 16)
+        primes.setdefault(prime.bit_length(), []).append(prime)
+    return primes
+
+
 def _prime(tee: Tee, bits: int) -> Steps[int]:
     """A prime of so many bits with its two highest bits set."""
+    listed = _listed_primes().get(bits) if tee.thread.partition.world.config.listed_primes else None
+    if listed is not None:
+        yield from tee.work(_PORTIONS)
+        return listed[tee.random(1)[0] % len(listed)]
     while True:
         candidate = int.from_bytes(tee.random((bits + 7) // 8), "big") & ((1 << bits) - 1)
         candidate |= 3 << (bits - 2) | 1

@@ -6,6 +6,7 @@ from typing import Final
 
 from optee.tas.acipher import Acipher
 from optee.tas.aes import Aes
+from optee.tas.concurrent import Concurrent, ConcurrentLarge
 from optee.tas.devices import DeviceEnumeration
 from optee.tas.exercise import (
     BigHeapTa,
@@ -47,5 +48,7 @@ EXERCISES: Final[tuple[type[TrustedApplication], ...]] = (
     ReusingTa,
     StackSmashTa,
     StackExhaustionTa,
+    Concurrent,
+    ConcurrentLarge,
 )
 BUILT_IN: Final = (*PSEUDO, *EXAMPLES, *EXERCISES)

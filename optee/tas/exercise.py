@@ -159,6 +159,13 @@ class ExerciseTa(TrustedApplication):
         while self.set_ups:
             self.set_ups.pop().free()
 
+    @command(16, *[ParamKind.MEMREF_INOUT] * 4)
+    def swap(self, tee: Tee, *parts: Memref) -> None:
+        """Write into each of four buffers what the one before held, and into the first what the last held."""
+        contents = [part.read() for part in parts]
+        for part, content in zip(parts, contents[-1:] + contents[:-1], strict=True):
+            part.put(content[: part.capacity])
+
 
 class SingleInstanceTa(ExerciseTa):
     """One instance for all sessions (SINGLE_INSTANCE, MULTI_SESSION)."""

@@ -25,6 +25,13 @@ def test_a_scenario_of_the_library(name: str) -> None:
         assert outcome.good, outcome.as_data()
 
 
+@pytest.mark.parametrize("guests", [2, 8])
+@pytest.mark.parametrize("name", [name for name in library() if name.startswith("xtest-")])
+def test_xtest_with_more_guests(name: str, guests: int) -> None:
+    outcome = run_scenario(find_scenario(name), guests, guests)
+    assert outcome.good and outcome.guests == guests, outcome.as_data()
+
+
 def _traces(scenario: str, seed: int, hashes: str, folder: Path) -> list[bytes]:
     """The traces of a run in a process of its own, one for each guest."""
     folder.mkdir()

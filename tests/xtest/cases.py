@@ -25,8 +25,8 @@ from guests import (
 from guests.workloads.applications import AES, HELLO_WORLD, INVOKE_TESTS, Aes, HelloWorld, InvokeTests
 from optee.abi.results import Origin, Result
 from optee.tas.catalogue import EXAMPLES, EXERCISES
+from optee.tas.concurrent import Concurrent, ConcurrentLarge
 from optee.tas.exercise import ExerciseTa, KeepAliveTa, SingleInstanceTa
-from tests.xtest.tas import Concurrent, ConcurrentLarge
 from tests.xtest.traffic import Traffic
 
 LOADED = (*EXAMPLES, *EXERCISES, Concurrent, ConcurrentLarge)

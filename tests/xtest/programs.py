@@ -25,6 +25,7 @@ from guests import (
 from guests.workloads.applications import AES, HELLO_WORLD, INVOKE_TESTS, RANDOM, Aes, HelloWorld
 from guests.workloads.applications import Random as RandomCommand
 from optee.abi.results import Origin, Result
+from optee.tas.concurrent import Concurrent
 from optee.tas.exercise import ExerciseTa, KeepAliveTa, SingleInstanceTa, SingleSessionTa
 from tests.xtest.cases import (
     CALL_OTHER,
@@ -40,7 +41,6 @@ from tests.xtest.cases import (
     fails,
     number,
 )
-from tests.xtest.tas import Concurrent
 
 RECURSE, ALLOCATE, COPY, REE_TIME, FAIL, COPY_THROUGH = 2, 3, 8, 10, 11, 12
 MAX_OPERATIONS = 6

@@ -8,8 +8,8 @@ import trio
 from mediator.board import NOTHING_LEFT, Board
 from mediator.interleaving import run
 from optee.config import Config
+from optee.tas.concurrent import Concurrent, ConcurrentLarge
 from tests.xtest.cases import CASES, LOADED, Case, Client
-from tests.xtest.tas import Concurrent, ConcurrentLarge
 from tests.xtest.traffic import Traffic
 
 LAYOUTS = {

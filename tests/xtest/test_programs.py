@@ -13,9 +13,9 @@ import trio
 from mediator.board import NOTHING_LEFT, Board
 from mediator.interleaving import run
 from optee.config import Config
+from optee.tas.concurrent import Concurrent, ConcurrentLarge
 from tests.xtest.cases import LOADED
 from tests.xtest.programs import Program
-from tests.xtest.tas import Concurrent, ConcurrentLarge
 from tests.xtest.test_cases import RAM
 
 SEEDS = 50

@@ -1,4 +1,6 @@
-"""TAs that xtest brings along, written as anyone would write one: `crypt` and `concurrent` as far as they are used."""
+"""TAs of xtest 1013, as far as that case uses them: a small one and one with a lot of constant data."""
+
+from __future__ import annotations
 
 import hashlib
 from uuid import UUID
@@ -14,10 +16,12 @@ class Concurrent(TrustedApplication):
 
     @command(0)
     def busy_loop(self, tee: Tee) -> Steps[None]:
+        """Compute for a while."""
         yield from tee.work(20)
 
     @command(1, ParamKind.MEMREF_INPUT, ParamKind.MEMREF_OUTPUT)
     def sha256(self, tee: Tee, data: Memref, digest: Memref) -> Steps[None]:
+        """Digest the input: the longer, the longer it takes."""
         content = data.read()
         yield from tee.work(1 + len(content) // 4096)
         digest.put(hashlib.sha256(content).digest())
