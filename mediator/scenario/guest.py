@@ -77,6 +77,9 @@ class ScenarioGuest:
         self._power = trio.CancelScope()
         self._off = trio.Event()
         self._gone = trio.Event()
+        self.destroyed = trio.Event()
+        """Its VM is gone: OP-TEE has let go of it, and its memory is given back."""
+        self.destroyed.set()
         self._steps: set[trio.CancelScope] = set()
 
     @property
@@ -133,11 +136,14 @@ class ScenarioGuest:
         """Make the VM and announce it to OP-TEE. Raises BoardError."""
         if self.alive:
             raise ValueError(f"{self.name} is alive already")
+        await self.destroyed.wait()
         spec = self.spec
         self._vm = await self.run.board.create(
             spec.flavour(self.number), self.name, ram=spec.ram_blocks, vcpus=spec.vcpus
         )
         self.run.by_client[self._vm.client_id] = self
+        self.run.world.inboxes[self._vm.client_id].said = ""
+        self.destroyed = trio.Event()
         self.lives += 1
         self.cut = None
         self.traffic_mark = Counter()
@@ -252,6 +258,7 @@ class ScenarioGuest:
         self._vm = None
         await self.run.board.destroy(vm)
         self.run.by_client.pop(vm.client_id, None)
+        self.destroyed.set()
 
     # What its steps do
 

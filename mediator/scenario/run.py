@@ -6,7 +6,7 @@ The same seed makes the same run on any machine; another seed makes another inte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -300,11 +300,6 @@ class Run:
         for guest in self.guests.values():
             if guest.driver is not None:
                 guest.driver.uninterruptible.lift()
-
-    async def until(self, happened: Callable[[], bool]) -> None:
-        """Wait for something that other tasks do without time."""
-        while not happened():
-            await trio.lowlevel.checkpoint()
 
     def limit(self, guest: ScenarioGuest) -> None:
         """Give a new guest the quotas that its description says. Raises OverLimit."""

@@ -92,7 +92,7 @@ class Kill(OnGuest):
         elif guest.alive:
             # Not by this task: it may be a step of that guest, which ends with it.
             actor.run.nursery.start_soon(guest.kill)
-            await actor.run.until(lambda: not guest.alive)
+            await guest.destroyed.wait()
 
 
 class Destroy(OnGuest):

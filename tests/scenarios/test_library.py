@@ -1,6 +1,7 @@
 """What is shipped runs, says what it is for, and is the same each time."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from mediator.cli import run
 from mediator.scenario import find_scenario, library, run_scenario
-from tests.docs.pages import TOP
+from tests.docs.pages import DOCS, TOP, rows
 
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 SEEDS = range(1, 51) if NIGHTLY else (1,)
@@ -30,6 +31,15 @@ def test_a_scenario_of_the_library(name: str) -> None:
 def test_xtest_with_more_guests(name: str, guests: int) -> None:
     outcome = run_scenario(find_scenario(name), guests, guests)
     assert outcome.good and outcome.guests == guests, outcome.as_data()
+
+
+def test_every_rule_and_every_class_of_mistakes_has_a_scenario_and_the_page_says_so() -> None:
+    made = runpy.run_path(str(DOCS / "library.py"))
+    scenarios = [find_scenario(name) for name in library()]
+    assert all(made["showing"](name, scenarios) for name in (*made["RULES"], *made["CLASSES"]))
+    assert made["PAGE"].read_text(encoding="utf-8") == made["page"]()
+    rules = {row[0] for row in rows(DOCS / "design.md")}
+    assert set(made["RULES"]) <= rules
 
 
 def _traces(scenario: str, seed: int, hashes: str, folder: Path) -> list[bytes]:
