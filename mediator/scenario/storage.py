@@ -75,7 +75,7 @@ class CutPower(Flow):
 
     async def run(self, actor: Actor) -> None:
         """See `Step`."""
-        guest, client = actor.guest, actor.guest.client
+        guest = actor.guest
         calls = self.at_call or self.at_return
         assert calls is not None
         guest.cut = cut = PowerCut(actor.number(calls), answered=self.at_call is None)
@@ -83,7 +83,7 @@ class CutPower(Flow):
         if guest.cut is cut:  # the steps made fewer SMCs
             guest.cut = None
             return
-        await actor.run.until(lambda: client not in actor.run.by_client)
+        await guest.destroyed.wait()
         await actor.run.create(guest)
         await guest.boot(actor.run.nursery)
 
