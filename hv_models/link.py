@@ -46,12 +46,15 @@ MAX_FRAMES: Final = 4096
 MAX_MEMORY: Final = 256 << 30
 """Bytes of all of them. Stops a mediator from costing a secure world tables in proportion to sparse files."""
 
+_TRUNCATED: Final = int(socket.MSG_TRUNC)
+_FDS_TRUNCATED: Final = int(socket.MSG_CTRUNC)
 _HEADER: Final = struct.Struct("<3I")
 _U64: Final = struct.Struct("<Q")
 _VM: Final = struct.Struct(f"<2I{MAX_NAME}s")
 _TABLE: Final = struct.Struct("<2I")
 _REGION: Final = struct.Struct("<4Q")
 _CALL: Final = struct.Struct("<2I8Q")
+_CALL_RECORD: Final = struct.Struct("<5I8Q")
 _INTERRUPT: Final = struct.Struct("<2I")
 _FRAMES: Final = struct.Struct("<3Q2I")
 _CLIENT: Final = struct.Struct("<2I")
@@ -154,9 +157,9 @@ def pack(request: int, payload: bytes = b"", *, reply: bool = False) -> bytes:
 
 def unpack(record: bytes, fds: Sequence[int] = (), *, flags: int = 0) -> Message:
     """Take a record apart. `flags` are those of recvmsg. Raises LinkError; the descriptors are the caller's then."""
-    if flags & socket.MSG_TRUNC:
+    if flags & _TRUNCATED:
         raise LinkError(f"a record of more than {MAX_RECORD} bytes")
-    if flags & socket.MSG_CTRUNC:
+    if flags & _FDS_TRUNCATED:
         raise LinkError(f"more than {MAX_REGIONS} file descriptors in a record")
     if len(record) < _HEADER.size:
         raise LinkError(f"a record of {len(record)} bytes is shorter than a header")
@@ -167,7 +170,7 @@ def unpack(record: bytes, fds: Sequence[int] = (), *, flags: int = 0) -> Message
         raise LinkError(f"unknown flags {bits:#x}")
     if size != len(record) - _HEADER.size:
         raise LinkError(f"a payload of {len(record) - _HEADER.size} bytes where the header says {size}")
-    return Message(request, bool(bits & REPLY), record[_HEADER.size :], tuple(fds))
+    return Message(request, bits & REPLY != 0, record[_HEADER.size :], tuple(fds) if fds else ())
 
 
 def descriptors(control: Sequence[tuple[int, int, bytes]]) -> list[int]:
@@ -317,6 +320,11 @@ def counts(found: Counts) -> bytes:
 def read_counts(message: Message) -> Counts:
     """The same, read. Raises LinkError."""
     return Counts(*_exact(_COUNTS, message))
+
+
+def call_record(vcpu: int, regs: Registers, *, reply: bool = False) -> bytes:
+    """The whole record of CALL, or of its answer."""
+    return _CALL_RECORD.pack(Request.CALL, VERSION | (REPLY if reply else 0), _CALL.size, vcpu, 0, *regs)
 
 
 def call(vcpu: int, regs: Registers) -> bytes:

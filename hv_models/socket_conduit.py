@@ -16,6 +16,10 @@ from hv_models.smccc import KVM, XEN, Hypervisor
 from hv_models.socket_link import LinkClosed, SocketLink
 from optee.abi.smc import Registers
 
+IDLE_SECONDS: Final = 0.005
+"""Without a call, until somebody receives who is not waiting for an answer: a notification is late by so much at
+most, and a guest that is busy pays nothing for it."""
+
 _HYPERVISORS: Final = {Flavour.KVM: KVM, Flavour.XEN: XEN}
 
 
@@ -35,7 +39,11 @@ class SocketConduit:
         self._link = peer
         self._vcpus = tuple(trio.Lock() for _ in range(vcpus))
         self._answers: dict[int, Registers] = {}
-        self._waiting = tuple(trio.lowlevel.ParkingLot() for _ in range(vcpus))
+        self._waiting: dict[int, trio.lowlevel.Task] = {}
+        self._calls = 0
+        self._leading = False
+        self._idle = trio.CancelScope()
+        self._idling = False
         self._closed = False
         self._interrupts: dict[int, None] = {}
         self._interrupted = trio.lowlevel.ParkingLot()
@@ -43,25 +51,77 @@ class SocketConduit:
 
     async def call(self, vcpu: int, regs: Registers) -> Registers:
         """Execute one SMC or HVC; the hypervisor answers what is not the mediator's. Raises ConduitClosed."""
-        if len(regs) != REGISTERS or any(value < 0 or value >> 64 for value in regs):
+        if len(regs) != REGISTERS or min(regs) < 0 or max(regs) >> 64:
             raise ValueError(f"a call takes {REGISTERS} registers of 64 bits, not {regs}")
-        async with self._vcpus[vcpu]:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        lock = self._vcpus[vcpu]
+        try:
+            lock.acquire_nowait()
+        except trio.WouldBlock:
+            await lock.acquire()
+        try:
             if self._closed:
                 raise ConduitClosed(self._why())
             routed = self.hypervisor.route(regs)
             if routed is not None:
+                await trio.lowlevel.checkpoint()
                 return routed
             # A vCPU that executes an SMC cannot be interrupted: once sent, the answer is waited for.
-            with trio.CancelScope(shield=True):
-                try:
-                    await self._link.send(Request.CALL, link.call(vcpu, regs))
-                except LinkClosed:
-                    raise ConduitClosed(self._why()) from None
-                while vcpu not in self._answers:
-                    if self._closed:
-                        raise ConduitClosed(self._why())
-                    await self._waiting[vcpu].park()
-            return self._answers.pop(vcpu)
+            try:
+                if not self._link.send_nowait(link.call_record(vcpu, regs)):
+                    with trio.CancelScope(shield=True):
+                        await self._link.send(Request.CALL, link.call(vcpu, regs))
+            except LinkClosed:
+                raise ConduitClosed(self._why()) from None
+            self._calls += 1
+            return await self._answer(vcpu)
+        finally:
+            lock.release()
+
+    async def _answer(self, vcpu: int) -> Registers:
+        """Wait for the answer of a vCPU's call. The first who waits receives for all, so that one who is alone need not
+        be woken by another task; the next one takes over.
+        """
+        try:
+            while (answer := self._answers.pop(vcpu, None)) is None:
+                if self._closed:
+                    raise ConduitClosed(self._why())
+                if self._leading:
+                    self._waiting[vcpu] = trio.lowlevel.current_task()
+                    await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
+                else:
+                    self._leading = True
+                    if self._idling:
+                        self._idle.cancel()
+                    try:
+                        await self._lead()
+                    except LinkClosed:
+                        self._end()
+                    except LinkError as error:
+                        self.refusal = str(error)
+                        self._end()
+                    finally:
+                        self._leading = False
+        finally:
+            if not self._leading:
+                self._wake(next(iter(self._waiting), None))
+        return answer
+
+    async def _lead(self) -> None:
+        """Receive one message. Raises LinkClosed, LinkError; a cancellation has to wait until the answer is there."""
+        try:
+            await self._link.readable()
+        except trio.Cancelled:
+            with trio.CancelScope(shield=True):  # costs more than all else here, so it is the exception
+                await self._link.readable()
+        message = self._link.receive_nowait()
+        if message is not None:
+            self._take(message)
+
+    def _wake(self, vcpu: int | None) -> None:
+        task = None if vcpu is None else self._waiting.pop(vcpu, None)
+        if task is not None:
+            trio.lowlevel.reschedule(task)
 
     async def wait_for_interrupt(self) -> int:
         """Wait for the interrupt that has been pending for longest, and acknowledge it. Raises ConduitClosed."""
@@ -83,20 +143,35 @@ class SocketConduit:
         await self._stopped.wait()
 
     async def run(self) -> None:
-        """Take what the mediator sends, until it ends the link."""
+        """Take what the mediator sends while no call is under way, until it ends the link."""
         try:
-            while True:
-                self._take(await self._link.receive())
+            while not self._closed:
+                calls = -1
+                while self._leading or calls != self._calls:  # those who wait for answers take the rest as well
+                    calls = self._calls
+                    await trio.sleep(IDLE_SECONDS)
+                with trio.CancelScope() as self._idle:
+                    self._idling = True
+                    await self._link.readable()
+                    self._idling = False
+                    message = None if self._leading else self._link.receive_nowait()
+                    if message is not None:
+                        self._take(message)
         except LinkClosed:
             pass
         except LinkError as error:
             self.refusal = str(error)
         finally:
-            self._closed = True
-            for lot in self._waiting:
-                lot.unpark_all()
-            self._interrupted.unpark_all()
-            self._stopped.set()
+            self._end()
+
+    def _end(self) -> None:
+        """Nothing comes any more."""
+        self._closed = True
+        self._idle.cancel()
+        for vcpu in list(self._waiting):
+            self._wake(vcpu)
+        self._interrupted.unpark_all()
+        self._stopped.set()
 
     def _take(self, message: Message) -> None:
         if message.fds:
@@ -107,7 +182,7 @@ class SocketConduit:
             if vcpu >= len(self._vcpus):
                 link.refuse(message, f"answers vCPU {vcpu}, which there is not")
             self._answers[vcpu] = regs
-            self._waiting[vcpu].unpark_all()
+            self._wake(vcpu)
         elif message.request == Request.INTERRUPT:
             self._interrupts[link.read_interrupt(message)] = None
             self._interrupted.unpark_all()

@@ -1,4 +1,8 @@
-"""Sending and receiving the messages of a link under trio."""
+"""Sending and receiving the messages of a link under trio.
+
+A record that the socket takes at once is sent without a checkpoint, and receiving waits first: so a call and its answer
+cost each end one round of the event loop, and no end can keep others of its process from their turn.
+"""
 
 from __future__ import annotations
 
@@ -9,39 +13,64 @@ import trio
 
 from hv_models.link import MAX_RECORD, LinkError, Message, close_all, control_size, descriptors, pack, rights, unpack
 
+_CONTROL = control_size()
+_FLAGS = int(socket.MSG_CMSG_CLOEXEC)
+
 
 class LinkClosed(Exception):
     """The other end is gone."""
 
 
 class SocketLink:
-    """One end of a link. Any number of tasks may send, one receives."""
+    """One end of a link, which takes the socket over. Any number of tasks may send, one receives."""
 
     def __init__(self, sock: trio.socket.SocketType) -> None:
-        self._socket = sock
+        self._socket = socket.socket(fileno=sock.detach())
+        self._fd = self._socket.fileno()
         self._sending = trio.Lock()
 
     async def send(self, request: int, payload: bytes = b"", *, reply: bool = False, fds: Sequence[int] = ()) -> None:
-        """Send one message. Raises LinkClosed. Waits where the peer does not read."""
+        """Send one message. Raises LinkClosed. Waits where the peer does not read, and only there."""
         record = pack(request, payload, reply=reply)
-        async with self._sending:
-            try:
-                if fds:
-                    await self._socket.sendmsg([record], rights(fds))
-                else:
-                    await self._socket.send(record)
-            except (OSError, trio.ClosedResourceError):
-                raise LinkClosed from None
+        if fds:
+            async with self._sending:
+                while not self._try(record, fds):
+                    await self._writable()
+        elif not self.send_nowait(record):
+            async with self._sending:
+                while not self._try(record):
+                    await self._writable()
+
+    def send_nowait(self, record: bytes) -> bool:
+        """Send one record, if that does not have to wait; else False. Raises LinkClosed."""
+        return not self._sending.locked() and self._try(record)
 
     async def receive(self) -> Message:
         """Wait for the next message. Raises LinkClosed at the end, LinkError for what is no message."""
+        while True:
+            await self.readable()
+            message = self.receive_nowait()
+            if message is not None:
+                return message
+
+    async def readable(self) -> None:
+        """Wait until there is something to receive. Raises LinkClosed."""
+        try:
+            await trio.lowlevel.wait_readable(self._fd)
+        except (OSError, ValueError, trio.ClosedResourceError):
+            raise LinkClosed from None
+
+    def receive_nowait(self) -> Message | None:
+        """The next message; None if there is none yet. Raises LinkClosed, LinkError."""
         try:
             try:
-                record, control, flags, _ = await self._receive()
+                record, control, flags, _ = self._socket.recvmsg(MAX_RECORD, _CONTROL, _FLAGS)
             except ConnectionResetError:
                 # The peer did not read all that we said; what it said last can still be read.
-                record, control, flags, _ = await self._receive()
-        except (OSError, trio.ClosedResourceError):
+                record, control, flags, _ = self._socket.recvmsg(MAX_RECORD, _CONTROL, _FLAGS)
+        except BlockingIOError:
+            return None
+        except OSError:
             raise LinkClosed from None
         if not record and not control:
             raise LinkClosed
@@ -52,9 +81,27 @@ class SocketLink:
             close_all(fds)
             raise
 
-    async def _receive(self) -> tuple[bytes, list[tuple[int, int, bytes]], int, object]:
-        return await self._socket.recvmsg(MAX_RECORD, control_size(), socket.MSG_CMSG_CLOEXEC)
-
     def close(self) -> None:
         """Close this end."""
-        self._socket.close()
+        if self._fd >= 0:
+            trio.lowlevel.notify_closing(self._fd)
+            self._fd = -1
+            self._socket.close()
+
+    def _try(self, record: bytes, fds: Sequence[int] = ()) -> bool:
+        try:
+            if fds:
+                self._socket.sendmsg([record], rights(fds))
+            else:
+                self._socket.send(record)
+        except BlockingIOError:
+            return False
+        except OSError:
+            raise LinkClosed from None
+        return True
+
+    async def _writable(self) -> None:
+        try:
+            await trio.lowlevel.wait_writable(self._socket)
+        except (OSError, ValueError, trio.ClosedResourceError):
+            raise LinkClosed from None

@@ -115,34 +115,39 @@ class RemoteSecureWorld(SecureWorldEnd):
 
         """
         with trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-            peer = SocketLink(sock)
             try:
                 await sock.connect(str(self._path))
-                with trio.fail_after(HANDSHAKE_SECONDS):
-                    self._features = Feature(await _ask(peer, Request.GET_FEATURES) & SECURE_FEATURES)
-                    if await _ask(peer, Request.SET_FEATURES, link.number(self._features)):
-                        raise LinkError("it refuses the features that it offered")
             except OSError as error:
                 raise self._fault(error.strerror or str(error)) from None
-            except trio.TooSlowError:
-                raise self._fault(f"no answer within {HANDSHAKE_SECONDS:g} seconds") from None
-            except LinkClosed:
-                raise self._fault("it is gone") from None
-            except LinkError as error:
-                raise self._fault(str(error)) from None
-            self._link = peer
-            try:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._run, peer)
-                    try:
-                        yield
-                    finally:
-                        nursery.cancel_scope.cancel()
-                        self.close()
-            except BaseExceptionGroup as group:
-                if len(group.exceptions) == 1:  # only the block's own: its caller need not know of our nursery
-                    raise group.exceptions[0] from None
-                raise
+            self._link = peer = SocketLink(sock)
+        try:
+            await self._greet(peer)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._run, peer)
+                try:
+                    yield
+                finally:
+                    nursery.cancel_scope.cancel()
+                    self.close()
+        except BaseExceptionGroup as group:
+            if len(group.exceptions) == 1:  # only the block's own: its caller need not know of our nursery
+                raise group.exceptions[0] from None
+            raise
+        finally:
+            peer.close()
+
+    async def _greet(self, peer: SocketLink) -> None:
+        try:
+            with trio.fail_after(HANDSHAKE_SECONDS):
+                self._features = Feature(await _ask(peer, Request.GET_FEATURES) & SECURE_FEATURES)
+                if await _ask(peer, Request.SET_FEATURES, link.number(self._features)):
+                    raise LinkError("it refuses the features that it offered")
+        except trio.TooSlowError:
+            raise self._fault(f"no answer within {HANDSHAKE_SECONDS:g} seconds") from None
+        except LinkClosed:
+            raise self._fault("it is gone") from None
+        except LinkError as error:
+            raise self._fault(str(error)) from None
 
     def _fault(self, why: str) -> LinkError:
         return LinkError(f"the secure world at {self._path}: {why}")

@@ -319,6 +319,8 @@ class SecureWorld:
             return _ENOTAVAIL, regs[1], regs[2], regs[3]
         _, a1, a2, a3 = regs[:4]
         match function:
+            case Function.GET_ASYNC_NOTIF_VALUE:
+                return _next_notification(partition)
             case Function.CALLS_COUNT:
                 count = _CALLS_WITH_VIRTUALIZATION if self.config.virtualization else _CALLS
                 return count, a1, a2, a3
@@ -343,8 +345,6 @@ class SecureWorld:
                 return _ENOTAVAIL, a1, a2, a3
             case Function.VM_CREATED | Function.VM_DESTROYED if self.config.virtualization:
                 return self._life_cycle(function, regs), a1, a2, a3
-            case Function.GET_ASYNC_NOTIF_VALUE:
-                return _next_notification(partition)
             case Function.ENABLE_ASYNC_NOTIF:
                 _guest(partition).notifications_started = True
                 return _OK, a1, a2, a3

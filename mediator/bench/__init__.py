@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from mediator.bench.burst import BURST, ROWS, TIMES, BurstRow, bursts
 from mediator.bench.cases import CASES, Case
+from mediator.bench.door import DOOR, Door, measure_door
 from mediator.bench.end_to_end import END_TO_END, PRICE, EndToEnd, Price, measure_case, price_of_no_reserved_memory
 from mediator.bench.fairness import FAIRNESS, SMALL_CALLS, Fairness, fairness
 from mediator.bench.measure import Timing, batch, measure, undone
@@ -29,6 +30,7 @@ NAMES: Final = (
     STORAGE,
     FAIRNESS,
     BURST,
+    DOOR,
 )
 BATCHES: Final = 400
 """Samples of each measurement. Many short ones: what else the machine does then spoils a few, not the median."""
@@ -65,11 +67,11 @@ class Measured:
             "name": self.case.name,
             "what": self.case.what,
             "unit": "us",
-            **_timing_data(self.timing),
+            **self.timing.as_data(),
             "target": self.case.target,
             "met": self.met,
             "baselines": [
-                {"name": name, **_timing_data(timing), "ratio": round(self.ratio(name), 2)}
+                {"name": name, **timing.as_data(), "ratio": round(self.ratio(name), 2)}
                 for name, timing in self.baselines.items()
             ],
         }
@@ -86,6 +88,7 @@ class Bench:
     storage: StorageBench | None = None
     fairness: list[Fairness] = field(default_factory=list)
     bursts: list[BurstRow] = field(default_factory=list)
+    door: Door | None = None
 
     def as_data(self) -> dict[str, Any]:
         """The JSON document of `mediator bench`."""
@@ -97,6 +100,7 @@ class Bench:
             "cases": [measured.as_data() for measured in self.cases],
             "memory": None if self.memory is None else self.memory.as_data(),
             "end_to_end": [measured.as_data() for measured in self.end_to_end],
+            "door": None if self.door is None else self.door.as_data(),
             "price_of_no_reserved_memory": [price.as_data() for price in self.prices],
             "storage": None if self.storage is None else self.storage.as_data(),
             "fairness": [found.as_data() for found in self.fairness],
@@ -142,6 +146,10 @@ def run(policy: Policy, wanted: str, progress: Progress, *, batches: int = BATCH
         for row in bursts(policy, min(TIMES, -(-batches * TIMES // BATCHES))):
             bench.bursts.append(row)
             progress(BURST, len(bench.bursts), ROWS)
+    if wanted in DOOR:
+        progress(DOOR, 0, 1)
+        bench.door = measure_door(policy, batches)
+        progress(DOOR, 1, 1)
     return bench
 
 
@@ -158,7 +166,3 @@ def _measured(policy: Policy, case: Case, batches: int) -> Measured:
     finally:
         stand.close()
     return Measured(case, timing, dict(zip(ready.baselines, compared, strict=True)))
-
-
-def _timing_data(timing: Timing) -> dict[str, float]:
-    return {"median": round(timing.median, 3), "min": round(timing.minimum, 3), "p95": round(timing.p95, 3)}

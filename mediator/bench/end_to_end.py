@@ -1,17 +1,15 @@
 """Whole calls in one process: client API, driver, hypervisor, mediator and OP-TEE's model, as `serve` runs them."""
 
-import gc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from time import perf_counter_ns
 from typing import Any, Final
 
 import trio
 
 from guests import Context, Direction, Guest, Parameter, Temporary, Value, Whole
 from guests.workloads.applications import EXERCISE, HELLO_WORLD, Exercise, HelloWorld
-from mediator.bench.measure import Timing
+from mediator.bench.measure import ASYNC_BATCH, Timing, interleaved
 from mediator.board import Board
 from mediator.core.policy import Policy
 from optee.config import Config
@@ -26,8 +24,6 @@ PRICE: Final = "e2e-price"
 
 _KIB: Final = 1024
 _MIB: Final = 1024 * _KIB
-_BATCH: Final = 20
-_WARM_UP: Final = 3
 _FLAVOUR: Final = "kvm"
 
 AsyncOperation = Callable[[], Awaitable[object]]
@@ -192,7 +188,7 @@ def price_of_no_reserved_memory(policy: Policy, batches: int) -> list[Price]:
 
                 before = memory.pages
                 smcs = await _smcs(guest, operation)
-                pages = (memory.pages - before) / _BATCH
+                pages = (memory.pages - before) / ASYNC_BATCH
                 (timing,) = await _measure([operation], batches)
                 prices.append(Price(how, timing, smcs, pages))
             return prices
@@ -210,20 +206,10 @@ async def _guest(policy: Policy, *, loaded: bool = False) -> AsyncIterator[tuple
 async def _smcs(guest: Guest, operation: AsyncOperation) -> float:
     """Count the SMCs of one operation, over a batch of them."""
     before = guest.driver.statistics().smcs
-    for _ in range(_BATCH):
+    for _ in range(ASYNC_BATCH):
         await operation()
-    return (guest.driver.statistics().smcs - before) / _BATCH
+    return (guest.driver.statistics().smcs - before) / ASYNC_BATCH
 
 
 async def _measure(operations: list[AsyncOperation], batches: int) -> list[Timing]:
-    """Take batches of each in turn, as `mediator.bench.measure.measure` does of what is synchronous."""
-    gc.collect()
-    samples: list[list[float]] = [[] for _ in operations]
-    for number in range(_WARM_UP + batches):
-        for operation, taken in zip(operations, samples, strict=True):
-            start = perf_counter_ns()
-            for _ in range(_BATCH):
-                await operation()
-            if number >= _WARM_UP:
-                taken.append((perf_counter_ns() - start) / 1000 / _BATCH)
-    return [Timing.of(taken) for taken in samples]
+    return [Timing.of(taken) for taken in await interleaved(operations, batches)]

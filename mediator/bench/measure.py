@@ -3,9 +3,14 @@
 import gc
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter_ns
+from typing import Final
+
+ASYNC_BATCH: Final = 20
+"""Operations of a sample where each of them waits."""
+_WARM_UP: Final = 3
 
 Operation = Callable[[], object]
 Sample = Callable[[], float]
@@ -26,6 +31,10 @@ class Timing:
         ordered = sorted(samples)
         rank = math.ceil(0.95 * len(ordered)) - 1
         return cls(statistics.median(ordered), ordered[0], ordered[rank])
+
+    def as_data(self) -> dict[str, float]:
+        """The same for JSON."""
+        return {"median": round(self.median, 3), "min": round(self.minimum, 3), "p95": round(self.p95, 3)}
 
 
 def batch(operation: Operation, size: int) -> Sample:
@@ -58,3 +67,17 @@ def measure(samples: Sequence[Sample], rounds: int) -> list[Timing]:
     gc.collect()
     taken = [[sample() for sample in samples] for _ in range(rounds)]
     return [Timing.of(column) for column in zip(*taken, strict=True)]
+
+
+async def interleaved(operations: Sequence[Callable[[], Awaitable[object]]], rounds: int) -> list[list[float]]:
+    """Take batches of each in turn, as `measure` does of what is synchronous; the samples in microseconds."""
+    gc.collect()
+    taken: list[list[float]] = [[] for _ in operations]
+    for number in range(_WARM_UP + rounds):
+        for operation, samples in zip(operations, taken, strict=True):
+            start = perf_counter_ns()
+            for _ in range(ASYNC_BATCH):
+                await operation()
+            if number >= _WARM_UP:
+                samples.append((perf_counter_ns() - start) / 1000 / ASYNC_BATCH)
+    return taken

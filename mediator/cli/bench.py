@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from mediator.bench import Bench, Measured
     from mediator.bench.burst import BurstRow
+    from mediator.bench.door import Door
     from mediator.bench.measure import Timing
     from mediator.bench.storage import StorageBench
 
@@ -91,6 +92,8 @@ def _show(done: "Bench") -> None:
         from mediator.costs import Costs
 
         parts.append("virtual time: " + ", ".join(f"{what} {cost}" for what, cost in Costs().rows()))
+    if done.door is not None:
+        parts += _door(done.door)
     if done.memory is not None:
         memory = done.memory
         met = "met" if memory.met else "not met"
@@ -130,6 +133,21 @@ def _bursts(rows: "list[BurstRow]") -> "RenderableType":
         more = (f"{burst.rate:.0f}", row.queue, bound, f"{row.heap / 1024:g}")
         made.add_row(row.ta, f"{burst.calls}, {row.load}", str(burst.form), *map(str, (*numbers, *more)))
     return made
+
+
+def _door(door: "Door") -> "list[RenderableType]":
+    columns = ("", "median (us)", "min (us)", "p95 (us)")
+    times = table(*columns, right=columns[1:])
+    for what, timing in (("a bare echo", door.echo), ("a fast call", door.fast), ("an invoke", door.invoke)):
+        times.add_row(what, *_values(timing))
+    met = {name: "met" if good else "not met" for name, good in door.as_data()["met"].items()}
+    return [
+        heading("by socket, a guest in a process of its own"),
+        times,
+        f"fast call to echo: x {door.ratio:.2f} ({met['ratio']}); {door.rate:.0f} invokes per second "
+        f"({met['invokes_per_second']})\n"
+        f"an idle guest: {door.idle} bytes beside its RAM ({met['idle_guest_bytes']})",
+    ]
 
 
 def _values(timing: "Timing") -> tuple[str, ...]:

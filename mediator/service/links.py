@@ -20,6 +20,7 @@ from hv_models.memory import PAGE_SIZE, PageStore
 from hv_models.socket_link import LinkClosed, SocketLink
 from hv_models.vm import VirtualMachine
 from mediator.board import BoardError, MediatedMachine
+from mediator.core.steps import Reply, Step
 from optee.abi.smc import Registers
 
 HANDSHAKE_SECONDS: Final = 10.0
@@ -58,7 +59,6 @@ class Link:
     async def serve(self, born: Callable[[VirtualMachine], None] = lambda vm: None) -> Ending:
         """Do what the peer asks, until its VM has ended and everything of it is given back."""
         ending = Ending.FAILED
-        stopped = False
         try:
             interrupts = await self._set_up()
             assert self.vm is not None
@@ -69,9 +69,10 @@ class Link:
                     self.vm.on_interrupt = lambda: self._interrupt.set()
                     calls.start_soon(self._send_interrupts, self.vm)
                 try:
-                    stopped = await self._take_calls(self.vm, calls)
-                    if stopped:
-                        ending, self.reason = Ending.FINISHED, ""
+                    await self._take_calls(self.vm, calls)
+                    ending, self.reason = Ending.FINISHED, ""
+                except LinkClosed:
+                    self.reason = "the peer is gone"
                 except LinkError as error:
                     ending, self.reason = Ending.FAILED, str(error)
                 calls.cancel_scope.cancel()
@@ -84,7 +85,7 @@ class Link:
             with trio.CancelScope(shield=True):
                 await self._bury()
                 with trio.move_on_after(FAREWELL_SECONDS):
-                    await self._say_farewell(stopped)
+                    await self._say_farewell(ending)
             self._link.close()
         return ending
 
@@ -141,14 +142,10 @@ class Link:
             raise LinkError(f"START: {error}") from None
         return self.vm.client_id
 
-    async def _take_calls(self, vm: VirtualMachine, calls: trio.Nursery) -> bool:
-        """Until the peer says STOP (True) or is gone."""
+    async def _take_calls(self, vm: VirtualMachine, calls: trio.Nursery) -> None:
+        """Until the peer says STOP. Raises LinkClosed, LinkError."""
         while True:
-            try:
-                message = await self._link.receive()
-            except LinkClosed:
-                self.reason = "the peer is gone"
-                return False
+            message = await self._link.receive()
             if message.fds:
                 link.close_all(message.fds)
                 link.refuse(message, "carries no file descriptors")
@@ -158,16 +155,21 @@ class Link:
                     link.refuse(message, f"names vCPU {vcpu}, which there is not")
                 if vcpu in self._busy:
                     link.refuse(message, f"names vCPU {vcpu}, whose last call has not returned")
-                self._busy.add(vcpu)
-                calls.start_soon(self._call, vm, vcpu, regs)
+                step = self._board.service.enter(vm, vcpu, regs)
+                if not isinstance(step, Reply) or not self._link.send_nowait(
+                    link.call_record(vcpu, step.regs, reply=True)
+                ):
+                    self._busy.add(vcpu)
+                    calls.start_soon(self._call, vm, vcpu, regs, step)
             elif message.request == Request.STOP and not message.reply:
                 link.nothing(message)
-                return True
+                return
             else:
                 link.refuse(message, "came where CALL or STOP is due")
 
-    async def _call(self, vm: VirtualMachine, vcpu: int, regs: Registers) -> None:
-        answer = await self._board.service.mediate(vm, vcpu, regs)
+    async def _call(self, vm: VirtualMachine, vcpu: int, regs: Registers, step: Step | None) -> None:
+        """What is left of a call that has to wait, for its answer or for the peer to read that."""
+        answer = step.regs if isinstance(step, Reply) else await self._board.service.finish(vm, vcpu, regs, step)
         self._busy.discard(vcpu)
         try:
             await self._link.send(Request.CALL, link.call(vcpu, answer), reply=True)
@@ -190,9 +192,9 @@ class Link:
             self.vm.on_interrupt = None
             await self._board.destroy(self.vm, force=True)
 
-    async def _say_farewell(self, stopped: bool) -> None:
+    async def _say_farewell(self, ending: Ending) -> None:
         try:
-            if stopped:
+            if ending is Ending.FINISHED:
                 await self._link.send(Request.STOP, link.number(0), reply=True)
             elif self.reason:
                 await self._link.send(Request.ERROR, link.reason(self.reason))
