@@ -15,7 +15,7 @@ import os
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, NewType, TypeAlias
+from typing import Any, Final, NewType, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -141,6 +141,13 @@ def _sealed_memfd(name: str, size: int) -> int:
     return fd
 
 
+def sparse_zeros(count: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """An array of zeroes that costs memory where it is written only: most pages of most guests are never shared."""
+    return np.frombuffer(
+        mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=dtype, count=count
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Frames:
     """Where the pages of a bank lie: PA(page i) = base + ((i XOR permutation) * stride) * 4096.
@@ -213,7 +220,7 @@ class Bank:
         self.entry_pa[1:] = frames.addresses()
         self.pa: PageArray = self.entry_pa[1:]
         """PA of each page of the store."""
-        self._entry_pins: npt.NDArray[np.int32] = np.zeros(store.pages + 1, dtype=np.int32)
+        self._entry_pins: npt.NDArray[np.int32] = sparse_zeros(store.pages + 1, np.dtype(np.int32))
         self._uncounted: dict[int, IndexArray] = {}
         self.pa.flags.writeable = self.entry_pa.flags.writeable = False
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hv_models.memory import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Bank, IndexArray, Ipa, PageArray
+from hv_models.memory import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Bank, IndexArray, Ipa, PageArray, sparse_zeros
 
 
 class Region:
@@ -31,7 +31,7 @@ class Region:
         self.size = self.pages * PAGE_SIZE
         self.view = bank.store.view
         self.base_word: PageArray = np.array(base, dtype=np.uint64)
-        self.entries: IndexArray = np.zeros(self.pages + 1, dtype=np.int64)
+        self.entries: IndexArray = sparse_zeros(self.pages + 1, np.dtype(np.int64))
         self.lookup = memoryview(self.entries.data)
         """The same entries for look-up of single pages (`memoryview` indexes faster than an array)."""
         self.dirty: npt.NDArray[np.bool_] | None = None
