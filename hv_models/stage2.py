@@ -338,7 +338,8 @@ class Stage2:
     def _fill(self, region: Region, index: slice | IndexArray, descriptors: PageArray) -> None:
         """Make TLB entries of page descriptors."""
         if not descriptors.any():
-            region.entries[index] = 0
+            if region.entries[index].any():  # what is not written costs no memory
+                region.entries[index] = 0
             return
         pages = region.bank.frames.find(descriptors & _ADDRESS)
         shareable = is_ram_rw(descriptors)

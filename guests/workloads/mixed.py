@@ -1,7 +1,9 @@
 """Workload `mixed`: what a guest full of different clients does, well-behaved and not."""
 
+from collections.abc import Awaitable, Callable
 from random import Random
-from typing import Final
+from typing import Final, TypeAlias
+from uuid import UUID
 
 import trio
 
@@ -24,6 +26,8 @@ from guests.workloads.refusals import try_refusals
 from guests.workloads.report import Report
 from optee.abi.results import Origin, Result
 
+_Use: TypeAlias = Callable[[Context, Session, Report, Random], Awaitable[None]]
+
 CALLERS: Final = 12
 """Clients at once: more than OP-TEE has threads, so that some wait for one."""
 
@@ -35,6 +39,7 @@ _PANIC_CODE: Final = 0x0BAD
 _TEXT: Final = 512  # bytes to encrypt
 _AES_CTR, _AES_KEY_SIZE, _ENCODE, _DECODE = 2, 16, 1, 0
 _IV: Final = bytes(16)
+_FIRST: Final = 100  # invocations
 _ROUNDS_BETWEEN_OBJECTS: Final = 8  # an object costs some hundred round trips to tee-supplicant
 _NAME_SIZE: Final = 16
 _OBJECT_SIZES: Final = (0, 100, 5000)  # bytes: no block, one, two
@@ -43,21 +48,37 @@ _OBJECT_SIZES: Final = (0, 100, 5000)  # bytes: no block, one, two
 async def mixed(
     guest: Guest, report: Report, *, rounds: int | None = None, seed: int = 0, callers: int = CALLERS
 ) -> None:
-    """Try the refusals once; then let all clients work for `rounds` (None: for ever).
+    """Show that calls are cheap, try the refusals once; then let all clients work for `rounds` (None: for ever).
 
     In a round a client sleeps in a TA, then mixes hello_world, random and aes (through registered and through
     temporary memory); in some it keeps an object in secure storage for a while. Beside them one more client has a
     wait cancelled and a TA panic in each round. A TA that is not there is left out, and the report names it.
+
+    To load a TA takes more calls than a hundred invocations: so those come first, and each client opens a session
+    when it first needs it. Where many guests share a mediator, each has done something soon.
     """
-    await try_refusals(guest, report)
     choose = Random(seed)
     if rounds == 0:
+        await try_refusals(guest, report)
         return
-    await _troublemaker(guest, report, 1)  # first once alone, so that the shortest run has seen it
+    async with trio.open_nursery() as nursery:  # the troublemaker beside it, so that the shortest run has seen it
+        nursery.start_soon(_first, guest, report)
+        nursery.start_soon(_troublemaker, guest, report, 1)
     async with trio.open_nursery() as nursery:
+        nursery.start_soon(try_refusals, guest, report)
         nursery.start_soon(_troublemaker, guest, report, None if rounds is None else rounds - 1)
         for _ in range(callers):
             nursery.start_soon(_client, guest, report, rounds, Random(choose.random()))
+
+
+async def _first(guest: Guest, report: Report) -> None:
+    """One client that invokes hello_world often enough to be seen."""
+    choose = Random(0)
+    async with guest.context() as context:
+        session = await report.open_if_present(context, HELLO_WORLD, "hello_world")
+        if session is not None:
+            for _ in range(_FIRST):
+                await _increment(context, session, report, choose)
 
 
 async def _troublemaker(guest: Guest, report: Report, rounds: int | None) -> None:
@@ -69,25 +90,40 @@ async def _troublemaker(guest: Guest, report: Report, rounds: int | None) -> Non
             done += 1
 
 
+class _Sessions:
+    """The sessions of one client, each opened when it is first asked for."""
+
+    def __init__(self, context: Context, report: Report) -> None:
+        self._context = context
+        self._report = report
+        self._open: dict[str, Session | None] = {}
+
+    async def get(self, ta: UUID, name: str) -> Session | None:
+        """The session to a TA; None if there is none."""
+        if name not in self._open:
+            self._open[name] = await self._report.open_if_present(self._context, ta, name)
+        return self._open[name]
+
+
 async def _client(guest: Guest, report: Report, rounds: int | None, choose: Random) -> None:
     async with guest.context() as context:
-        sleeper = await report.open_if_present(context, EXERCISE, "exercise")
-        hello = await report.open_if_present(context, HELLO_WORLD, "hello_world")
-        random = await report.open_if_present(context, RANDOM, "random")
-        aes = await report.open_if_present(context, AES, "aes")
-        storage = await report.open_if_present(context, SECURE_STORAGE, "secure_storage")
+        sessions = _Sessions(context, report)
         name = choose.randbytes(_NAME_SIZE)
-        work = [(use, session) for use, session in ((_increment, hello), (_random, random), (_aes, aes)) if session]
         done = 0
         while done != rounds:
+            sleeper = await sessions.get(EXERCISE, "exercise")
             if sleeper is not None:
                 with report.operation("wait"):
                     await sleeper.invoke(Exercise.WAIT, Value(_PAUSE, direction=Direction.INPUT))
-            if storage is not None and done % _ROUNDS_BETWEEN_OBJECTS == 0:
-                await _keep(storage, report, name, choose)
-            for _ in range(_OPERATIONS if work else 0):
-                use, session = choose.choice(work)
-                await use(context, session, report, choose)
+            for _ in range(_OPERATIONS):
+                use, ta, called = choose.choice(_WORK)
+                session = await sessions.get(ta, called)
+                if session is not None:
+                    await use(context, session, report, choose)
+            if done % _ROUNDS_BETWEEN_OBJECTS == 0:
+                storage = await sessions.get(SECURE_STORAGE, "secure_storage")
+                if storage is not None:
+                    await _keep(storage, report, name, choose)
             await trio.lowlevel.checkpoint()
             done += 1
 
@@ -189,3 +225,10 @@ async def _panic(context: Context, report: Report) -> None:
     await session.close()
     with report.operation("open after panic"):
         await (await context.open_session(EXERCISE)).close()
+
+
+_WORK: Final[tuple[tuple[_Use, UUID, str], ...]] = (
+    (_increment, HELLO_WORLD, "hello_world"),
+    (_random, RANDOM, "random"),
+    (_aes, AES, "aes"),
+)
