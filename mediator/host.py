@@ -23,6 +23,8 @@ class Host:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self._pages = machine.pages
+        self._changes = -1
+        self._addresses: list[tuple[int, int]] = []
 
     def call(self, regs: tuple[int, ...]) -> tuple[int, ...]:
         """Overridden where a secure world stands behind; a scripted one answers by itself."""
@@ -72,8 +74,11 @@ class Host:
 
     def host_addresses(self) -> Sequence[tuple[int, int]]:
         """Where the mediator's pages and the frames of guests lie; a guest can name none of these."""
-        banks = self.machine.memory.banks
-        return [(bank.frames.base, bank.frames.end) for bank in banks]
+        memory = self.machine.memory
+        if memory.changes != self._changes:
+            self._changes = memory.changes
+            self._addresses = [(bank.frames.base, bank.frames.end) for bank in memory.banks]
+        return self._addresses
 
 
 def pins_by_frame(vm: VirtualMachine) -> dict[int, int]:

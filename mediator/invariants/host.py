@@ -33,16 +33,20 @@ class Host(Protocol):
 class Addresses:
     """Which words are addresses of the host's. Most words are below all of them, which is asked first."""
 
-    __slots__ = ("_host", "lowest")
+    __slots__ = ("_host", "_known", "lowest")
 
     def __init__(self, host: Host) -> None:
         self._host = host
         self.lowest = 0
+        self._known: Sequence[tuple[int, int]] | None = None
         self.refresh()
 
     def refresh(self) -> None:
         """Memory may have been added."""
-        self.lowest = min((first for first, _ in self._host.host_addresses()), default=1 << 64)
+        ranges = self._host.host_addresses()
+        if ranges is not self._known:
+            self._known = ranges
+            self.lowest = min((first for first, _ in ranges), default=1 << 64)
 
     def among(self, words: Iterable[int]) -> Iterator[int]:
         """Those of the words that no guest can know."""

@@ -13,16 +13,18 @@ import trio.testing
 import guests
 from guests.workloads import Report, hello, shm
 from hv_models.conduit import Conduit, ConduitClosed
-from hv_models.link import Flavour
+from hv_models.link import FEATURES, Flavour, Request, close_all, interrupt, number, read_call
+from hv_models.link import call as link_call
 from hv_models.machine import RAM_BASE
 from hv_models.memory import PAGE_SIZE, GuestRam, PageStore
 from hv_models.smccc import NOT_SUPPORTED
-from hv_models.socket_conduit import open_conduit
+from hv_models.socket_conduit import SocketConduit, open_conduit
+from hv_models.socket_link import SocketLink
 from hv_models.vm import VirtualMachine
 from mediator.board import NOTHING_LEFT, Board, images
 from mediator.service.links import Ending, Link
 from mediator.shell import NOTIFICATION_INTERRUPT
-from optee.abi.smc import API_UID, Function, ReturnCode
+from optee.abi.smc import API_UID, Function, Registers, ReturnCode
 from optee.tas.catalogue import BUILT_IN
 
 RAM = 32 << 20
@@ -157,3 +159,123 @@ async def test_nobody_to_answer_any_more(nursery: trio.Nursery) -> None:
                 await conduit.wait_for_interrupt()
             with pytest.raises(ConduitClosed, match="the mediator ends"):
                 await conduit.call(0, (int(Function.CALLS_UID), *(0,) * 7))
+
+
+# Who receives: whoever waits for an answer, and somebody else where nobody does
+
+
+class ByHand:
+    """The mediator's end of a link, record by record."""
+
+    def __init__(self, sock: trio.socket.SocketType) -> None:
+        self.link = SocketLink(sock)
+        self.calls: list[tuple[int, Registers]] = []
+
+    async def greet(self) -> None:
+        for answer in (int(FEATURES), 0, 0, 0, 1):
+            message = await self.link.receive()
+            close_all(message.fds)
+            await self.link.send(message.request, number(answer), reply=True)
+
+    async def hear(self) -> None:
+        message = await self.link.receive()
+        assert message.request == Request.CALL
+        self.calls.append(read_call(message))
+
+    async def answer(self, vcpu: int) -> None:
+        await self.link.send(Request.CALL, link_call(vcpu, (vcpu, *range(1, 8))), reply=True)
+
+
+@pytest.fixture
+async def by_hand() -> AsyncIterator[tuple[SocketConduit, ByHand]]:
+    ours, theirs = trio.socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ram = GuestRam(PageStore("guest", 16), RAM_BASE)
+    mediator = ByHand(ours)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(mediator.greet)
+        async with open_conduit(theirs, Flavour.KVM, "guest", 4, [ram]) as conduit:
+            yield conduit, mediator
+    mediator.link.close()
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (1, 2, 0)])
+async def test_answers_find_their_vcpus_in_any_order(
+    by_hand: tuple[SocketConduit, ByHand], order: tuple[int, ...]
+) -> None:
+    conduit, mediator = by_hand
+    found: dict[int, Registers] = {}
+
+    async def call(vcpu: int) -> None:
+        found[vcpu] = await conduit.call(vcpu, (int(Function.CALLS_UID), *(vcpu,) * 7))
+
+    async with trio.open_nursery() as nursery:
+        for vcpu in range(3):
+            nursery.start_soon(call, vcpu)
+            await mediator.hear()
+        for vcpu in order:
+            await mediator.answer(vcpu)
+            await trio.testing.wait_all_tasks_blocked()
+            assert vcpu in found
+    assert found == {vcpu: (vcpu, *range(1, 8)) for vcpu in range(3)}
+    assert sorted(vcpu for vcpu, _ in mediator.calls) == [0, 1, 2]
+
+
+async def test_an_interrupt_comes_through_whoever_receives(by_hand: tuple[SocketConduit, ByHand]) -> None:
+    conduit, mediator = by_hand
+    for line in (40, 41):  # nobody calls
+        await mediator.link.send(Request.INTERRUPT, interrupt(line))
+        assert await conduit.wait_for_interrupt() == line
+    async with trio.open_nursery() as nursery:  # somebody does
+        nursery.start_soon(conduit.call, 0, (int(Function.CALLS_UID), *(0,) * 7))
+        await mediator.hear()
+        await mediator.link.send(Request.INTERRUPT, interrupt(42))
+        assert await conduit.wait_for_interrupt() == 42
+        await mediator.answer(0)
+    await mediator.link.send(Request.INTERRUPT, interrupt(43))
+    assert await conduit.wait_for_interrupt() == 43
+
+
+@pytest.mark.parametrize("waits", [0, 1])
+async def test_a_call_that_is_cancelled_still_takes_its_answer(
+    by_hand: tuple[SocketConduit, ByHand], waits: int
+) -> None:
+    """The SMC was executed: its answer comes out first, whether the caller receives or waits for another who does."""
+    conduit, mediator = by_hand
+    found: list[Registers] = []
+    scopes = [trio.CancelScope(), trio.CancelScope()]
+
+    async def call(vcpu: int) -> None:
+        with scopes[vcpu]:
+            found.append(await conduit.call(vcpu, (int(Function.CALLS_UID), *(0,) * 7)))
+            await trio.lowlevel.checkpoint()
+            found.append(())
+
+    async with trio.open_nursery() as nursery:
+        for vcpu in range(2):
+            nursery.start_soon(call, vcpu)
+            await mediator.hear()
+        scopes[waits].cancel()
+        await trio.testing.wait_all_tasks_blocked()
+        assert found == []
+        for vcpu in (0, 1):
+            await mediator.answer(vcpu)
+    assert len(found) == 3 and found.count(()) == 1
+
+
+async def test_a_mediator_that_is_gone_ends_every_call(by_hand: tuple[SocketConduit, ByHand]) -> None:
+    conduit, mediator = by_hand
+    ended: list[int] = []
+
+    async def call(vcpu: int) -> None:
+        with pytest.raises(ConduitClosed):
+            await conduit.call(vcpu, (int(Function.CALLS_UID), *(0,) * 7))
+        ended.append(vcpu)
+
+    async with trio.open_nursery() as nursery:
+        for vcpu in range(4):
+            nursery.start_soon(call, vcpu)
+            await mediator.hear()
+        mediator.link.close()
+    assert sorted(ended) == [0, 1, 2, 3]
+    with pytest.raises(ConduitClosed):
+        await conduit.wait_for_interrupt()

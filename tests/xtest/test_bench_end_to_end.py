@@ -4,6 +4,7 @@ import pytest
 
 from mediator import bench
 from mediator.bench import NAMES, Bench
+from mediator.bench.door import DOOR
 from mediator.bench.end_to_end import END_TO_END, PRICE, PRICE_BUFFER
 from mediator.policies import load_policy
 
@@ -51,3 +52,18 @@ def test_the_price_of_refusing_reserved_memory(done: Bench) -> None:
 def test_a_name_chooses() -> None:
     chosen = bench.run(load_policy("default"), "share-64", lambda name, count, total: None, batches=1)
     assert [measured.case.name for measured in chosen.end_to_end] == ["e2e-share-64-kib"] and not chosen.prices
+
+
+def test_the_door_is_measured_beside_a_bare_echo() -> None:
+    measured = bench.run(load_policy("default"), DOOR, lambda name, count, total: None, batches=2)
+    assert DOOR in NAMES and not measured.end_to_end and measured.door is not None
+    data = measured.as_data()["door"]
+    assert data["ratio"] == pytest.approx(data["fast"]["median"] / data["echo"]["median"], abs=0.01)
+    assert data["invokes_per_second"] == pytest.approx(1e6 / data["invoke"]["median"], rel=0.01)
+    assert (data["target_ratio"], data["target_invokes_per_second"], data["target_idle_guest_bytes"]) == (
+        1.5,
+        4000,
+        1 << 20,
+    )
+    assert data["met"]["ratio"] is (data["ratio"] <= 1.5) and data["met"]["idle_guest_bytes"]
+    assert 0 < data["idle_guest_bytes"] < 1 << 20
