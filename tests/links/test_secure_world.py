@@ -82,7 +82,7 @@ def run(path: Path | None, **options: Any) -> Summary:
 def test_the_results_are_those_in_one_process(workload: str, policy: str, tmp_path: Path, short: None) -> None:
     there, here = (run(path, workload=workload, policy=policy).as_data() for path in (tmp_path / "optee", None))
     assert there["left"] == NOTHING_LEFT and there["violations"] == 0 and there["totals"]["errors"] == 0
-    assert there["totals"]["panics"] == here["totals"]["panics"] == 2 * (workload == "mixed")
+    assert (there["totals"]["panics"] > 0) == (workload == "mixed")
     for data in (there, here):
         del data["seconds"], data["up_seconds"], data["panic_reports"]
         if workload == "mixed":  # who meets whom is chance there
