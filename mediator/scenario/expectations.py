@@ -64,6 +64,21 @@ StatisticName = Literal[
 ]
 ResourceName = Literal["pages", "buffers", "rpc_arguments", "calls", "memory"]
 AtOpteeName = Literal["threads", "sessions", "buffers"]
+StorageMemoryName = Literal[
+    "charged",
+    "bound",
+    "objects",
+    "blocks",
+    "nodes",
+    "rpc_buffers",
+    "hits",
+    "misses",
+    "evictions",
+    "collections",
+    "longest_pass",
+    "collected",
+    "wrong_releases",
+]
 
 Codes = Annotated[
     Annotated[list[ResultCode], Tag("<list>")] | Annotated[ResultCode, Tag("<code>")],
@@ -331,6 +346,7 @@ class StateExpectation(Strict):
     dirty: list[DirtyExpectation] = Field(default=[])
     ledger: dict[ResourceName, Expected] = Field(default={})
     at_optee: dict[AtOpteeName, Expected] = Field(default={})
+    storage_memory: dict[StorageMemoryName, Expected] = Field(default={})
     statistics: dict[StatisticName, Expected] = Field(default={})
     events: dict[str, Expected] = Field(default={})
     traffic: dict[str, Expected] = Field(default={})
@@ -357,7 +373,7 @@ class StateExpectation(Strict):
             mapping.check(actor)
         for pins in self.pins:
             pins.check(actor)
-        if self.ledger or self.statistics or self.at_optee:
+        if self.ledger or self.statistics or self.at_optee or self.storage_memory:
             self._check_counts(actor)
         if self.alive is not None and actor.guest.alive is not self.alive:
             raise StepFailed(f"{actor.guest.name}", "alive" if self.alive else "gone", "the contrary")
@@ -397,6 +413,13 @@ class StateExpectation(Strict):
                 "buffers": len(board.model.shared_objects(guest.client)),
             }
             check_number(f"{place} at OP-TEE", count, held[place], actor)
+        if self.storage_memory:
+            memory = board.model.storage_memory(guest.client)
+            if memory is None:
+                raise EvaluationError(f"{guest.name} has no memory manager for storage (machine: optee: storage)")
+            numbers = memory.numbers()
+            for kind, count in self.storage_memory.items():
+                check_number(f"storage memory, {kind}", count, numbers[kind], actor)
         for statistic, count in self.statistics.items():
             check_number(statistic, count, _statistic(statistic, actor), actor)
 

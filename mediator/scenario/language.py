@@ -10,7 +10,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import Discriminator, Field, GetCoreSchemaHandler, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, GetCoreSchemaHandler, Tag, model_validator
 from pydantic_core import CoreSchema, core_schema
 
 from hv_models.machine import RAM_BASE, RamBlock
@@ -24,6 +24,7 @@ from mediator.scenario.guest import SUPPLICANTS
 from mediator.scenario.steps import Name, Step, Strict
 from optee.config import DEFAULT, Config
 from optee.memory.boards import BOARDS
+from optee.storage.options import StorageOptions
 from optee.tas.catalogue import BUILT_IN
 from optee.trusted_application import TrustedApplication
 
@@ -164,6 +165,11 @@ class TaSizes(Strict):
         return type(known.__name__, (known,), sizes)
 
 
+def _storage_options(options: dict[str, str | int]) -> dict[str, str | int]:
+    StorageOptions.parse(options)
+    return options
+
+
 class OpteeSpec(Strict):
     """How OP-TEE is built, by its own options; see `optee.config.Config`."""
 
@@ -183,6 +189,8 @@ class OpteeSpec(Strict):
     """CFG_REE_FS_INTEGRITY_RPMB: the files of guests are anchored in RPMB."""
     guest_storage_keys: bool = False
     """Ours, not OP-TEE's: guests have storage keys of their own."""
+    storage: Annotated[dict[str, str | int], AfterValidator(_storage_options)] = Field(default={})
+    """Ours, not OP-TEE's: `memory: managed` and the sizes of the memory manager, see `optee.storage.options`."""
     secure_ram: Number | None = None
     """CFG_TZDRAM_SIZE."""
     preallocated_tables: bool | None = None
@@ -209,6 +217,7 @@ class OpteeSpec(Strict):
             rpmb_write_key=True,
             ree_fs_integrity_rpmb=self.anchor,
             guest_storage_keys=self.guest_storage_keys,
+            storage=StorageOptions.parse(self.storage),
             extra_tas=tuple(sizes.over(name) for name, sizes in self.sizes.items()),
             **{name: value for name, value in more.items() if value is not None},
         )

@@ -122,6 +122,31 @@ class MemoryManager:
         """The most that `charged` can be, by the configured sizes."""
         return sum(pool.bound for pool in self._pools.values())
 
+    def numbers(self) -> dict[str, int]:
+        """The record in short: bytes, entries of each level now, and sums over all levels."""
+        levels, collected = self.levels.values(), self.collector.statistics
+        return {
+            "charged": self.charged,
+            "bound": self.bound,
+            "objects": len(self.objects),
+            "blocks": len(self.blocks),
+            "nodes": len(self.nodes.pool),
+            "rpc_buffers": len(self.rpc_buffers),
+            "hits": sum(level.hits for level in levels),
+            "misses": sum(level.misses for level in levels),
+            "evictions": sum(level.evictions for level in levels),
+            "collections": collected.collections,
+            "longest_pass": collected.longest_pass,
+            "collected": collected.bytes,
+            "wrong_releases": self.wrong_releases,
+        }
+
+    @property
+    def wrong_releases(self) -> int:
+        """Double and foreign ones, which were ignored."""
+        pools = self._pools.values()
+        return self.buffers.double_releases + sum(pool.double_releases + pool.foreign_releases for pool in pools)
+
     def held(self) -> dict[str, int]:
         """Places of allocation of what is held now, and how many; empty without leak detection."""
         found: Counter[str] = Counter()
