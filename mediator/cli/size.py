@@ -57,6 +57,9 @@ def size(
         str | None, typer.Option(metavar="issue-6596", help="The published measurements beside this arithmetic.")
     ] = None,
     log: Annotated[Path | None, typer.Option(metavar="CONSOLE.TXT", help="Say which limit OP-TEE's log shows.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Run OP-TEE's model at each limit, and one unit beyond.")
+    ] = False,
     json: Json = False,
 ) -> int:
     """Say what fits a build of OP-TEE: TA memory, sessions, keys, shared memory, guests; and what binds first."""
@@ -104,6 +107,8 @@ def size(
     sizing = work_out(request.build, request.load)
     if quota:
         return _quota(request, sizing, json=json)
+    if verify:
+        return _verify(request, sizing, json=json)
     if static_split is not None:
         return _static_split(request, sizing, _bytes("--static-split", static_split) or 0, json=json)
     return _answer(request, sizing, explain=explain, only_solve=solve, json=json)
@@ -176,6 +181,27 @@ def _quota(request: "Request", sizing: "Sizing", *, json: bool) -> int:
     return GOOD
 
 
+def _verify(request: "Request", sizing: "Sizing", *, json: bool) -> int:
+    from dataclasses import asdict
+
+    from mediator.sizing import report
+    from mediator.sizing.verify import verify
+
+    checks = list(verify(sizing))
+    good = all(check.good for check in checks)
+    if json:
+        found = [{**asdict(check), "good": check.good} for check in checks]
+        emit_json({"format": report.FORMAT, **report.document(request, sizing), "verified": found})
+        return verdict(good)
+    rows = [
+        (check.what, f"{check.limit} {check.unit}", check.expected, check.seen, "good" if check.good else "WRONG")
+        for check in checks
+    ]
+    columns = ("limit", "holds", "one unit more, predicted", "OP-TEE's model", "")
+    show(table(*columns, right=("holds",), rows=rows))
+    return verdict(good)
+
+
 def _static_split(request: "Request", sizing: "Sizing", carve_out: int, *, json: bool) -> int:
     from dataclasses import asdict
 
@@ -216,7 +242,7 @@ def _sweep(request: "Request", text: str, plot: Path | None, *, json: bool) -> i
     if plot is not None:
         from mediator.sizing.plot import draw
 
-        usable = [None if each.usable is None else max(each.usable, 0) / (1 << 20) for _, _, each in answers]
+        usable: list[float | None] = [max(each.usable, 0) / (1 << 20) for _, _, each in answers]
         series: dict[str, list[float | None]] = {
             "largest TA heap, MiB": usable,
             "RSA signing set-ups": [float(each.rsa_operations) for _, _, each in answers],

@@ -22,7 +22,7 @@ def document(request: Request, sizing: Sizing) -> dict[str, Any]:
         "inputs": inputs(request),
         "fits": sizing.fits,
         "usable_ta_mib": usable_mib(sizing),
-        "usable_ta_bytes": None if sizing.usable is None else max(sizing.usable, 0),
+        "usable_ta_bytes": max(sizing.usable, 0),
         "binding": binding(sizing),
         "tables": {
             "needed": needed,
@@ -97,9 +97,9 @@ def limit_document(limit: Limit) -> dict[str, Any]:
     }
 
 
-def usable_mib(sizing: Sizing) -> int | None:
+def usable_mib(sizing: Sizing) -> int:
     """Largest heap of a TA in whole MiB; 0 if the TA does not fit at all."""
-    return None if sizing.usable is None else max(sizing.usable, 0) // MIB
+    return max(sizing.usable, 0) // MIB
 
 
 def binding(sizing: Sizing) -> str:
@@ -143,12 +143,7 @@ def rows(sizing: Sizing) -> list[tuple[str, str, str]]:
     build, ta = sizing.build, sizing.load.tas[0]
     needed = tables(build, ta)
     ram = "not limited (no --ram, no --board)" if build.ta_ram is None else amount(build.ta_ram)
-    if sizing.usable is None:
-        usable = "not limited"
-    elif sizing.usable < 0:
-        usable = "none: it does not fit at all"
-    else:
-        usable = f"{max(sizing.usable, 0) / MIB:.2f} MiB"
+    usable = "none: it does not fit at all" if sizing.usable < 0 else f"{sizing.usable / MIB:.2f} MiB"
     available = "from TA RAM" if build.prealloc else f"of {build.tables}"
     possible = "any number" if sizing.guests is None else sizing.guests
     threads = build.threads * build.thread_size

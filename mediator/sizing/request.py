@@ -19,7 +19,7 @@ from optee.memory.build_files import (
     read_ta_elf,
     read_ta_header,
 )
-from optee.memory.profile import SET_UPS, TEST_PROGRAM, TaProfile
+from optee.memory.profile import SET_UPS, SMALL_TA, TEST_PROGRAM, TaProfile
 from optee.memory.sizing import Load
 
 T = TypeVar("T")
@@ -172,7 +172,8 @@ def _tas(options: Options, document: SizeDocument) -> tuple[TaProfile, ...]:
     given = options.profile or {}
     if not tas:
         # Any size of one's own makes it a TA of one's own, of the usual size where nothing is said.
-        tas = (TaProfile("TA") if given.keys() & {"heap", "stack", "code", "parameters"} else TEST_PROGRAM,)
+        usual = TEST_PROGRAM if options.board is None and document.board is None else replace(SMALL_TA, heap=None)
+        tas = (TaProfile("TA") if given.keys() & {"heap", "stack", "code", "parameters"} else usual,)
     first = replace(tas[0], **given)
     if options.rsa:
         first = replace(first, set_ups=(*first.set_ups, ("rsa-sign", options.rsa)))

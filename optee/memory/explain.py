@@ -80,7 +80,7 @@ def _tables(sizing: Sizing) -> Iterator[Line]:
 
 def _usable(sizing: Sizing) -> Iterator[Line]:
     build, ta = sizing.build, sizing.load.tas[0]
-    if sizing.usable is None or sizing.usable < 0:
+    if sizing.usable < 0:
         yield Line(
             f"{ta.name} does not fit, however small its heap is: {sizing.usable_binding}", "the sum of the above"
         )

@@ -91,7 +91,7 @@ def _test_row(threads: int, prealloc: bool, measured: str) -> Row:
         )
         return Row(threads, prealloc, "test program", measured, 32 - 12, CALIBRATED, why)
     usable, _ = usable_heap(Build(threads=threads, virtualization=False), (TEST_PROGRAM,))
-    model = (usable or 0) // MIB
+    model = usable // MIB
     if threads == 32:
         why = "the 36 MiB beside the heap are what this row leaves of 128 MiB (the map of #7077 holds 35.95 MiB)"
         return Row(threads, prealloc, "test program", measured, model, CALIBRATED, why)

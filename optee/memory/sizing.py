@@ -7,8 +7,8 @@ entry for each pool, in the order in which a guest meets them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, replace
+from typing import Final, NamedTuple
 
 from optee.errors import TeeError
 from optee.memory.address_space import USER_VA, mapped, tables_for
@@ -86,8 +86,8 @@ class Sizing:
     build: Build
     load: Load
     limits: tuple[Limit, ...]
-    usable: int | None
-    """Largest heap of the first TA; None if nothing limits it; -1 if it does not fit without any."""
+    usable: int
+    """Largest heap of the first TA; -1 if it does not fit without any."""
     usable_binding: str
     """Which limit that is."""
     heap_used: int
@@ -200,6 +200,9 @@ def _limits(build: Build, load: Load, used: int, whole: int) -> Iterator[Limit]:
     )
     for ta in load.tas:
         yield from _table_limits(build, ta)
+    if not build.dynamic_shm:
+        references = sum(len(ta.parameters) for ta in load.tas)
+        yield Limit("registered memory for parameters", "CFG_CORE_DYN_SHM=n", references, 0, "buffers", REGISTER)
     needed = build.stacks + sum(_ta_ram(build, ta) for ta in load.tas)
     yield Limit("TA RAM", _ta_ram_option(build), needed, build.ta_ram, "bytes", LOAD)
     place = ALLOCATE if any(ta.set_ups for ta in load.tas) else LOAD
@@ -235,51 +238,95 @@ def _table_limits(build: Build, ta: TaProfile) -> Iterator[Limit]:
     yield Limit(f"address space of {ta.name}", geometry.name, space, geometry.user_space, "bytes", place)
 
 
+def _loaded_ta_ram(build: Build, ta: TaProfile) -> int:
+    """TA RAM that all instances of a TA take, between two calls."""
+    return ta.instances * (ta.own + groups(build, tables(build, ta, parameters=False)) * GROUP * PAGE)
+
+
 def _ta_ram(build: Build, ta: TaProfile) -> int:
     """TA RAM that all instances of a TA take, one of them in a call."""
-    group = GROUP * PAGE
-    loaded = groups(build, tables(build, ta, parameters=False))
-    called = groups(build, tables(build, ta))
-    return ta.instances * (ta.own + loaded * group) + (called - loaded) * group
+    more = groups(build, tables(build, ta)) - groups(build, tables(build, ta, parameters=False))
+    return _loaded_ta_ram(build, ta) + more * GROUP * PAGE
 
 
 def call_heap(build: Build, ta: TaProfile) -> int:
-    """Core heap that one call takes while it runs: its parameters, and tables for them."""
+    """Core heap that one call takes at most while it runs: its buffers, their mapping, and tables for them."""
     more = groups(build, tables(build, ta)) - groups(build, tables(build, ta, parameters=False))
-    return block_size(VM_REGION) * len(ta.parameters) + block_size(TABLE_GROUP) * more
+    shared = sum(register_peak(up(size) // PAGE) for size in ta.parameters if size)
+    return shared + block_size(VM_REGION) * len(ta.parameters) + block_size(TABLE_GROUP) * more
 
 
-def usable_heap(build: Build, tas: Sequence[TaProfile]) -> tuple[int | None, str]:
-    """The largest heap of one instance of the first TA beside the others, and what limits it; -1 if none fits."""
+class Failure(NamedTuple):
+    """Why a TA with a given heap does not work."""
+
+    place: str
+    """Where: one of `RESULTS`."""
+    limit: str
+
+
+def first_failure(build: Build, tas: Sequence[TaProfile], ta_heap: int) -> Failure | None:
+    """What happens first when the others are loaded, then one instance of the first TA, then one call is made."""
     ta, *others = tas
+    base = heap_with(build, others)
+    if base is None:
+        return Failure(LOAD, "core heap")
+    loaded = replace(ta, heap=ta_heap, sessions=1, set_ups=())
+    end = mapped(loaded.regions())
+    ram = build.stacks + sum(_loaded_ta_ram(build, other) for other in others)
+    return _load_failure(build, loaded, end, base, ram) or _call_failure(build, loaded, end, base, ram)
+
+
+def _load_failure(build: Build, ta: TaProfile, end: int, heap: Heap, ram: int) -> Failure | None:
     geometry = build.geometry
-    room: list[tuple[int, str]] = [(geometry.user_space - ta.beside_heap, "address space of a TA")]
-    if not build.prealloc:
-        room.append((build.tables * geometry.window - ta.beside_heap, "translation tables"))
-    ram = build.ta_ram
-    if ram is not None:
-        ram -= build.stacks + sum(_ta_ram(build, other) for other in others)
-        room.append((_with_groups(build, ta, ram), "TA RAM"))
-    if build.prealloc:
-        one = block_size(TABLE_GROUP)
-        heap = down(build.heap, 16) - HEADER - CORE_OWN - block_sizes(_loaded(build, others))
-        heap -= block_sizes((SESSION, *ta.instance_heap())) + block_size(VM_REGION) * len(ta.parameters)
-        window = geometry.window * GROUP * geometry.per_page
-        room.append((heap // one * window - ta.beside_heap, "core heap"))
-    least, name = min(room)
-    return max(down(least), -1), name
+    if end - USER_VA > geometry.user_space:
+        return Failure(LOAD, "address space of a TA")
+    if not build.prealloc and tables_for(geometry, end) > build.tables:
+        return Failure(LOAD, "translation tables")
+    count = groups(build, tables_for(geometry, end))
+    try:
+        heap.allocate_all((SESSION, *ta.instance_heap(), *(TABLE_GROUP,) * count), _SIZER)
+    except TeeError:
+        return Failure(LOAD, "core heap")
+    if build.ta_ram is not None and ram + ta.own + count * GROUP * PAGE > build.ta_ram:
+        return Failure(LOAD, "TA RAM")
+    return None
 
 
-def _with_groups(build: Build, ta: TaProfile, ram: int) -> int:
-    """The largest heap for which an instance, its preallocated tables included, fits so much TA RAM."""
-    fixed = sum(ta.regions(0))
-    heap = down(ram - fixed)
-    while heap >= 0:
-        tables_size = groups(build, tables(build, ta, heap=heap)) * GROUP * PAGE
-        if fixed + heap + tables_size <= ram:
-            return heap
-        heap = min(heap - PAGE, down(ram - fixed - tables_size + GROUP * PAGE))
-    return -1
+def _call_failure(build: Build, ta: TaProfile, loaded_end: int, heap: Heap, ram: int) -> Failure | None:
+    geometry = build.geometry
+    sizes = [up(size) for size in ta.parameters if size]
+    if any(not build.dynamic_shm or count_buffers(heap, size // PAGE, 1) < 1 for size in sizes):
+        return Failure(REGISTER, "core heap")
+    end = loaded_end + sum(sizes)
+    if end - USER_VA > geometry.user_space:
+        return Failure(INVOKE, "address space of a TA")
+    if not build.prealloc and tables_for(geometry, end) > build.tables:
+        return Failure(INVOKE, "translation tables")
+    loaded, called = (groups(build, tables_for(geometry, each)) for each in (loaded_end, end))
+    try:
+        heap.allocate_all((VM_REGION,) * len(sizes) + (TABLE_GROUP,) * (called - loaded), _SIZER)
+    except TeeError:
+        return Failure(INVOKE, "core heap")
+    if build.ta_ram is not None and ram + ta.own + called * GROUP * PAGE > build.ta_ram:
+        return Failure(INVOKE, "TA RAM")
+    return None
+
+
+def usable_heap(build: Build, tas: Sequence[TaProfile]) -> tuple[int, str]:
+    """The largest heap of one instance of the first TA beside the others, and what limits it; -1 if none works."""
+    failure = first_failure(build, tas, 0)
+    if failure is not None:
+        return -1, failure.limit
+    works, fails = 0, build.geometry.user_space // PAGE
+    limit = ""
+    while fails - works > 1:
+        middle = (works + fails) // 2
+        failure = first_failure(build, tas, middle * PAGE)
+        if failure is None:
+            works = middle
+        else:
+            fails, limit = middle, failure.limit
+    return works * PAGE, limit or "address space of a TA"
 
 
 def _sessions(build: Build, tas: Sequence[TaProfile]) -> int | None:
@@ -289,14 +336,34 @@ def _sessions(build: Build, tas: Sequence[TaProfile]) -> int | None:
     each = block_size(SESSION) + sum(block_sizes(kinds[kind]) * number for kind, number in ta.set_ups)
     group = groups(build, tables(build, ta, parameters=False))
     instance = block_sizes((*ta.instance_heap(), *(TABLE_GROUP,) * group))
-    heap = down(build.heap, 16) - HEADER - CORE_OWN - block_sizes(_loaded(build, others)) - call_heap(build, ta)
+    heap = down(build.heap, 16) - HEADER - CORE_OWN - block_sizes(_loaded(build, others))
     if ta.single_instance:
         return max(heap - instance, 0) // each
     fit = max(heap, 0) // (each + instance)
     if build.ta_ram is not None:
-        ram = build.ta_ram - build.stacks - sum(_ta_ram(build, other) for other in others)
+        ram = build.ta_ram - build.stacks - sum(_loaded_ta_ram(build, other) for other in others)
         fit = min(fit, max(ram, 0) // (ta.own + group * GROUP * PAGE))
     return fit
+
+
+def set_up_heap_failure(build: Build, tas: Sequence[TaProfile], sessions: int) -> str:
+    """Where one session more than fit fails: at its TA's load, or when it allocates its set-ups."""
+    ta, *others = tas
+    base = heap_with(build, (*others, replace(ta, sessions=sessions)))
+    if base is None:
+        return LOAD
+    group = groups(build, tables(build, ta, parameters=False))
+    instance = () if ta.single_instance and sessions else (*ta.instance_heap(), *(TABLE_GROUP,) * group)
+    try:
+        base.allocate_all((SESSION, *instance), _SIZER)
+    except TeeError:
+        return LOAD
+    if build.ta_ram is not None and instance:
+        ram = build.stacks + sum(_loaded_ta_ram(build, other) for other in others)
+        ram += _loaded_ta_ram(build, replace(ta, sessions=sessions + 1))
+        if ram > build.ta_ram:
+            return LOAD
+    return ALLOCATE
 
 
 def count_set_ups(build: Build, free: int, kind: str = "rsa-sign") -> int:

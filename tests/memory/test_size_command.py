@@ -133,6 +133,16 @@ def test_comparison_says_what_is_predicted(capsys: Capture) -> None:
     assert run(["size", "--compare", "issue-6596"]) == 0
 
 
+def test_verification(capsys: Capture) -> None:
+    data = document(capsys, "--board", "qemu_armv8a", "--ta-heap", "32K", "--verify")
+    verified = {check["what"]: check for check in data["verified"]}
+    assert all(check["good"] for check in verified.values())
+    assert verified["guests"]["limit"] == 2
+    assert verified["heap of a TA"]["seen"] == "TA load: OUT_OF_MEMORY"
+    assert run(["size", "--board", "qemu_armv8a", "--verify"]) == 0
+    assert "REGISTER_SHM: BAD_PARAMETERS" in capsys.readouterr().out
+
+
 def test_log(capsys: Capture, tmp_path: Path) -> None:
     log = tmp_path / "console.txt"
     log.write_text("E/TC:? 0 alloc_pgt:235 18 page tables not available\n")
