@@ -15,6 +15,7 @@ from hv_models.conduit import InProcessConduit
 from hv_models.memory import GuestRam
 from hv_models.vm import VirtualMachine
 from mediator.core.steps import Event
+from mediator.scenario.steps import StepFailed
 from optee.abi.registers import name_of
 from optee.abi.smc import Function, Registers, ReturnCode, RpcReturn, is_rpc
 
@@ -173,7 +174,7 @@ class ScenarioGuest:
         assert self._conduit is not None
         method = guests.ConduitMethod(vm.hypervisor.conduit)
         boot = guests.boot(self.ram, self._conduit, name=self.name, vcpus=spec.vcpus, method=method)
-        started = False
+        started = ended = False
         try:
             with self._power:
                 async with boot as guest:
@@ -186,9 +187,15 @@ class ScenarioGuest:
                     await self._off.wait()
                     for context in self._contexts.values():
                         await context.close()
+            ended = True
             if not started:
                 task_status.started()
+        except guests.GuestError as error:
+            what = "end" if started else "boot"
+            raise StepFailed(f"{what} of {self.name}", "no error", f"{type(error).__name__}: {error}") from None
         finally:
+            if not ended:
+                self.run.abort()
             self._gone.set()
 
     def _supplicant(self) -> guests.Supplicant | None:

@@ -117,6 +117,8 @@ class Run:
         self._board: Board | None = None
         self._nursery: trio.Nursery | None = None
         self._died: str | None = None
+        self._given_up: StepFailed | None = None
+        self._play_scope = trio.CancelScope()
         self._interrupted: list[tuple[float, str]] = []
 
     @property
@@ -167,16 +169,22 @@ class Run:
 
     async def _judge(self, board: Board, outcome: Outcome) -> None:
         """Play, and say how it ended."""
+        finished = False
         try:
-            with trio.fail_after(self.scenario.timeout):
+            with trio.fail_after(self.scenario.timeout) as self._play_scope:
                 await self._play()
+            finished = True
         except* (StepFailed, trio.TooSlowError) as group:
-            outcome.failure = self._failure(group)
+            finished = True
+            outcome.failure = self._given_up or self._failure(group)
             outcome.events = list(self.guests[outcome.failure.guest].events) if outcome.failure.guest else []
         else:
             outcome.left = {name: count for name, count in board.left().items() if count != NOTHING_LEFT[name]}
             if board.model.leaks:
                 outcome.left["optee_memory"] = sum(leak.size for leak in board.model.leaks)
+        finally:
+            if not finished:  # a bug of ours: what the mediator is in the middle of will not end by itself
+                board.machine.close()
         if self._died is not None:
             outcome.failure = StepFailed("OP-TEE", "alive", f"dead: {self._died}")
 
@@ -293,9 +301,15 @@ class Run:
             raise
         finally:
             if failed:
-                self._abort()
+                self.abort()
 
-    def _abort(self) -> None:
+    def give_up(self, failure: StepFailed) -> None:
+        """End the run with a failure that was noticed where no step can raise it."""
+        self._given_up = self._given_up or failure
+        self._play_scope.cancel()
+        self.abort()
+
+    def abort(self) -> None:
         """The run has failed: no wait in a guest's kernel may hold up its end."""
         for guest in self.guests.values():
             if guest.driver is not None:

@@ -28,7 +28,7 @@ from mediator.scenario.guest import PowerCut
 from mediator.scenario.secure_side import Conversation
 from mediator.scenario.steps import Name, Octets, Step, StepFailed, Strict, octets
 from optee.abi.message import HEADER_SIZE, OFFSET_NUM_PARAMS, OFFSET_RET, OFFSET_SESSION, PARAM, PARAM_SIZE
-from optee.abi.smc import Function, from_pair, to_pair
+from optee.abi.smc import Function, ReturnCode, from_pair, to_pair
 
 if TYPE_CHECKING:
     from mediator.scenario.actor import Actor
@@ -367,7 +367,18 @@ class _Scripted:
         return self._after < 0
 
     def __call__(self, regs: Regs, conversation: Conversation | None) -> Regs:
-        """Write, and answer."""
+        """Write, and answer. What cannot be said ends the run: the mediator has to have an answer all the same."""
+        try:
+            return self._say(regs, conversation)
+        except EvaluationError as error:
+            failed = StepFailed("this answer", "names and numbers that fit", str(error))
+        except StepFailed as noticed:
+            failed = noticed
+        failed.place, failed.step, failed.guest = self._answer.place, "secure_world", self._actor.guest_name
+        self._actor.run.give_up(failed)
+        return int(ReturnCode.ENOMEM), 0, 0, 0
+
+    def _say(self, regs: Regs, conversation: Conversation | None) -> Regs:
         answer, actor = self._answer, self._actor
         given = (answer.a1, answer.a2, answer.a3)
         a1, a2, a3 = [0 if word is None else actor.number(word) for word in given]
@@ -377,14 +388,14 @@ class _Scripted:
             a3 = regs[3]
         if answer.message is not None:
             if conversation is None:
-                raise StepFailed("scripted answer", "a call with a message", "one without")
+                raise StepFailed("this answer", "a call with a message", "one without")
             answer.message.write(actor, conversation.message)
         if answer.argument is not None:
             at = None
             if conversation is not None:
                 at = actor.run.world.argument(self._client, conversation, from_pair(a1, a2))
             if at is None:
-                raise StepFailed("scripted answer", "a call with an RPC argument", "none")
+                raise StepFailed("this answer", "a call with an RPC argument", "none")
             answer.argument.write(actor, at)
         return actor.number(answer.a0) & _LOW, a1, a2, a3
 

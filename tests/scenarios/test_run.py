@@ -7,6 +7,7 @@ import pytest
 
 from mediator.cli import run
 from mediator.scenario import Outcome, load_scenario, run_scenario
+from optee.secure_world import SecureWorld
 from tests.docs.pages import DOCS, blocks
 
 HEAD = "scenario: x\npurpose: p\n"
@@ -155,3 +156,27 @@ def test_one_of_several_contents() -> None:
     assert play(body % (WRITE, either % "b")).good
     outcome = play(body % (WRITE, either % "c"))
     assert outcome.failure is not None and outcome.failure.expected == "one of 2 contents"
+
+
+def test_a_guest_is_created_once() -> None:
+    outcome = play("machine: {guests: {vm: {created: false}}}\nsteps:\n- sequence: [{create: vm}, {create: vm}]\n")
+    assert outcome.failure is not None and "alive already" in outcome.failure.got
+
+
+def test_what_a_script_says_wrongly_is_told_at_its_step() -> None:
+    outcome = play(
+        "machine: {each: {driver: none}}\nsteps:\n- {message: CLOSE_SESSION}\n- {let: {words: {text: a}}}\n"
+        "- {secure_world: [{a0: OK, a1: $words}]}\n- {smc: CALL_WITH_ARG, a1:a2: $message}\n"
+    )
+    assert outcome.failure is not None and outcome.failure.place == "f.yaml:7"
+    assert outcome.failure.got == "$words is 1 bytes, where a number is wanted"
+
+
+def test_a_bug_of_ours_ends_the_run_and_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(SecureWorld, "_yielding", broken)
+    with pytest.raises(BaseExceptionGroup) as raised:
+        play("steps:\n- parallel: [{open: hello_world}, {open: exercise}]\n")
+    assert raised.group_contains(RuntimeError, match="a bug")
