@@ -7,7 +7,10 @@ from pathlib import Path
 TOP = Path(__file__).resolve().parents[2]
 DOCS = TOP / "docs"
 README = TOP / "README.md"
-PAGES = tuple(sorted((README, TOP / "CONTRIBUTING.md", TOP / "CHANGELOG.md", *DOCS.rglob("*.md"))))
+CHINESE = ".zh-CN.md"
+PAGES = tuple(
+    sorted((README, TOP / f"README{CHINESE}", TOP / "CONTRIBUTING.md", TOP / "CHANGELOG.md", *DOCS.rglob("*.md")))
+)
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
