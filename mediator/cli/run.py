@@ -33,6 +33,9 @@ def run(
         Path | None,
         typer.Option("--record", metavar="FILE", help="Write a trace of the run, one for each guest (.gz: packed)."),
     ] = None,
+    board: Annotated[
+        str | None, typer.Option("--board", metavar="NAME", help="OP-TEE's board, such as qemu_armv8a, in all of them.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Of the library, those marked quick.")] = False,
     list_: Annotated[bool, typer.Option("--list", help="List the library and do nothing.")] = False,
     json: Json = False,
@@ -50,6 +53,8 @@ def run(
         raise BadInput("run: --guests is for scenarios that are written for any number of guests")
     if record is not None and len(chosen) != 1:
         raise BadInput("run: --record is for one scenario")
+    if board is not None:
+        chosen = [_on_board(scenario, board) for scenario in chosen]
     outcomes = _run(chosen, range(seed, seed + seeds), guests, record)
     failed = [outcome for outcome in outcomes if not outcome.good]
     if json:
@@ -64,6 +69,15 @@ def run(
     else:
         _show(outcomes, seed)
     return verdict(not failed)
+
+
+def _on_board(scenario: "Scenario", board: str) -> "Scenario":
+    from optee.memory.boards import BOARDS
+
+    if board not in BOARDS:
+        raise BadInput(f"run: the board {board!r} is none of {', '.join(BOARDS)}")
+    optee = scenario.machine.optee.model_copy(update={"board": board})
+    return scenario.model_copy(update={"machine": scenario.machine.model_copy(update={"optee": optee})})
 
 
 def _run(scenarios: "list[Scenario]", seeds: range, guests: int | None, record: Path | None) -> "list[Outcome]":

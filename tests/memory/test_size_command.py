@@ -10,7 +10,7 @@ import pytest
 from mediator.cli import run
 from mediator.policies import load_policy
 from mediator.sizing.request import parse_size
-from tests.docs.pages import DOCS, blocks
+from tests.docs.pages import DOCS, blocks, commands
 
 Capture = pytest.CaptureFixture[str]
 
@@ -143,6 +143,14 @@ def test_verification(capsys: Capture) -> None:
     assert "REGISTER_SHM: BAD_PARAMETERS" in capsys.readouterr().out
 
 
+def test_the_page_on_out_of_memory_shows_what_is_printed(capsys: Capture) -> None:
+    page = DOCS / "how-to" / "out-of-memory.md"
+    (line,) = (line for line in commands(page) if "--rsa" in line)
+    assert run(line.split()[1:]) == 1
+    (shown,) = (text for language, text in blocks(page) if language == "text")
+    assert shown.strip() in capsys.readouterr().out
+
+
 def test_log(capsys: Capture, tmp_path: Path) -> None:
     log = tmp_path / "console.txt"
     log.write_text("E/TC:? 0 alloc_pgt:235 18 page tables not available\n")
@@ -196,3 +204,12 @@ def test_mistakes(
 )  # fmt: skip
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
+
+
+def test_a_scenario_on_a_board_that_is_too_small(capsys: Capture) -> None:
+    assert run(["run", "--board", "qemu_armv8a", "hello", "same-cookies"]) == 0
+    capsys.readouterr()
+    assert run(["run", "--board", "qemu_armv8a", "two-hundred-guests"]) == 1
+    out = capsys.readouterr().out
+    assert "OP-TEE has no room for kvm-3: VM_CREATED answered ENOTAVAIL, secure RAM is split for 2 guests" in out
+    assert run(["run", "--board", "pc", "hello"]) == 2
