@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from hv_models.machine import MEDIATOR_BASE, Machine
-from hv_models.memory import PAGE_SIZE
+from hv_models.memory import PAGE_SIZE, PageArray
 from hv_models.pages import Page
 from hv_models.vm import VirtualMachine
 from mediator.core.ledger import Ledger, Limits
@@ -52,6 +52,15 @@ class Host:
         """Sum of the same."""
         found = self.machine.vms.get(VmId(vm))
         return 0 if found is None else found.pins
+
+    def outside_ram(self, vm: int, pas: PageArray) -> PageArray:
+        """Those of the addresses at which no page of the VM's RAM lies."""
+        found = self.machine.vms.get(VmId(vm))
+        for region in () if found is None else found.regions:
+            pas = pas[region.bank.frames.find(pas) < 0]
+            if not len(pas):
+                break
+        return pas
 
     def frame(self, pa: int) -> memoryview:
         """The mediator's page at a physical address; KeyError for any other."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
+from hv_models.memory import PageArray
 from optee.abi.smc import VmId
 
 
@@ -15,6 +16,10 @@ class Host(Protocol):
 
     def pin_count(self, vm: VmId) -> int:
         """Sum of the same."""
+        ...
+
+    def outside_ram(self, vm: VmId, pas: PageArray) -> PageArray:
+        """Those of the addresses at which no page of this VM's RAM lies."""
         ...
 
     def frame(self, pa: int) -> memoryview:

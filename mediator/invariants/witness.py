@@ -346,6 +346,11 @@ class Witness:
             return
         entries = parts[0] if len(parts) == 1 else np.concatenate(parts)
         self.checker.translated += len(entries)
+        # What pin returned may be wrong itself, so the hypervisor is asked as well where the guest's RAM is.
+        strange = self.checker.host.outside_ram(self.vm, entries)
+        if len(strange) and not self.checker.policy.shared_pages:
+            self._untranslated(strange)
+            return
         live = self.memory.pins
         if all(id(pinned) in live for pinned in work.pins):
             made = [pinned.pas for pinned in work.pins]
@@ -354,8 +359,11 @@ class Witness:
         known = np.concatenate([pinned.pas for pinned in live.values()]) if live else np.zeros(0, np.uint64)
         strange = entries[~np.isin(entries, known)]
         if len(strange):
-            self.checker.untranslated += len(strange)
-            self._report(4, "a pinned page of this guest", f"{int(strange[0]):#x}")
+            self._untranslated(strange)
+
+    def _untranslated(self, strange: _Words) -> None:
+        self.checker.untranslated += len(strange)
+        self._report(4, "a pinned page of this guest", f"{int(strange[0]):#x}")
 
     def _entries(self, page: int, left: int) -> list[_Words]:
         parts = []

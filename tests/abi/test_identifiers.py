@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import optee.abi
-from optee.abi import message, results, rpc, smc
+from optee.abi import message, results, rpc, rpmb, smc
 from optee.abi.registers import Named
 
 from .facts import ABI, values
@@ -39,13 +39,22 @@ ENUMERATIONS = {
     results.TaFlag: values(ABI["ta_flags"], skip=["mask"]),
     results.StorageId: ABI["storage_ids"],
 }
+# JEDEC's, not OP-TEE's, but for RpmbOperation, which is the tee-supplicant's.
+OF_EMMC = {
+    rpmb.FrameType: {"PROGRAM_KEY": 1, "READ_COUNTER": 2, "WRITE": 3, "READ": 4, "READ_RESULT": 5},
+    rpmb.FrameResult: dict(
+        zip(("OK", "GENERAL", "AUTHENTICATION", "COUNTER", "ADDRESS", "WRITE", "READ", "NO_KEY"), range(8), strict=True)
+    ),
+    rpmb.RpmbOperation: {"DATA": 0, "DEVICE_INFO": 1},
+}
 # RPC commands have `max_params` among them, a number that is no command.
 del ENUMERATIONS[rpc.RpcCommand]["max_params"]
 
 
-@pytest.mark.parametrize("enumeration", ENUMERATIONS, ids=lambda enumeration: enumeration.__name__)
+@pytest.mark.parametrize("enumeration", ENUMERATIONS | OF_EMMC, ids=lambda enumeration: enumeration.__name__)
 def test_an_enumeration_is_exactly_the_facts(enumeration):
-    assert {name: int(member) for name, member in enumeration.__members__.items()} == ENUMERATIONS[enumeration]
+    facts = (ENUMERATIONS | OF_EMMC)[enumeration]
+    assert {name: int(member) for name, member in enumeration.__members__.items()} == facts
 
 
 def test_no_enumeration_escapes_the_comparison():
@@ -56,7 +65,7 @@ def test_no_enumeration_escapes_the_comparison():
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, IntEnum | IntFlag)
     }
-    assert found - {IntEnum, IntFlag, Named} == {*ENUMERATIONS, smc.Owner}
+    assert found - {IntEnum, IntFlag, Named} == {*ENUMERATIONS, smc.Owner, *OF_EMMC}
 
 
 def test_the_owners_of_trusted_os_calls():
