@@ -29,9 +29,9 @@ FOREIGN_IDS = (0, 1, 2, 3, 4, 5, 0x7FFF, 0xFFFF, 0x10001, 0x10002, 1 << 32 | 1, 
 class Board:
     """Four VMs, kvm and xen in turn, on one machine with OP-TEE."""
 
-    def __init__(self, policy: str = "default", *, checked: bool = True, threads: int = 2) -> None:
+    def __init__(self, policy: str = "default", *, checked: bool = True, threads: int = 2, room: int = 8) -> None:
         self.machine = Machine()
-        self.model = SecureWorld(self.machine.memory, Config(threads=threads))
+        self.model = SecureWorld(self.machine.memory, Config(threads=threads, guests=room))
         self.world = LocalSecureWorld(self.machine, self.model)
         self.core = Mediator(load_policy(policy), self.world)
         self.checker = Checker(self.core, self.world, self.model.threads_held)
@@ -183,9 +183,8 @@ async def test_a_vm_that_was_removed_is_not_handled_any_more(board: Board) -> No
     await board.end()
 
 
-async def test_a_vm_that_optee_has_no_room_for_is_refused(board: Board) -> None:
-    await board.start()
-    board.model.config = Config(threads=2, guests=4)
+async def test_a_vm_that_optee_has_no_room_for_is_refused() -> None:
+    board = await Board(room=4).start()
     vm = board.machine.create_kvm("one-too-many", 1 << 20)
     assert not await board.service.add(vm)
     conduit = InProcessConduit(vm, board.service.mediate)
