@@ -583,3 +583,60 @@ def test_a_guest_for_which_the_host_has_no_memory_is_not_created():
     assert isinstance(step, Reply) and step.regs[0] == ReturnCode.ENOMEM
     assert not mediator.guests and len(pair.world.inbox) == before
     pair.close()
+
+
+@pytest.mark.parametrize("when", ["a fast call", "a yielding call", "an RPC's answer"])
+def test_a_secure_world_that_does_not_answer_isolates_who_asked_it(make, when):
+    """The pages that OP-TEE has by address stay pinned until the host says that nobody touches them any more."""
+    pair = make()
+    pair.errors_expected = True
+    guest = pair.guest()
+    guest.register(guest.tmem(40, cookie=1))
+    if when == "a fast call":
+        step = guest.submit(smc(Function.GET_ASYNC_NOTIF_VALUE))
+    elif when == "a yielding call":
+        step = guest.submit(smc(Function.CALL_WITH_ARG, *to_pair(guest.write(invoke(guest.tmem(2, cookie=2))))))
+    else:
+        pair.world.script.append(interrupt())
+        answer, _ = guest.call(invoke(guest.tmem(2, cookie=2)))
+        step = guest.submit(smc(Function.RETURN_FROM_RPC, 0, 0, answer[3]))
+    held = guest.pins()
+    assert isinstance(step, Forward) and held >= 40
+    reply = pair.note(pair.checker.lost(step.ticket, "it is gone"))
+    assert isinstance(reply, Reply) and reply.regs[0] == NOT_HANDLED
+    assert guest.record.state is GuestState.ISOLATED
+    assert guest.smc(Function.CALLS_UID)[0] == NOT_HANDLED
+    step = pair.note(pair.checker.destroy(guest.id))
+    assert isinstance(step, Forward)
+    reply = pair.note(pair.checker.lost(step.ticket, "it is gone"))
+    assert isinstance(reply, Reply) and reply.regs[0] == ReturnCode.EBUSY
+    assert guest.pins() == held
+    assert [event.detail["why"] for event in pair.events if event.name == "secure_world_fault"] == [
+        "it is gone",
+        "it is gone: pins are kept",
+    ]
+    assert pair.drive(pair.checker.abandon(guest.id))[0] == 0
+    assert guest.pins() == 0 and guest.id not in pair.mediator.guests
+
+
+def test_a_secure_world_that_does_not_answer_a_birth_has_no_such_guest(make):
+    pair = make()
+    pair.errors_expected = True
+    vm = pair.machine.create_kvm("unborn", 1 << 20)
+    step = pair.note(pair.checker.create(vm.client_id, vm))
+    assert isinstance(step, Forward)
+    reply = pair.note(pair.checker.lost(step.ticket, "it is gone"))
+    assert isinstance(reply, Reply) and reply.regs[0] == ReturnCode.ENOTAVAIL
+    assert vm.client_id not in pair.mediator.guests
+
+
+def test_a_guest_that_dies_while_its_call_is_lost_is_answered_all_the_same(make):
+    pair = make()
+    pair.errors_expected = True
+    guest = pair.guest()
+    step = guest.submit(smc(Function.CALL_WITH_ARG, *to_pair(guest.write(invoke(guest.tmem(2, cookie=2))))))
+    assert isinstance(pair.checker.destroy(guest.id), Queue)
+    reply = pair.note(pair.checker.lost(step.ticket, "it is gone"))
+    assert isinstance(reply, Reply) and reply.regs[0] == NOT_HANDLED
+    assert pair.destroy(guest)[0] == 0  # OP-TEE is back, and lets go of it
+    assert guest.pins() == 0

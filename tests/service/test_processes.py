@@ -21,6 +21,7 @@ from mediator.service.serve import Bench
 from mediator.service.summary import Summary
 
 NOTHING_LEFT = {"pages": 0, "calls": 0, "buffers": 0, "rpc_arguments": 0}
+NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 TOP = Path(__file__).parent.parent.parent
 Act = Callable[[Bench], Awaitable[None]]
 
@@ -75,7 +76,7 @@ def test_guests_in_processes_are_served_and_leave_nothing(workload: str) -> None
     assert not any(_alive(guest.process.pid) for guest in bench.guests if guest.process)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(50 if NIGHTLY else 6))
 def test_a_guest_process_that_is_killed_disturbs_nobody(seed: int) -> None:
     """At any moment: the VM is destroyed, everything of it is given back, and the others go on."""
     choose = Random(seed)
