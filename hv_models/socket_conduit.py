@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from math import inf
 from typing import Final
 
 import trio
@@ -40,8 +41,9 @@ class SocketConduit:
         self._vcpus = tuple(trio.Lock() for _ in range(vcpus))
         self._answers: dict[int, Registers] = {}
         self._waiting: dict[int, trio.lowlevel.Task] = {}
-        self._calls = 0
         self._leading = False
+        self._last = 0.0
+        self._rest = trio.CancelScope()
         self._idle = trio.CancelScope()
         self._idling = False
         self._closed = False
@@ -73,7 +75,6 @@ class SocketConduit:
                         await self._link.send(Request.CALL, link.call(vcpu, regs))
             except LinkClosed:
                 raise ConduitClosed(self._why()) from None
-            self._calls += 1
             return await self._answer(vcpu)
         finally:
             lock.release()
@@ -105,6 +106,9 @@ class SocketConduit:
         finally:
             if not self._leading:
                 self._wake(next(iter(self._waiting), None))
+                self._last = trio.current_time()
+                if self._rest.deadline == inf:
+                    self._rest.deadline = self._last + IDLE_SECONDS
         return answer
 
     async def _lead(self) -> None:
@@ -146,10 +150,7 @@ class SocketConduit:
         """Take what the mediator sends while no call is under way, until it ends the link."""
         try:
             while not self._closed:
-                calls = -1
-                while self._leading or calls != self._calls:  # those who wait for answers take the rest as well
-                    calls = self._calls
-                    await trio.sleep(IDLE_SECONDS)
+                await self._quiet()
                 with trio.CancelScope() as self._idle:
                     self._idling = True
                     await self._link.readable()
@@ -164,10 +165,17 @@ class SocketConduit:
         finally:
             self._end()
 
+    async def _quiet(self) -> None:
+        """Wait until nobody receives who waits for an answer, and nobody did for a while."""
+        while self._leading or trio.current_time() < self._last + IDLE_SECONDS:
+            with trio.CancelScope(deadline=inf if self._leading else self._last + IDLE_SECONDS) as self._rest:
+                await trio.sleep_forever()
+
     def _end(self) -> None:
         """Nothing comes any more."""
         self._closed = True
         self._idle.cancel()
+        self._rest.cancel()
         for vcpu in list(self._waiting):
             self._wake(vcpu)
         self._interrupted.unpark_all()
