@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from mediator.conformance import vectors as v
-from mediator.conformance.intended import Declaration, declarations
-from mediator.conformance.run import Facts, Observed, Run
+from mediator.conformance.facts import Facts
+from mediator.conformance.intended import Declaration, Difference, declarations
+from mediator.conformance.run import Observed, Run
 from mediator.core.policy import Policy
 from mediator.invariants import Violation
 from optee.abi.message import OFFSET_RET
@@ -18,15 +19,6 @@ _STATE: Final = frozenset(
 )
 _YIELDING: Final = (Function.CALL_WITH_ARG, Function.RETURN_FROM_RPC)
 _COMPARED_STATE: Final = ("call_count", "quota_pages", "quota_bufs", "rpc_bufs")
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """One field of one step that is not as recorded."""
-
-    field: str
-    expected: Any
-    got: Any
 
 
 @dataclass(slots=True)
@@ -66,7 +58,8 @@ class _Extra:
     """What the recorded mediator still holds of a domain and ours, by a rule, does not."""
 
     rule: str
-    cookie: int | None
+    cookies: frozenset[int]
+    buffers: int
     pages: int
     pins: Counter[str]
 
@@ -88,7 +81,8 @@ class _Comparison:
         observed: list[dict[str, Any]] = []
         try:
             for index, (recorded, ours) in enumerate(zip(self.vector.steps, run.steps(), strict=True)):
-                self._step(index, recorded, ours)
+                if self._step(index, recorded, ours):
+                    run.adopt()
                 if observe:
                     observed.append(ours.step.model_dump(mode="json", exclude_none=True))
             run.checker.finish(memory=True)
@@ -98,35 +92,37 @@ class _Comparison:
         if observe:
             self.report.observed.append({**self.vector.model_dump(mode="json", exclude={"steps"}), "steps": observed})
 
-    def _step(self, index: int, recorded: v.Step, ours: Observed) -> None:
+    def _step(self, index: int, recorded: v.Step, ours: Observed) -> bool:
+        """Compare a step; whether everything that differs is declared, or not to be compared."""
         report = self.report
         report.steps += 1
-        differences = list(_differences(recorded, ours))
+        found = list(differences(recorded, ours))
         if isinstance(recorded, v.Relinquish) and isinstance(ours.step, v.Relinquish):
-            differences = list(self._relinquish(index, recorded, ours.step))
+            found = list(self._relinquish(index, recorded, ours.step))
         domain = getattr(recorded, "domain", None)
         rules: list[str] = []
         known = domain is not None and (domain in self.diverged or bool(self.extras.get(domain)))
-        if differences and domain is not None and self.extras.get(domain):
-            differences, rules = self._without_extras(domain, recorded, ours, differences)
-        if not differences:
+        if found and domain is not None and self.extras.get(domain):
+            found, rules = self._without_extras(domain, recorded, ours, found)
+        if not found:
             if rules:
                 report.intended[rules[0]] += 1
             else:
                 report.agree += 1
-            return
+            return True
         left = []
-        for difference in differences:
-            kind = next((k for k in self.kinds if k.covers(recorded.op, ours.facts, difference.field)), None)
+        kinds: list[Declaration] = []
+        for difference in found:
+            kind = next((kind for kind in self.kinds if kind.covers(recorded.op, ours.facts, difference)), None)
             if kind is None:
                 left.append(difference)
-                continue
-            rules.insert(0, kind.rule)
-            self._remember(kind, domain, recorded, ours, difference)
+            else:
+                kinds.append(kind)
+        rules = [kind.rule for kind in kinds] + rules
+        if domain is not None and kinds:
+            self._remember(kinds, domain, recorded, ours, found)
         if not left:
             report.intended[rules[0]] += 1
-            if domain is not None and not self.extras.get(domain) and any(d.field in _STATE for d in differences):
-                self.diverged.add(domain)
         elif (
             known
             and domain is not None
@@ -147,45 +143,67 @@ class _Comparison:
                         "got": difference.got,
                     }
                 )
+            return False
+        return True
 
     def _remember(
-        self, kind: Declaration, domain: int | None, recorded: v.Step, ours: Observed, difference: Difference
+        self, kinds: list[Declaration], domain: int, recorded: v.Step, ours: Observed, found: list[Difference]
     ) -> None:
-        """Note what the recorded mediator keeps, from the first difference that shows it."""
-        if kind.holds == "nothing" or domain is None:
-            return
+        """Note what is different from now on: what the recorded mediator keeps, or everything about this domain."""
+        if any(kind.holds == "another story" for kind in kinds):
+            self.diverged.add(domain)
+        elif any(difference.field in _STATE for difference in found):
+            rule = next((kind.rule for kind in kinds if kind.holds == "leftovers"), None)
+            if rule is None or not self._keep(rule, domain, recorded, ours):
+                self.diverged.add(domain)
+
+    def _keep(self, rule: str, domain: int, recorded: v.Step, ours: Observed) -> bool:
+        """What the recorded mediator has more than ours; False if ours has something that it has not."""
         assert isinstance(recorded, v.Smc) and isinstance(ours.step, v.Smc)
-        extras = self.extras.setdefault(domain, [])
         theirs, mine = recorded.out.state, ours.step.out.state
-        assert theirs is not None and mine is not None
-        if kind.holds == "quota_pages" and difference.field == "state.quota_pages":
-            known = sum(extra.pages for extra in extras)
-            extras.append(_Extra(kind.rule, None, theirs.quota_pages - mine.quota_pages - known, Counter()))
-        elif kind.holds == "buffer" and difference.field == "state.shm_bufs":
-            known_cookies = {extra.cookie for extra in extras} | {buffer.cookie for buffer in mine.shm_bufs}
-            pins = Counter(recorded.out.pins.get(str(domain), {}))
-            pins.subtract(ours.step.out.pins.get(str(domain), {}))
-            for extra in extras:
-                pins.subtract(extra.pins)
-            for buffer in theirs.shm_bufs:
-                if buffer.cookie not in known_cookies:
-                    extras.append(_Extra(kind.rule, buffer.cookie, buffer.pages, +pins))
+        if theirs is None or mine is None:
+            return False
+        extras = self.extras.setdefault(domain, [])
+        pins = Counter(_gfns(recorded.out.pins, domain))
+        pins.subtract(_gfns(ours.step.out.pins, domain))
+        cookies = {buffer.cookie for buffer in theirs.shm_bufs}
+        own = {buffer.cookie for buffer in mine.shm_bufs}
+        pages, buffers = theirs.quota_pages - mine.quota_pages, theirs.quota_bufs - mine.quota_bufs
+        for extra in extras:
+            pins.subtract(extra.pins)
+            own |= extra.cookies
+            pages -= extra.pages
+            buffers -= extra.buffers
+        others = (theirs.call_count, theirs.rpc_bufs) != (mine.call_count, mine.rpc_bufs)
+        if others or own - cookies or pages < 0 or buffers < 0 or min(pins.values(), default=0) < 0:
+            return False
+        both = [
+            {buffer.cookie: buffer.has_page_list for buffer in state.shm_bufs if buffer.cookie not in cookies - own}
+            for state in (theirs, mine)
+        ]
+        if cookies - own or buffers or pages or any(pins.values()):
+            extras.append(_Extra(rule, frozenset(cookies - own), buffers, pages, +pins))
+        return all(both[0].get(cookie, held) == held for cookie, held in both[1].items())
 
     def _without_extras(
-        self, domain: int, recorded: v.Step, ours: Observed, differences: list[Difference]
+        self, domain: int, recorded: v.Step, ours: Observed, found: list[Difference]
     ) -> tuple[list[Difference], list[str]]:
         """Take from the record what it holds by a known difference; what is left is new."""
         if not isinstance(recorded, v.Smc) or not isinstance(ours.step, v.Smc):
-            return differences, []
+            return found, []
         state = recorded.out.state
         extras = self.extras[domain]
+        before = list(extras)
         if state is not None:
             held = {buffer.cookie for buffer in state.shm_bufs}
-            extras[:] = [extra for extra in extras if extra.cookie is None or extra.cookie in held]
+            if any(0 < len(extra.cookies & held) < len(extra.cookies) for extra in extras):
+                self.diverged.add(domain)
+            extras[:] = [extra for extra in extras if not extra.cookies or extra.cookies <= held]
         rules = [extra.rule for extra in extras]
         left = []
-        for difference in differences:
-            adjusted = _subtract(extras, difference.field, difference.expected)
+        for difference in found:
+            during = difference.field.endswith("pins_during")
+            adjusted = _subtract(before if during else extras, difference.field, difference.expected)
             if adjusted != difference.got:
                 left.append(Difference(difference.field, adjusted, difference.got))
         return left, rules
@@ -240,7 +258,9 @@ def _follows(difference: Difference, facts: Facts) -> bool:
     Such a thing counts against quotas, occupies a cookie or a thread. It changes neither who handles a call, nor
     any fast call, nor the function and client id of what is forwarded.
     """
-    if facts.function not in _YIELDING or difference.field == "handled":
+    if facts.function not in _YIELDING:
+        return difference.field in _STATE or difference.field.endswith(".pins_during")
+    if difference.field == "handled":
         return False
     if difference.field.endswith("].regs"):
         expected, got = difference.expected, difference.got
@@ -257,14 +277,15 @@ def _subtract(extras: list[_Extra], name: str, expected: Any) -> Any:
     if name == "state.quota_pages":
         return expected - sum(extra.pages for extra in extras)
     if name == "state.quota_bufs":
-        return expected - sum(extra.cookie is not None for extra in extras)
+        return expected - sum(extra.buffers for extra in extras)
     if name == "state.shm_bufs":
-        cookies = {hex(extra.cookie) for extra in extras if extra.cookie is not None}
+        cookies = {hex(cookie) for extra in extras for cookie in extra.cookies}
         return [buffer for buffer in expected if buffer[0] not in cookies]
     return expected
 
 
-def _differences(recorded: v.Step, ours: Observed) -> Iterator[Difference]:
+def differences(recorded: v.Step, ours: Observed) -> Iterator[Difference]:
+    """What of a step is not as recorded, as far as it is compared; a relinquish is compared with its whole run."""
     done = ours.step
     if isinstance(recorded, v.Probe) and isinstance(done, v.Probe):
         yield from _field("result", recorded.out.result, done.out.result)
@@ -275,7 +296,7 @@ def _differences(recorded: v.Step, ours: Observed) -> Iterator[Difference]:
     elif isinstance(recorded, v.Smc) and isinstance(done, v.Smc):
         theirs, mine = recorded.out, done.out
         yield from _field("handled", theirs.handled, mine.handled)
-        if theirs.handled and mine.handled:
+        if theirs.handled == mine.handled:
             yield from _field("regs", _hexes(theirs.regs), _hexes(mine.regs))
         yield from _forwards(theirs.forwarded, mine.forwarded, recorded.domain)
         if ours.memory is not None:
@@ -304,10 +325,12 @@ def _pins(
     name: str, expected: dict[str, dict[str, int]], got: dict[str, dict[str, int]], domain: int
 ) -> Iterator[Difference]:
     """Pins of the calling domain, by guest frame."""
-    theirs, mine = (
-        {hex(int(gfn, 16)): count for gfn, count in pins.get(str(domain), {}).items()} for pins in (expected, got)
-    )
-    yield from _field(name, theirs, mine)
+    yield from _field(name, _gfns(expected, domain), _gfns(got, domain))
+
+
+def _gfns(pins: dict[str, dict[str, int]], domain: int) -> dict[str, int]:
+    """One domain's pins, the frames written in one way."""
+    return {hex(int(gfn, 16)): count for gfn, count in pins.get(str(domain), {}).items()}
 
 
 def _forwards(expected: list[v.Forwarded], got: list[v.Forwarded], domain: int | None) -> Iterator[Difference]:

@@ -44,34 +44,69 @@ class Countdown:
 
 
 class VectorMemory:
-    """A domain's memory as the mediator reaches it, with flips just before look-ups."""
+    """A domain's memory as the mediator reaches it, with flips just before look-ups.
+
+    resuming: the guest answers an RPC. The rest is what was met since `begin`: a page list with an unaligned address,
+    a page at IPA 0, a reply that could not be read or changed before a second look, IPAs that could not be written;
+    and `message`, the bytes of the message or reply that were read.
+    """
 
     def __init__(self, vm: VirtualMachine) -> None:
         self.vm = vm
         self.flips: dict[int, list[tuple[Countdown, Flip]]] = {}
+        self.resuming = self.unaligned = self.null = self.unreadable = self.changed_between = False
+        self.unwritable: list[int] = []
+        self.message: bytes | None = None
 
-    def look_up(self, gfn: int) -> None:
-        """Count a stage-2 look-up of a page; flips that wait for it happen now."""
+    def begin(self, *, resuming: bool) -> None:
+        """A call of the guest begins."""
+        self.resuming = resuming
+        self.unaligned = self.null = self.unreadable = self.changed_between = False
+        self.unwritable.clear()
+        self.message = None
+
+    def look_up(self, gfn: int) -> bool:
+        """Count a stage-2 look-up of a page; flips that wait for it happen now. Whether any did."""
+        happened = False
         for countdown, flip in self.flips.get(gfn, ()):
             if countdown.due():
+                happened = True
                 value = flip.value & (1 << 8 * flip.size) - 1
                 poke(self.vm, gfn << PAGE_SHIFT, flip.offset, value.to_bytes(flip.size, "little"))
+        return happened
 
     def read(self, ipa: int, size: int, *, writable: bool = False) -> bytes:
-        """See `GuestMemory`."""
+        """See `GuestMemory`. The recorded mediator looks twice at an RPC reply, at its header and at the whole."""
         self.look_up(ipa >> PAGE_SHIFT)
-        return self.vm.read(ipa, size, writable=writable)
+        reply = self.resuming and not writable
+        try:
+            data = self.vm.read(ipa, size, writable=writable)
+        except Stage2Fault:
+            self.unreadable |= reply
+            raise
+        if not writable:
+            self.message = data
+        if reply:
+            self.changed_between |= self.look_up(ipa >> PAGE_SHIFT)
+        return data
 
     def write_fields(self, ipa: int, data: bytes, fields: Sequence[slice]) -> None:
         """See `GuestMemory`."""
         self.look_up(ipa >> PAGE_SHIFT)
-        self.vm.write_fields(ipa, data, fields)
+        try:
+            self.vm.write_fields(ipa, data, fields)
+        except Stage2Fault:
+            self.unwritable.append(ipa)
+            raise
 
     def pin(self, ipas: npt.NDArray[np.uint64]) -> Pinned:
-        """See `GuestMemory`."""
+        """See `GuestMemory`. Pages are looked up one after the other, to the first that cannot be had."""
+        self.unaligned |= bool(np.any(ipas & np.uint64(PAGE_MASK)))
+        self.null |= not ipas.all()
         if self.flips:
-            for ipa in ipas.tolist():
+            for number, ipa in enumerate(ipas.tolist()):
                 self.look_up(ipa >> PAGE_SHIFT)
+                self.vm.unpin(self.vm.pin(ipas[number : number + 1]))
         return self.vm.pin(ipas)
 
     def unpin(self, pinned: Pinned) -> None:
@@ -197,6 +232,13 @@ class VectorMachine(Host):
     def image(self, domain: int) -> bytes:
         """All bytes of a domain's RAM, page by page."""
         return b"".join(ram.read(ram.base, ram.size) for ram in self.vms[domain].ram)
+
+    def restore(self, domain: int, image: bytes) -> None:
+        """Give a domain's RAM these bytes."""
+        at = 0
+        for ram in self.vms[domain].ram:
+            ram.write(ram.base, image[at : at + ram.size])
+            at += ram.size
 
     def gfn_pins(self, domain: int) -> dict[int, int]:
         """References by guest frame."""

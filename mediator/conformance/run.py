@@ -5,30 +5,32 @@ be written as a vector file.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
 
 from hv_models.memory import PAGE_SHIFT, PAGE_SIZE
+from hv_models.stage2 import Stage2Fault
 from mediator.conformance import vectors as v
-from mediator.conformance.machine import VectorMachine
+from mediator.conformance.facts import TMEM, Facts, decides, lists_named, note_message, note_parameters, strays, within
+from mediator.conformance.machine import VectorMachine, VectorMemory
 from mediator.core.mediator import Mediator
 from mediator.core.policy import Policy
 from mediator.core.records import Call
 from mediator.core.states import BufferState, GuestState
-from mediator.core.steps import Forward, Preempt, Queue, Regs, Reply, Step, Ticket
+from mediator.core.steps import RPC_UNDELIVERED, Forward, Preempt, Queue, Regs, Reply, Step, Ticket
 from mediator.invariants import Checker
 from optee.abi.message import (
     ENTRIES_PER_PAGE,
     HEADER,
     HEADER_SIZE,
     NONCONTIG,
+    OFFSET_RET,
     PARAM,
     PARAM_SIZE,
     TYPE_MASK,
     Command,
-    ParamType,
     list_pages,
     page_count,
 )
@@ -39,35 +41,16 @@ NOT_HANDLED: Final = 0xFFFFFFFFFFFFFFFF
 ENOMEM: Final = -12
 ENODEV: Final = -19
 _RC: Final = {0: 0, 6: ENOMEM}
-_TMEM: Final = range(int(ParamType.TMEM_INPUT), int(ParamType.TMEM_INOUT) + 1)
 _RESUMES: Final = {
     RpcReturn.ALLOC: "ALLOC",
     RpcReturn.CMD: "CMD",
     RpcReturn.FOREIGN_INTR: "INTR",
     RpcReturn.FREE: "FREE",
 }
-_VALUE_OUTPUTS: Final = (ParamType.VALUE_OUTPUT, ParamType.VALUE_INOUT)
-_SIZE_OUTPUTS: Final = (ParamType.RMEM_OUTPUT, ParamType.RMEM_INOUT, ParamType.TMEM_OUTPUT, ParamType.TMEM_INOUT)
 _NO_ANSWER: Final = (0, 0, 0, 0)
+_RESULT: Final = frozenset(range(OFFSET_RET, OFFSET_RET + 4))
 _MERGE: Final = 8
 """Changed runs that are closer than this are written as one, as in the recorded files."""
-
-
-@dataclass(slots=True)
-class Facts:
-    """What a declaration of an intended difference may ask about a step."""
-
-    function: int = 0
-    command: int | None = None
-    attributes: tuple[int, ...] = ()
-    pointers: tuple[int, ...] = ()
-    cookies: tuple[int, ...] = ()
-    final_answer: int | None = None
-    asked_free: bool = False
-    reply_strays: bool = False
-    """An RPC reply differs from the saved request in more than what normal world may write."""
-    names_another_calls_buffer: bool = False
-    """An UNREGISTER_SHM that succeeded, or a SHM_FREE, names a buffer that a live call made for itself."""
 
 
 @dataclass(slots=True)
@@ -80,6 +63,22 @@ class Observed:
     """The first guest bytes that are not as recorded: (recorded, ours)."""
 
 
+@dataclass(slots=True)
+class _Sent:
+    """A message that is with OP-TEE: where, and what of it OP-TEE has written.
+
+    decisive: ranges that decide what is done with it; null_cookies: of temporary references without a buffer; own: the
+    guest's word where `ret` stands; result: offsets of it that OP-TEE wrote.
+    """
+
+    pa: int
+    own: bytes
+    decisive: list[tuple[int, int]]
+    null_cookies: list[int]
+    result: set[int] = field(default_factory=set)
+    rewritten: bool = False
+
+
 class Run:
     """One vector on a machine of its own."""
 
@@ -90,14 +89,22 @@ class Run:
         self.mediator = Mediator(policy, self.machine, self.machine.ledger)
         self.checker = Checker(self.mediator, self.machine)
         self.extra_forwards = 0
-        self._names: dict[int, str] = {}
-        self._shadows: dict[str, int] = {}
+        self._shadows: dict[str, _Sent] = {}
+        self._sent = 0
+        self._request: bytes | None = None
+        self._dying: set[int] = set()
+        self._recorded: dict[int, bytes] = {}
         self._facts = Facts()
         self._serving = VmId(0)
 
     def close(self) -> None:
         """Give back the machine."""
         self.machine.close()
+
+    def adopt(self) -> None:
+        """Leave guests with the memory that was recorded: what they do next follows from what they found there."""
+        for domain, image in self._recorded.items():
+            self.machine.restore(domain, image)
 
     def steps(self) -> Iterator[Observed]:
         """Do one step after the other."""
@@ -131,15 +138,18 @@ class Run:
         return v.Create(op="create", domain=step.domain, out=v.CreateOut(rc=rc, forwarded=forwarded))
 
     def _smc(self, step: v.Smc) -> Observed:
-        self.machine.memory(step.domain)
+        memory = self.machine.memory(step.domain)
+        memory.begin(resuming=step.regs[0] & 0xFFFFFFFF == Function.RETURN_FROM_RPC)
         for write in step.mem_writes:
             self.machine.write(step.domain, write)
         before = {domain: self.machine.image(domain) for domain in self.machine.vms}
-        self._look_at_message(step)
+        self._recorded = {}
+        self._look_at_call(step)
         request = self.checker.submit(VmId(step.domain + 1), 0, tuple(step.regs))
         reply, forwarded = self._drive(request, step.out.forwarded, step.domain)
         regs = list(step.regs) if reply is None else list(reply.regs)
         handled = regs[0] != NOT_HANDLED
+        self._look_back(step, memory, reply, forwarded)
         changes: list[v.Change] = []
         difference = None
         for domain, old in before.items():
@@ -151,8 +161,10 @@ class Run:
             for change in step.out.mem_changes:
                 if change.domain == domain and base <= change.ipa < base + len(old):
                     expected[change.ipa - base : change.ipa - base + len(change.hex)] = change.hex
-            if expected != new and difference is None:
-                difference = _first(base, bytes(expected), new)
+            if expected != new:
+                difference = difference or _first(base, bytes(expected), new)
+                self._facts.differing += _runs(base, expected, new)
+                self._recorded[domain] = bytes(expected)
         out = v.SmcOut(
             handled=handled,
             regs=regs if handled else [NOT_HANDLED, *step.regs[1:]],
@@ -173,6 +185,7 @@ class Run:
             # The host's word: a scripted secure world touches nothing.
             reply, _ = self._drive(self.checker.abandon(vm), [], None)
         rc = 0 if reply is not None and reply.regs[0] == 0 else -85
+        (self._dying.discard if step.out.rc == 0 else self._dying.add)(step.domain)
         return v.Relinquish(
             op="relinquish",
             domain=step.domain,
@@ -189,7 +202,10 @@ class Run:
     ) -> tuple[Reply | None, list[v.Forwarded]]:
         """Give the recorded answers in order until the request is answered; None if it must come again."""
         done: list[v.Forwarded] = []
-        while not isinstance(step, Reply):
+        while True:
+            self._facts.not_delivered |= any(event.name == RPC_UNDELIVERED for event in step.events)
+            if isinstance(step, Reply):
+                break
             if isinstance(step, Queue):
                 return None, done
             if isinstance(step, Preempt):
@@ -220,11 +236,17 @@ class Run:
         resumes: str | None = None
         guest = None if domain is None else self.mediator.guests.get(VmId(domain + 1))
         if guest is not None and regs[0] == Function.CALL_WITH_ARG:
-            name = symbol if symbol is not None and symbol.startswith("arg:") else f"arg:{len(self._shadows)}"
-            self._names[pa] = name
-            self._shadows[name] = pa
+            name = symbol if symbol is not None and symbol.startswith("arg:") else f"arg:{self._sent}"
+            self._sent += 1
             sym["a1:a2"] = name
             arg = self._shadow(pa)
+            params = list(PARAM.iter_unpack(arg.hex[HEADER_SIZE:]))
+            null = [
+                cookie
+                for index, (attribute, _, _, cookie) in enumerate(params)
+                if attribute & TYPE_MASK in TMEM and index not in arg.translated
+            ]
+            self._shadows[name] = _Sent(pa, self._own_result(domain), decides(arg.hex), null)
         elif guest is not None and regs[0] == Function.RETURN_FROM_RPC:
             call = step.ticket
             assert isinstance(call, Call)
@@ -248,6 +270,10 @@ class Run:
             answer=v.Answer(ret=list(_NO_ANSWER)) if record is None else record.answer,
         )
 
+    def _own_result(self, domain: int | None) -> bytes:
+        message = None if domain is None else self.machine.memory(domain).message
+        return bytes(4) if message is None else message[OFFSET_RET : OFFSET_RET + 4]
+
     def _shadow(self, pa: int) -> v.Shadow:
         """A message or RPC argument as the secure world sees it."""
         frame = self.machine.machine.memory.frame(pa)
@@ -256,7 +282,7 @@ class Run:
         data = bytearray(frame[:size])
         lists: dict[int, v.Translated] = {}
         for index, (attribute, pointer, length, _) in enumerate(PARAM.iter_unpack(bytes(data[HEADER_SIZE:]))):
-            if attribute & TYPE_MASK in _TMEM and attribute & NONCONTIG and pointer:
+            if attribute & TYPE_MASK in TMEM and attribute & NONCONTIG and pointer:
                 offset = pointer & (PAGE_SIZE - 1)
                 pages = page_count(length, offset)
                 at = HEADER_SIZE + PARAM_SIZE * index + 8
@@ -288,11 +314,16 @@ class Run:
         """What the scripted secure world writes before it answers."""
         for target, offset, data in answer.writes:
             kind, _, rest = target.partition(":")
-            pa = self._shadows.get(target)
-            if kind == "rpc":
-                pa = self._argument(int(rest, 16))
-            if pa is not None:
-                self.machine.machine.memory.frame(pa)[offset : offset + len(data)] = data
+            sent = self._shadows.get(target)
+            pa = self._argument(int(rest, 16)) if kind == "rpc" else None if sent is None else sent.pa
+            if pa is None:
+                continue
+            frame = self.machine.machine.memory.frame(pa)
+            if sent is not None:
+                sent.result |= set(range(offset, offset + len(data))) & _RESULT
+                changed = (at for at, byte in enumerate(data, offset) if frame[at] != byte)
+                sent.rewritten |= any(within(at, sent.decisive) for at in changed)
+            frame[offset : offset + len(data)] = data
 
     def _argument(self, cookie: int) -> int | None:
         """Our page for an RPC argument of the guest that is being served."""
@@ -302,43 +333,82 @@ class Run:
 
     # Facts for declarations
 
-    def _look_at_message(self, step: v.Smc) -> None:
+    def _look_at_call(self, step: v.Smc) -> None:
         facts = self._facts
         self._serving = VmId(step.domain + 1)
+        self._request = None
         facts.function = step.regs[0] & 0xFFFFFFFF
+        facts.words = tuple(step.regs)
+        facts.dying = step.domain in self._dying
         guest = self.mediator.guests.get(VmId(step.domain + 1))
         if guest is None:
             return
+        pair = (step.regs[1] & 0xFFFFFFFF) << 32 | step.regs[2] & 0xFFFFFFFF
         if facts.function == Function.RETURN_FROM_RPC:
             call = guest.suspended.get(ThreadId(step.regs[3] & 0xFFFFFFFF))
             if call is not None:
                 facts.command = call.command
+                facts.message = call.ipa
                 if call.argument is not None and call.rpc == RpcReturn.CMD:
-                    reply = self._guest_bytes(step.domain, call.argument.ipa, PAGE_SIZE)
-                    facts.reply_strays = reply is not None and _strays(bytes(call.argument.page.view), reply)
+                    facts.other_cookie = pair != call.argument.cookie
+                    self._request = bytes(call.argument.page.view)
+                    self._look_at_reply(self._guest_bytes(step.domain, call.argument.ipa, PAGE_SIZE))
         elif facts.function == Function.CALL_WITH_ARG:
-            ipa = (step.regs[1] & 0xFFFFFFFF) << 32 | step.regs[2] & 0xFFFFFFFF
-            data = self._guest_bytes(step.domain, ipa, PAGE_SIZE)
+            facts.message = pair
+            data = self._guest_bytes(step.domain, pair, PAGE_SIZE)
             if data is not None:
-                header = HEADER.unpack_from(data)
-                facts.command = header[0]
-                params = list(PARAM.iter_unpack(data[HEADER_SIZE:][: PARAM_SIZE * min(header[7], 127)]))
-                facts.attributes = tuple(param[0] for param in params)
-                facts.pointers = tuple(param[1] for param in params)
-                facts.cookies = tuple(param[3] for param in params)
+                note_message(facts, data)
+
+    def _look_back(self, step: v.Smc, memory: VectorMemory, reply: Reply | None, forwarded: list[v.Forwarded]) -> None:
+        facts = self._facts
+        if memory.message is not None and facts.function == Function.CALL_WITH_ARG:
+            note_message(facts, memory.message)
+        elif memory.message is not None and self._request is not None and len(memory.message) >= HEADER_SIZE:
+            self._look_at_reply(memory.message.ljust(PAGE_SIZE, b"\0"))
+        rejected = reply is not None and reply.regs[0] == 0 and not forwarded
+        facts.refused_list = rejected and facts.function == Function.CALL_WITH_ARG and lists_named(facts) > 0
+        facts.unaligned, facts.null_page = memory.unaligned, memory.null
+        facts.unreadable_reply, facts.changed_between = memory.unreadable, memory.changed_between
+        own = None if facts.message is None else facts.message >> PAGE_SHIFT
+        facts.not_written_back = any(ipa >> PAGE_SHIFT == own for ipa in memory.unwritable)
+        facts.not_delivered |= any(ipa >> PAGE_SHIFT != own for ipa in memory.unwritable)
+        guest = self.mediator.guests.get(VmId(step.domain + 1))
+        facts.isolated = guest is not None and guest.state is GuestState.ISOLATED
+
+    def _look_at_reply(self, reply: bytes | None) -> None:
+        facts, request = self._facts, self._request
+        assert request is not None
+        facts.reply_strays = reply is not None and strays(request, reply)
+        commands = {HEADER.unpack_from(data)[0] for data in (request, reply) if data is not None}
+        facts.answers_shm_alloc = RpcCommand.SHM_ALLOC in commands
+        if reply is not None and facts.answers_shm_alloc:
+            note_parameters(facts, reply)
 
     def _guest_bytes(self, domain: int, ipa: int, size: int) -> bytes | None:
-        vm = self.machine.vms[domain]
-        for ram in vm.ram:
-            if ram.base <= ipa and ipa + size <= ram.base + ram.size:
-                return ram.read(ipa, size)
-        return None
+        try:
+            return self.machine.vms[domain].read(ipa, size)
+        except Stage2Fault:
+            return None
 
     def _note(self, ticket: Ticket, answer: Regs) -> None:
         a0 = answer[0] & 0xFFFFFFFF
+        facts = self._facts
         if isinstance(ticket, Call) and (a0 >> 16 != 0xFFFF or a0 == 0xFFFFFFFF):
-            self._facts.final_answer = a0
-            self._facts.command = ticket.command
+            facts.final_answer = a0
+            facts.command = ticket.command
+            facts.message = ticket.ipa
+            shadow = ticket.shadow
+            latest = reversed(self._shadows.values())  # a page may have been that of a call whose domain ended
+            sent = next((sent for sent in latest if shadow is not None and sent.pa == shadow.pa), None)
+            if sent is not None:
+                facts.result_left = a0 == 0 and sent.result != _RESULT
+                facts.rewritten = sent.rewritten
+                left = bytearray(self.machine.machine.memory.frame(sent.pa))
+                for at in _RESULT - sent.result:
+                    left[at] = sent.own[at - OFFSET_RET]
+                facts.left = bytes(left)
+                facts.null_names_buffer = any(Cookie(each) in ticket.guest.buffers for each in sent.null_cookies)
+                self._shadows = {name: each for name, each in self._shadows.items() if each is not sent}
             if ticket.command is Command.UNREGISTER_SHM and a0 == 0:
                 self._look_at_name(ticket, ticket.cookie)
         elif isinstance(ticket, Call) and a0 == RpcReturn.CMD:
@@ -373,25 +443,6 @@ class Run:
         )
 
 
-def _strays(request: bytes, reply: bytes) -> bool:
-    """Whether a reply changes more than ret, ret_origin, output values and sizes (for SHM_ALLOC: its parameter)."""
-    asked, answered = HEADER.unpack_from(request), HEADER.unpack_from(reply)
-    if asked[:5] != answered[:5] or asked[7] != answered[7]:
-        return True
-    if asked[0] == RpcCommand.SHM_ALLOC and answered[5] == 0:
-        return bool(asked[7] != 1 or PARAM.unpack_from(reply, HEADER_SIZE)[0] != ParamType.TMEM_OUTPUT | NONCONTIG)
-    for at in range(HEADER_SIZE, HEADER_SIZE + PARAM_SIZE * asked[7], PARAM_SIZE):
-        before, after = PARAM.unpack_from(request, at), PARAM.unpack_from(reply, at)
-        kind = before[0] & TYPE_MASK
-        if kind in _VALUE_OUTPUTS:
-            before, after = before[:1], after[:1]
-        elif kind in _SIZE_OUTPUTS:
-            before, after = (*before[:2], before[3]), (*after[:2], after[3])
-        if before != after:
-            return True
-    return False
-
-
 def _changes(domain: int, base: int, old: bytes, new: bytes) -> Iterator[v.Change]:
     """Runs of bytes that differ; runs that are close together are one."""
     differing = np.flatnonzero(np.frombuffer(old, np.uint8) != np.frombuffer(new, np.uint8))
@@ -402,6 +453,13 @@ def _changes(domain: int, base: int, old: bytes, new: bytes) -> Iterator[v.Chang
     ends = [*differing[gaps].tolist(), int(differing[-1])]
     for start, end in zip(starts, ends, strict=True):
         yield v.Change(domain=domain, ipa=base + start, hex=new[start : end + 1])
+
+
+def _runs(base: int, expected: bytes | bytearray, got: bytes) -> list[tuple[int, bytes]]:
+    """Runs of bytes that differ: the IPA of the first, and what was expected."""
+    differing = np.flatnonzero(np.frombuffer(expected, np.uint8) != np.frombuffer(got, np.uint8))
+    cuts = np.flatnonzero(np.diff(differing) > 1) + 1
+    return [(base + int(run[0]), bytes(expected[int(run[0]) : int(run[-1]) + 1])) for run in np.split(differing, cuts)]
 
 
 def _first(base: int, expected: bytes, got: bytes) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     ValidationError,
+    ValidationInfo,
     field_validator,
 )
 
@@ -115,7 +116,7 @@ class Translated(_Model):
     """A page list as the secure world sees it."""
 
     offset: Annotated[int, Field(ge=0, lt=4096)]
-    n_pages_from_size: Count = 0
+    n_pages_from_size: U64 = 0
     list_pages: Count = 0
     pages: list[tuple[int, Gfn]]
 
@@ -292,6 +293,15 @@ class Document(_Model):
 
     format: Literal["xen-optee-mediator-vectors/1"]
     vectors: Annotated[list[Vector], Field(min_length=1)]
+    count: Count | None = None
+
+    @field_validator("count")
+    @classmethod
+    def _counted(cls, count: int | None, info: ValidationInfo) -> int | None:
+        vectors = info.data.get("vectors")
+        if count is not None and vectors is not None and count != len(vectors):
+            raise ValueError(f"{count} vectors are announced, there are {len(vectors)}")
+        return count
 
 
 def read_json(path: Path) -> Any:

@@ -3,19 +3,20 @@
 import pytest
 
 from mediator.conformance import intended
-from mediator.conformance.intended import CONDITIONS, Declaration, declarations
-from mediator.conformance.run import Facts
+from mediator.conformance.facts import Facts
+from mediator.conformance.intended import CONDITIONS, Declaration, Difference, declarations
 from mediator.documents import DocumentError, load_document
 from optee.abi.message import Command
 from optee.abi.smc import Function
 
+PINS = Difference("pins", {}, {"0x40000": 1})
 GOOD = """\
 - rule: R11
   step: smc
   functions: [CALL_WITH_ARG]
   fields: [pins]
   condition: register_refused_in_a0
-  holds: buffer
+  holds: leftovers
   why: because
 """
 
@@ -41,7 +42,7 @@ def test_the_good_one_is_good() -> None:
         ("[CALL_WITH_ARG]", "CALL_WITH_ARG", 3),
         ("fields: [pins]", "fields: []", 4),
         ("register_refused_in_a0", "register_refused", 5),
-        ("holds: buffer", "holds: buffers", 6),
+        ("holds: leftovers", "holds: leftover", 6),
         ("  why: because\n", "", 1),
         ("  why: because\n", "  why: because\n  vector: random_18\n", 8),
     ],
@@ -61,19 +62,19 @@ def test_every_condition_is_declared_for_some_kind() -> None:
 def test_a_declaration_covers_its_step_functions_and_fields_only() -> None:
     (declaration,) = load(GOOD)
     facts = Facts(function=Function.CALL_WITH_ARG, command=Command.REGISTER_SHM, final_answer=5)
-    assert declaration.covers("smc", facts, "pins")
-    assert not declaration.covers("relinquish", facts, "pins")
+    assert declaration.covers("smc", facts, PINS)
+    assert not declaration.covers("relinquish", facts, PINS)
     for field in ("regs", "state.quota_pages", "forwarded", "forwarded[0].pins_during", "mem_changes", "handled"):
-        assert not declaration.covers("smc", facts, field), field
+        assert not declaration.covers("smc", facts, Difference(field, 0, 1)), field
     other = Facts(function=Function.RETURN_FROM_RPC, command=Command.REGISTER_SHM, final_answer=5)
-    assert not declaration.covers("smc", other, "pins")
+    assert not declaration.covers("smc", other, PINS)
 
 
 @pytest.mark.parametrize("command", [*Command, None])
 @pytest.mark.parametrize("answer", [None, 0, 1, 4, 5])
 def test_r11_speaks_of_refused_registrations(command: Command | None, answer: int | None) -> None:
     holds = command is Command.REGISTER_SHM and answer not in (None, 0)
-    assert CONDITIONS["register_refused_in_a0"](Facts(command=command, final_answer=answer)) == holds
+    assert CONDITIONS["register_refused_in_a0"](Facts(command=command, final_answer=answer), PINS) == holds
 
 
 @pytest.mark.parametrize(
@@ -95,9 +96,11 @@ def test_r15_speaks_of_malformed_registrations(
     attributes: tuple[int, ...], pointers: tuple[int, ...], cookies: tuple[int, ...], malformed: bool
 ) -> None:
     def facts(command: Command) -> Facts:
-        return Facts(command=command, attributes=attributes, pointers=pointers, cookies=cookies)
+        return Facts(
+            command=command, num_params=len(attributes), attributes=attributes, pointers=pointers, cookies=cookies
+        )
 
     condition = CONDITIONS["malformed_registration"]
-    assert condition(facts(Command.REGISTER_SHM)) == malformed
-    assert condition(facts(Command.UNREGISTER_SHM)) == (len(attributes) != 1)
-    assert not condition(facts(Command.INVOKE_COMMAND))
+    assert condition(facts(Command.REGISTER_SHM), PINS) == malformed
+    assert condition(facts(Command.UNREGISTER_SHM), PINS) == (len(attributes) != 1)
+    assert not condition(facts(Command.INVOKE_COMMAND), PINS)

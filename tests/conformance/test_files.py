@@ -329,3 +329,10 @@ def test_any_value_anywhere_is_read_or_refused(tmp_path: Path, where: tuple[Any,
         run(path)
     except DocumentError as error:
         assert all("\n" not in line for line in error.lines)
+
+
+def test_a_count_that_is_not_that_of_the_vectors_is_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "v.json", vector(probe()), count=2)
+    with pytest.raises(DocumentError, match="2 vectors are announced, there are 1"):
+        load_vectors(path)
+    assert len(load_vectors(write(tmp_path / "v.json", vector(probe()), count=1)).vectors) == 1
