@@ -152,8 +152,7 @@ class Run:
         async with self._make_board() as board:
             with self._recording(board):
                 await self._judge(board, outcome)
-        assert board.checker is not None
-        outcome.violations = [one for one in board.checker.violations if one.invariant not in self.scenario.violations]
+        outcome.violations = self._violations()
         outcome.seconds = trio.current_time() - self.began
         outcome.steps = self.steps
         outcome.smcs = sum(guest.smcs for guest in self.guests.values())
@@ -279,6 +278,7 @@ class Run:
         failed = True
         try:
             await step.run(actor)
+            self._check_invariants()
             failed = False
         except GuestDied:
             failed = False
@@ -302,6 +302,17 @@ class Run:
         finally:
             if failed:
                 self.abort()
+
+    def _check_invariants(self) -> None:
+        """A violation is noticed at the step after which it is there. Raises StepFailed."""
+        for violation in self._violations():
+            raise StepFailed(f"invariant {violation.invariant}", violation.expected, violation.got)
+
+    def _violations(self) -> list[Violation]:
+        """Invariants that were violated although the scenario does not say so."""
+        assert self.board.checker is not None
+        allowed = self.scenario.violations
+        return [one for one in self.board.checker.violations if one.invariant not in allowed]
 
     def give_up(self, failure: StepFailed) -> None:
         """End the run with a failure that was noticed where no step can raise it."""

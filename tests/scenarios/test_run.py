@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from mediator.cli import run
+from mediator.core.ledger import Charge
 from mediator.scenario import Outcome, load_scenario, run_scenario
 from optee.secure_world import SecureWorld
 from tests.docs.pages import DOCS, blocks
@@ -180,3 +181,11 @@ def test_a_bug_of_ours_ends_the_run_and_does_not_hang(monkeypatch: pytest.Monkey
     with pytest.raises(BaseExceptionGroup) as raised:
         play("steps:\n- parallel: [{open: hello_world}, {open: exercise}]\n")
     assert raised.group_contains(RuntimeError, match="a bug")
+
+
+def test_a_violated_invariant_fails_the_step_after_which_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Charge, "refund", lambda _: None)
+    body = "steps:\n- {pages: 1}\n- {list: $pages}\n- {smc: GET_OS_REVISION}\n- {message: CLOSE_SESSION}\n"
+    outcome = play("machine: {each: {driver: none}}\n" + body + "- {smc: CALL_WITH_ARG, a1:a2: $message}\n")
+    assert outcome.failure is not None and outcome.failure.place == "f.yaml:9"
+    assert outcome.failure.what == "invariant 2" and outcome.violations
