@@ -12,8 +12,9 @@ from hv_models.memory import PAGE_MASK, PAGE_SHIFT, Frames
 from hv_models.stage2 import PageKind, Pinned, Stage2Fault
 from hv_models.vm import VirtualMachine
 from mediator.conformance.vectors import AllocFault, Domain, Flip, MemoryWrite, P2m
-from mediator.core.ledger import Charge, Ledger, Limits, OverLimit
+from mediator.core.ledger import Ledger, Limits, OverLimit
 from mediator.core.ports import SharedPage
+from mediator.failures import Countdown, FaultyLedger
 from mediator.host import Host
 
 POISON: Final = 0xA5
@@ -27,20 +28,6 @@ _KINDS: Final = {
     "foreign_rw": PageKind.FOREIGN_RW,
     "none": PageKind.NONE,
 }
-
-
-class Countdown:
-    """The nth call of `due` is True, once; -1 never."""
-
-    def __init__(self) -> None:
-        self.left = -1
-
-    def due(self) -> bool:
-        """Count one."""
-        if self.left < 0:
-            return False
-        self.left -= 1
-        return self.left < 0
 
 
 class VectorMemory:
@@ -251,23 +238,3 @@ class VectorMachine(Host):
             if ipa is not None:
                 return domain, ipa >> PAGE_SHIFT
         return None
-
-
-class FaultyLedger(Ledger):
-    """Every record (call, buffer, RPC argument) is one allocation, which may fail."""
-
-    __slots__ = ("_objects",)
-
-    def __init__(self, limits: Limits, objects: Countdown) -> None:
-        super().__init__(limits)
-        self._objects = objects
-
-    def charge(
-        self, pages: int = 0, buffers: int = 0, rpc_arguments: int = 0, calls: int = 0, memory: int = 0
-    ) -> Charge:
-        """See `Ledger.charge`."""
-        if calls and self.calls + calls > self.limits.calls:
-            raise OverLimit("calls")
-        if (calls or buffers or rpc_arguments) and self._objects.due():
-            raise OverLimit("memory")
-        return super().charge(pages, buffers, rpc_arguments, calls, memory)

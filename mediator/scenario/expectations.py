@@ -221,14 +221,12 @@ def page_addresses(actor: Actor, at: Expression, pages: Expression | None) -> Se
 
 def frames_of(actor: Actor, ipas: Sequence[int]) -> list[int]:
     """Where stage 2 has these pages of the guest now. Raises StepFailed."""
-    vm = actor.guest.vm
     pas: list[int] = []
     for ipa in ipas:
-        vm.touch(ipa, 1)
-        pa = vm.stage2.walk(ipa).pa
+        pa = actor.guest.frame_of(ipa)
         if pa is None:
             raise StepFailed(f"IPA {ipa:#x}", "mapped", "not mapped")
-        pas.append(int(pa))
+        pas.append(pa)
     return pas
 
 
@@ -258,13 +256,12 @@ class MapsTo(Strict):
         for ipa, pa in zip(ipas, pas, strict=True):
             if pa == ipa:
                 raise StepFailed(f"IPA {ipa:#x}", "another PA", "PA = IPA")
-            found = actor.run.board.machine.find(pa)
-            if found is None or found[0] is not owner.vm:
-                raise StepFailed(f"IPA {ipa:#x}", f"a frame of {owner.name}", actor.run.board.machine.describe(pa))
+            if not owner.has_frame(pa):
+                raise StepFailed(f"IPA {ipa:#x}", f"a frame of {owner.name}", f"{pa:#x}, which is none")
         if self.cookie is None:
             return
         cookie = actor.number(self.cookie)
-        known = [shm for shm in actor.run.board.model.shared_objects(guest.client) if shm.cookie == cookie]
+        known = [shm for shm in actor.run.model.shared_objects(guest.client) if shm.cookie == cookie]
         if not known:
             raise StepFailed(f"buffer {cookie:#x} at OP-TEE", f"{len(pas)} pages", "no such buffer")
         got = [pa & ~(_PAGE - 1) for pa in known[0].pages]
@@ -368,7 +365,7 @@ class StateExpectation(Strict):
             if self.message.at is None:
                 raise EvaluationError("message: at is missing")
             at = actor.number(self.message.at)
-            self.message.check(read_ram(actor, at, _PAGE - at % _PAGE), actor)
+            self.message.check(read_ram(actor, at, HEADER_SIZE + PARAM_SIZE * len(self.message.params or ())), actor)
         for mapping in self.maps_to:
             mapping.check(actor)
         for pins in self.pins:
@@ -401,16 +398,17 @@ class StateExpectation(Strict):
             check_number(f"{kind} {name}", count, seen[name] - mark[name], actor)
 
     def _check_counts(self, actor: Actor) -> None:
-        guest, board = actor.guest, actor.run.board
-        record = board.core.guests.get(guest.vm.client_id) if guest.alive else None
-        sums = dict.fromkeys(RESOURCES, 0) if record is None else record.ledger.sums()
-        for name, count in self.ledger.items():
-            check_number(f"ledger {name}", count, sums[name], actor)
+        guest, model = actor.guest, actor.run.model
+        if self.ledger:
+            record = actor.run.board.core.guests.get(guest.vm.client_id) if guest.alive else None
+            sums = dict.fromkeys(RESOURCES, 0) if record is None else record.ledger.sums()
+            for name, count in self.ledger.items():
+                check_number(f"ledger {name}", count, sums[name], actor)
         for place, count in self.at_optee.items():
             held = {
-                "threads": board.model.threads_held(guest.client),
-                "sessions": board.model.session_count(guest.client),
-                "buffers": len(board.model.shared_objects(guest.client)),
+                "threads": model.threads_held(guest.client),
+                "sessions": model.session_count(guest.client),
+                "buffers": len(model.shared_objects(guest.client)),
             }
             check_number(f"{place} at OP-TEE", count, held[place], actor)
         if self.storage_memory:
@@ -449,12 +447,12 @@ class StateExpectation(Strict):
 
 
 def _statistic(name: str, actor: Actor) -> int:
-    guest, board = actor.guest, actor.run.board
+    guest = actor.guest
     if name in _COUNTERS:
-        record = board.core.guests.get(guest.vm.client_id)
+        record = actor.run.board.core.guests.get(guest.vm.client_id)
         return 0 if record is None else int(getattr(record.counters, name))
     if name in _OPTEE:
-        model = board.model
+        model = actor.run.model
         return {
             "optee_panics": model.panics,
             "optee_cancels": model.cancels,
@@ -464,13 +462,34 @@ def _statistic(name: str, actor: Actor) -> int:
     return int(asdict(guest.linux.statistics())[name])
 
 
+class Bits(Strict):
+    """Some bits of a register; those that are not named are not looked at."""
+
+    ones: Annotated[Number | None, Field(alias="set")] = None
+    zeros: Annotated[Number | None, Field(alias="clear")] = None
+
+    def check(self, name: str, word: int, actor: Actor) -> None:
+        """Compare. Raises StepFailed."""
+        ones = 0 if self.ones is None else actor.number(self.ones)
+        zeros = 0 if self.zeros is None else actor.number(self.zeros)
+        if word & ones != ones or word & zeros:
+            raise StepFailed(name, f"bits {ones:#x} set and {zeros:#x} clear", hex(word))
+
+
+Word = Annotated[
+    Annotated[Bits, Tag("<bits>")] | Annotated[Number, Tag("<number>")],
+    Discriminator(lambda given: "<bits>" if isinstance(given, dict | Bits) else "<number>"),
+]
+"""All of a register, or some bits of it."""
+
+
 class RegistersExpectation(StateExpectation):
     """What an SMC answers."""
 
     a0: Status | None = None
-    a1: Number | None = None
-    a2: Number | None = None
-    a3: Number | None = None
+    a1: Word | None = None
+    a2: Word | None = None
+    a3: Word | None = None
     a4: Number | None = None
     a5: Number | None = None
     a6: Number | None = None
@@ -483,7 +502,9 @@ class RegistersExpectation(StateExpectation):
             raise StepFailed("a0", status_name(actor.number(self.a0)), status_name(regs[0]))
         for index, name in enumerate(REGISTERS[1:], 1):
             word = getattr(self, name)
-            if word is not None and actor.number(word) != regs[index]:
+            if isinstance(word, Bits):
+                word.check(name, regs[index], actor)
+            elif word is not None and actor.number(word) != regs[index]:
                 raise StepFailed(name, hex(actor.number(word)), hex(regs[index]))
         if self.a1_a2 is not None and actor.number(self.a1_a2) != from_pair(regs[1], regs[2]):
             raise StepFailed("a1:a2", hex(actor.number(self.a1_a2)), hex(from_pair(regs[1], regs[2])))

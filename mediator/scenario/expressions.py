@@ -17,7 +17,7 @@ from optee.abi.message import META, NONCONTIG, Command, Login, ParamType
 from optee.abi.registers import Named
 from optee.abi.results import Origin, Result, StorageId
 from optee.abi.rpc import FsOperation, NotificationOperation, RpcCommand, ShmType
-from optee.abi.smc import Function, ReturnCode, RpcReturn, SecCapability
+from optee.abi.smc import Function, NsecCapability, ReturnCode, RpcReturn, SecCapability
 
 WORD: Final = 1 << 64
 _LISTED: Final = 16
@@ -39,6 +39,7 @@ _QUALIFIED: Final[Mapping[str, Any]] = {
         Function,
         Login,
         NotificationOperation,
+        NsecCapability,
         Origin,
         ParamType,
         Result,
@@ -89,13 +90,14 @@ class Names(Protocol):
 
 
 class Expression:
-    """One such text, parsed. `references` are the names that it needs."""
+    """One such text, parsed. `references` are the names that it needs, `names` those of the ABI that it has."""
 
-    __slots__ = ("_first", "_rest", "references", "text")
+    __slots__ = ("_first", "_rest", "names", "references", "text")
 
     def __init__(self, source: object, names: Mapping[str, int]) -> None:
         self.text = source if isinstance(source, str) else str(source)
         self.references: list[tuple[str, ...]] = []
+        self.names: list[str] = []
         if isinstance(source, int) and not isinstance(source, bool):
             self._first: int | tuple[str, ...] = source
             self._rest: list[tuple[str, int | tuple[str, ...]]] = []
@@ -130,6 +132,7 @@ class Expression:
                 terms.append(tuple(found["reference"].split(".")))
             else:
                 terms.append(_named(found["name"], names))
+                self.names.append(found["name"])
         if len(terms) != len(operators) + 1:
             raise ValueError(f"{source!r}: a term is missing")
         return terms, operators

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from hv_models.memory import PAGE_MASK, PAGE_SHIFT
 from hv_models.stage2 import Pinned
 from hv_models.vm import VirtualMachine
-from mediator.conformance.machine import Countdown
+from mediator.failures import Countdown
 from mediator.shell import GuestMemoryCount
 
 

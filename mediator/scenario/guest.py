@@ -138,10 +138,7 @@ class ScenarioGuest:
         if self.alive:
             raise ValueError(f"{self.name} is alive already")
         await self.destroyed.wait()
-        spec = self.spec
-        self._vm = await self.run.board.create(
-            spec.flavour(self.number), self.name, ram=spec.ram_blocks, vcpus=spec.vcpus
-        )
+        self._vm = await self._make_vm()
         self.run.by_client[self._vm.client_id] = self
         self.run.world.inboxes[self._vm.client_id].said = ""
         self.destroyed = trio.Event()
@@ -154,6 +151,32 @@ class ScenarioGuest:
         self.run.limit(self)
         self.record()
         self.note(f"created, client id {self._vm.client_id}")
+
+    async def _make_vm(self) -> VirtualMachine:
+        """Make the VM, and announce it. Raises BoardError."""
+        spec = self.spec
+        return await self.run.board.create(spec.flavour(self.number), self.name, ram=spec.ram_blocks, vcpus=spec.vcpus)
+
+    async def _end_vm(self, vm: VirtualMachine, *, in_order: bool) -> None:
+        """Take the VM away. in_order: the guest has shut down; else its power was cut."""
+        await self.run.board.destroy(vm)
+
+    async def _trapped(self, vm: VirtualMachine, vcpu: int, regs: Registers) -> Registers:
+        """Have the mediator answer a call."""
+        return await self.run.board.service.mediate(vm, vcpu, regs)
+
+    # Where its memory lies
+
+    def frame_of(self, ipa: int) -> int | None:
+        """PA of the page at this IPA as OP-TEE would have to name it; None if nothing is there."""
+        self.vm.touch(ipa, 1)
+        pa = self.vm.stage2.walk(ipa).pa
+        return None if pa is None else int(pa)
+
+    def has_frame(self, pa: int) -> bool:
+        """Whether a PA lies in a frame of its RAM."""
+        found = self.run.board.machine.find(pa)
+        return found is not None and found[0] is self.vm
 
     def record(self) -> None:
         """Begin a trace of this life, if one is wanted."""
@@ -222,7 +245,7 @@ class ScenarioGuest:
             return
         self._off.set()
         await self._gone.wait()
-        await self._destroy("shut down")
+        await self._destroy("shut down", in_order=True)
 
     async def kill(self) -> None:
         """Cut the power: whatever is under way in the guest ends."""
@@ -235,7 +258,7 @@ class ScenarioGuest:
             scope.cancel()
         with trio.CancelScope(shield=True):
             await self._gone.wait()
-            await self._destroy("killed")
+            await self._destroy("killed", in_order=False)
 
     async def kexec(self, nursery: trio.Nursery) -> None:
         """Start a new kernel in the same VM, without a word to OP-TEE; the hypervisor resets the VM (R28)."""
@@ -256,14 +279,14 @@ class ScenarioGuest:
         self.driver = self._guest = None
         self._contexts.clear()
 
-    async def _destroy(self, word: str) -> None:
+    async def _destroy(self, word: str, *, in_order: bool) -> None:
         vm = self._vm
         if vm is None:
             return
         self.note(word)
         self._forget_kernel()
         self._vm = None
-        await self.run.board.destroy(vm)
+        await self._end_vm(vm, in_order=in_order)
         self.run.by_client.pop(vm.client_id, None)
         self.destroyed.set()
 
@@ -292,7 +315,12 @@ class ScenarioGuest:
         self.smcs += 1
         if self.cut is not None and self.cut.due(answered=False):
             await self._die_here()
-        answer = await self.run.board.service.mediate(vm, vcpu, regs)
+        witness = self.run.witness
+        if witness is not None:
+            witness.called(self, vcpu, regs)
+        answer = await self._trapped(vm, vcpu, regs)
+        if witness is not None:
+            witness.answered(self, vcpu, regs, answer)
         # From OP-TEE's answer to here nobody else has a turn: what was said last was said to this call.
         inbox = self.run.world.inboxes[vm.client_id]
         said, inbox.said = inbox.said, ""

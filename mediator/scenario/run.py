@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from random import Random
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 from uuid import UUID
 
 import trio
@@ -34,8 +34,9 @@ from mediator.scenario.flips import FlippingMemory
 from mediator.scenario.flow import Flow, side_by_side
 from mediator.scenario.guest import GuestDied, ScenarioGuest
 from mediator.scenario.language import EVERY, Scenario
-from mediator.scenario.secure_side import ScriptedWorld
+from mediator.scenario.secure_side import ScriptedWorld, SecureSide
 from mediator.scenario.steps import Step, StepFailed
+from mediator.scenario.witness import Witness
 from mediator.service.recording import Recordings
 from mediator.shell import GuestMemoryCount
 from optee.secure_world import SecureWorld
@@ -99,9 +100,13 @@ class Outcome:
 class Run:
     """One run of a scenario, inside trio."""
 
+    guest_kind: ClassVar[type[ScenarioGuest]] = ScenarioGuest
+
     def __init__(self, scenario: Scenario, seed: int, guests: int | None, record: Path | None = None) -> None:
         self.scenario = scenario
         self.seed = seed
+        self.witness: Witness | None = None
+        """Who looks on, if anybody does."""
         self._record = record
         self.recordings: Recordings | None = None
         specs = scenario.machine.specs(guests)
@@ -111,7 +116,7 @@ class Run:
         self.began = 0.0
         self.steps = 0
         self.guests = {
-            name: ScenarioGuest(self, name, number, spec) for number, (name, spec) in enumerate(specs.items(), 1)
+            name: self.guest_kind(self, name, number, spec) for number, (name, spec) in enumerate(specs.items(), 1)
         }
         self._world: ScriptedWorld | None = None
         self._board: Board | None = None
@@ -128,10 +133,20 @@ class Run:
         return self._board
 
     @property
-    def world(self) -> ScriptedWorld:
+    def world(self) -> SecureSide:
         """What stands before OP-TEE's model."""
+        return self.host.side
+
+    @property
+    def host(self) -> ScriptedWorld:
+        """The same as the mediator sees it, with memory for it that fails on demand."""
         assert self._world is not None
         return self._world
+
+    @property
+    def model(self) -> SecureWorld:
+        """OP-TEE."""
+        return self.board.model
 
     @property
     def nursery(self) -> trio.Nursery:
@@ -209,7 +224,7 @@ class Run:
         self._died = why
 
     def _make_world(self, machine: Machine, model: SecureWorld) -> ScriptedWorld:
-        self._world = ScriptedWorld(machine, model)
+        self._world = ScriptedWorld(machine, model, self.witness)
         return self._world
 
     def _make_memory(self, vm: VirtualMachine) -> GuestMemoryCount:

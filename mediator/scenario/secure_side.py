@@ -2,16 +2,18 @@
 
 import struct
 from collections import Counter, defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from hv_models.machine import Machine
-from hv_models.memory import PAGE_SIZE, PhysicalFault
-from mediator.conformance.machine import Countdown, FaultyLedger
+from hv_models.memory import PAGE_SIZE, PhysicalFault, PhysicalMemory
 from mediator.core.ledger import Ledger, Limits
 from mediator.core.ports import SharedPage
 from mediator.core.steps import Regs
+from mediator.failures import Countdown, FaultyLedger
+from mediator.scenario.expressions import EvaluationError
+from mediator.scenario.steps import StepFailed
 from mediator.world import LocalSecureWorld
 from optee.abi.message import (
     ENTRIES_PER_PAGE,
@@ -31,6 +33,7 @@ from optee.abi.registers import Named, name_of
 from optee.abi.results import Result
 from optee.abi.rpc import FsOperation, NotificationOperation, RpcCommand
 from optee.abi.smc import Function, ReturnCode, RpcReturn, from_pair, is_rpc
+from optee.errors import SecureWorldFault
 from optee.secure_world import SecureWorld
 
 _LOW: Final = 0xFFFFFFFF
@@ -50,6 +53,8 @@ class Conversation:
     argument: int | None = None
     asked: int | None = None
     """Where the RPC argument of the RPC under way is."""
+    request: Message | None = None
+    """That argument as OP-TEE wrote it."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,14 @@ class Script(Protocol):
         ...
 
 
+class SecureWitness(Protocol):
+    """Who is told what OP-TEE is called with, and what it answers."""
+
+    def forwarded(self, client: int, seen: Forwarded, answer: Regs, request: Message | None) -> None:
+        """OP-TEE answered a call for this client. request: its RPC argument, if the answer is an RPC CMD."""
+        ...
+
+
 @dataclass
 class Inbox:
     """What one guest's calls were at OP-TEE."""
@@ -95,24 +108,19 @@ class Inbox:
     """What the last call was, and its answer, in words; whoever logs it takes it away."""
 
 
-class ScriptedWorld(LocalSecureWorld):
-    """Stands before the model: counts what passes, answers by script where there is one, and lends pages or not."""
+class SecureSide:
+    """Stands before OP-TEE's model, wherever that is: counts what passes, answers by script where there is one.
 
-    def __init__(self, machine: Machine, model: SecureWorld) -> None:
-        super().__init__(machine, model)
+    memory: what OP-TEE reaches; model: what answers where there is no script; witness: who is told of all of it.
+    """
+
+    def __init__(
+        self, memory: PhysicalMemory, model: Callable[[Regs], Regs], witness: SecureWitness | None = None
+    ) -> None:
         self.inboxes: defaultdict[int, Inbox] = defaultdict(Inbox)
-        self.pages = Countdown()
-        """The mediator page that is not there."""
-        self.records = Countdown()
-        """The record (of a call, a buffer, an RPC argument) for which there is no memory."""
-
-    def lend(self) -> SharedPage | None:
-        """See `SecureWorld.lend`; None when a failure was asked for."""
-        return None if self.pages.due() else super().lend()
-
-    def ledger(self, limits: Limits) -> Ledger:
-        """See `Host.ledger`."""
-        return FaultyLedger(limits, self.records)
+        self._memory = memory
+        self._model = model
+        self._witness = witness
 
     def call(self, regs: Regs) -> Regs:
         """Execute one SMC, or answer it by script."""
@@ -124,12 +132,17 @@ class ScriptedWorld(LocalSecureWorld):
         inbox.forwarded.append(self._seen(inbox, function, regs, conversation))
         script = next((script for script in inbox.scripts[:1] if script.fits(regs)), None)
         if script is None:
-            answer = super().call(regs)
+            answer = self._model(regs)
         else:
             inbox.scripts.remove(script)
-            self.note_call(regs)
-            answer = script(regs, conversation)
+            try:
+                answer = script(regs, conversation)
+            except (EvaluationError, PhysicalFault, StepFailed) as error:
+                raise SecureWorldFault(f"its script cannot go on: {error}") from None
         inbox.said = self._words(inbox, function, conversation, answer)
+        if self._witness is not None:
+            request = None if conversation is None else conversation.request
+            self._witness.forwarded(client, inbox.forwarded[-1], answer, request)
         return answer
 
     def _words(self, inbox: Inbox, function: int, conversation: Conversation | None, answer: Regs) -> str:
@@ -171,8 +184,11 @@ class ScriptedWorld(LocalSecureWorld):
             left = page_count(size, pointer % PAGE_SIZE)
             page = pointer - pointer % PAGE_SIZE
             addresses: list[int] = []
-            while left > 0 and page in self.machine.pages:
-                words = struct.unpack(f"<{PAGE_SIZE // 8}Q", self.read(page, PAGE_SIZE))
+            while left > 0:
+                try:
+                    words = struct.unpack(f"<{PAGE_SIZE // 8}Q", self.read(page, PAGE_SIZE))
+                except PhysicalFault:
+                    break
                 addresses += words[: min(left, ENTRIES_PER_PAGE)]
                 left -= ENTRIES_PER_PAGE
                 page = words[ENTRIES_PER_PAGE]
@@ -196,6 +212,7 @@ class ScriptedWorld(LocalSecureWorld):
     def _note(self, inbox: Inbox, conversation: Conversation, answer: Regs) -> str:
         """Remember which thread a suspended call has, and count its RPC; return the RPC's name."""
         code = answer[0] & _LOW
+        conversation.request = None
         if not is_rpc(code):
             return ""
         thread = answer[3] & _LOW
@@ -208,6 +225,7 @@ class ScriptedWorld(LocalSecureWorld):
             return name_of(RpcReturn, code)
         conversation.asked = conversation.argument or inbox.pages.get(from_pair(answer[1], answer[2]))
         request = None if conversation.asked is None else self._message(conversation.asked)
+        conversation.request = request
         if request is None:
             return ""
         name = name_of(RpcCommand, request.cmd)
@@ -222,19 +240,46 @@ class ScriptedWorld(LocalSecureWorld):
 
     def write(self, pa: int, data: bytes) -> None:
         """Write into a page that OP-TEE may reach. Raises PhysicalFault."""
-        self.machine.memory.write(pa, data)
+        self._memory.write(pa, data)
 
     def read(self, pa: int, size: int) -> bytes:
         """Read such memory. Raises PhysicalFault."""
-        return self.machine.memory.read(pa, size)
+        return self._memory.read(pa, size)
 
     def _message(self, pa: int) -> Message | None:
         """The message at a PA as far as it lies in one page; None for what cannot be one."""
         room = PAGE_SIZE - pa % PAGE_SIZE
         try:
-            data = self.machine.memory.read(pa, room)
+            data = self._memory.read(pa, room)
         except PhysicalFault:
             return None
         if room < HEADER_SIZE or HEADER.unpack_from(data)[7] > min(MAX_PARAMS, (room - HEADER_SIZE) // PARAM_SIZE):
             return None
         return Message.unpack(data)
+
+
+class ScriptedWorld(LocalSecureWorld):
+    """OP-TEE's model in this process behind a `SecureSide`, and the mediator's memory, which fails on demand."""
+
+    def __init__(self, machine: Machine, model: SecureWorld, witness: SecureWitness | None = None) -> None:
+        super().__init__(machine, model)
+        self.side = SecureSide(machine.memory, model.call, witness)
+        self.pages = Countdown()
+        """The mediator page that is not there."""
+        self.records = Countdown()
+        """The record (of a call, a buffer, an RPC argument) for which there is no memory."""
+
+    def lend(self) -> SharedPage | None:
+        """See `SecureWorld.lend`; None when a failure was asked for."""
+        return None if self.pages.due() else super().lend()
+
+    def ledger(self, limits: Limits) -> Ledger:
+        """See `Host.ledger`."""
+        return FaultyLedger(limits, self.records)
+
+    def call(self, regs: Regs) -> Regs:
+        """Execute one SMC, or answer it by script."""
+        self.note_call(regs)
+        answer = self.side.call(regs)
+        self.note_answer(regs, answer)
+        return answer

@@ -224,7 +224,7 @@ class Notify(Step):
     async def run(self, actor: Actor) -> None:
         """See `Step`."""
         try:
-            actor.run.board.model.notify(actor.guest.client, actor.small(self.notify))
+            actor.run.model.notify(actor.guest.client, actor.small(self.notify))
         except ValueError as error:
             raise EvaluationError(str(error)) from None
 
@@ -259,7 +259,7 @@ class Fail(Step):
 
     async def run(self, actor: Actor) -> None:
         """See `Step`."""
-        world = actor.run.world
+        world = actor.run.host
         countdown = world.pages if self.fail == "mediator_page" else world.records
         countdown.left = 0 if self.nth is None else actor.number(self.nth) - 1
 
