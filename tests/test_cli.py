@@ -116,7 +116,7 @@ def test_module_runs_like_the_script() -> None:
         ("--nonsense", "--nonsense"),
         *((f"{command} --nonsense", "--nonsense") for command in COMMANDS),
         ("replay", "TRACE"),
-        ("conform", "--vectors"),
+        ("conform nonsense", "is no case"),
         ("trace show", "TRACE"),
         ("trace show x --mermaid", "--call"),
         ("trace show x --call one", "--call"),

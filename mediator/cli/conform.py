@@ -1,11 +1,11 @@
-"""`mediator conform`: step by step against what another mediator was observed to do."""
+"""`mediator conform`: the catalogue of cases, or step by step against what another mediator was observed to do."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mediator.cli.options import Json, PolicyName
+from mediator.cli.options import Json
 from mediator.cli.output import BadInput, emit_json, heading, note, policy_of, progress, show, table, verdict
 
 if TYPE_CHECKING:
@@ -20,17 +20,55 @@ _KEPT_KEYS = ("format", "ipa_base")
 
 
 def conform(
-    vectors: Annotated[Path, typer.Option("--vectors", metavar="FILE", help="A vector file, gzip'd or not.")],
-    policy: PolicyName = "xen",
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[CASE|FILE]...", help="Cases of the catalogue, or YAML files; none: the catalogue."),
+    ] = None,
+    vectors: Annotated[
+        Path | None, typer.Option("--vectors", metavar="FILE", help="A vector file instead, gzip'd or not.")
+    ] = None,
+    policy: Annotated[
+        str, typer.Option("--policy", metavar="NAME|FILE", help="With --vectors: the policy to compare under.")
+    ] = "xen",
     observed: Annotated[
         Path | None,
         typer.Option(
-            "--observed", metavar="FILE", help="Write what this mediator did, as a vector file (.gz: packed)."
+            "--observed",
+            metavar="FILE",
+            help="With --vectors: write what this mediator did, as a vector file (.gz: packed).",
         ),
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the cases and run none.")] = False,
+    coverage: Annotated[
+        bool, typer.Option("--coverage", help="Which case shows which item of the ABI; fails if an item has none.")
+    ] = False,
+    explain: Annotated[
+        str | None, typer.Option("--explain", metavar="CASE", help="Draw one case as a sequence diagram.")
+    ] = None,
+    junit: Annotated[
+        Path | None, typer.Option("--junit", metavar="FILE", help="Write the verdicts as a JUnit report, too.")
     ] = None,
     json: Json = False,
 ) -> int:
-    """Compare with recorded vectors: each step agrees, or differs as a declared rule demands."""
+    """Conformance to the SMC ABI: cases of the catalogue, or a comparison with recorded vectors."""
+    from mediator.cli import cases
+
+    if vectors is not None:
+        if names or list_ or coverage or explain or junit:
+            raise BadInput("conform: --vectors goes with --policy, --observed and --json only")
+        return _compare(vectors, policy, observed, json)
+    if observed is not None:
+        raise BadInput("conform: --observed goes with --vectors")
+    if explain is not None:
+        return cases.draw(explain)
+    chosen = cases.choose(names)
+    if list_:
+        return cases.list_cases(chosen, json)
+    return cases.check(chosen, junit, coverage=coverage, json=json)
+
+
+def _compare(vectors: Path, policy: str, observed: Path | None, json: bool) -> int:
+    """Each step agrees, or differs as a declared rule demands."""
     from mediator.conformance.compare import compare
     from mediator.conformance.vectors import load_vectors
 

@@ -374,7 +374,7 @@ class StateExpectation(Strict):
             self._check_counts(actor)
         if self.alive is not None and actor.guest.alive is not self.alive:
             raise StepFailed(f"{actor.guest.name}", "alive" if self.alive else "gone", "the contrary")
-        printed = actor.run.board.model.console
+        printed = actor.run.model.console
         for piece in self.console:
             if not any(piece in line for line in printed):
                 raise StepFailed("OP-TEE's console", piece, printed[-1] if printed else "nothing")
@@ -412,7 +412,7 @@ class StateExpectation(Strict):
             }
             check_number(f"{place} at OP-TEE", count, held[place], actor)
         if self.storage_memory:
-            memory = board.model.storage_memory(guest.client)
+            memory = model.storage_memory(guest.client)
             if memory is None:
                 raise EvaluationError(f"{guest.name} has no memory manager for storage (machine: optee: storage)")
             numbers = memory.numbers()
