@@ -12,8 +12,6 @@ from mediator.core.ledger import Ledger, Limits
 from mediator.core.ports import SharedPage
 from mediator.core.steps import Regs
 from mediator.failures import Countdown, FaultyLedger
-from mediator.scenario.expressions import EvaluationError
-from mediator.scenario.steps import StepFailed
 from mediator.world import LocalSecureWorld
 from optee.abi.message import (
     ENTRIES_PER_PAGE,
@@ -33,7 +31,6 @@ from optee.abi.registers import Named, name_of
 from optee.abi.results import Result
 from optee.abi.rpc import FsOperation, NotificationOperation, RpcCommand
 from optee.abi.smc import Function, ReturnCode, RpcReturn, from_pair, is_rpc
-from optee.errors import SecureWorldFault
 from optee.secure_world import SecureWorld
 
 _LOW: Final = 0xFFFFFFFF
@@ -135,10 +132,7 @@ class SecureSide:
             answer = self._model(regs)
         else:
             inbox.scripts.remove(script)
-            try:
-                answer = script(regs, conversation)
-            except (EvaluationError, PhysicalFault, StepFailed) as error:
-                raise SecureWorldFault(f"its script cannot go on: {error}") from None
+            answer = script(regs, conversation)
         inbox.said = self._words(inbox, function, conversation, answer)
         if self._witness is not None:
             request = None if conversation is None else conversation.request

@@ -8,6 +8,7 @@ import trio
 from pydantic import Field
 
 from hv_models.kvm import KvmVm
+from hv_models.memory import PhysicalFault
 from hv_models.stage2 import PageKind
 from mediator.core.ledger import OverLimit
 from mediator.core.steps import Regs
@@ -370,7 +371,7 @@ class _Scripted:
         """Write, and answer. What cannot be said ends the run: the mediator has to have an answer all the same."""
         try:
             return self._say(regs, conversation)
-        except EvaluationError as error:
+        except (EvaluationError, PhysicalFault) as error:
             failed = StepFailed("this answer", "names and numbers that fit", str(error))
         except StepFailed as noticed:
             failed = noticed
