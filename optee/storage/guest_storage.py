@@ -18,9 +18,11 @@ from optee.storage.hash_tree import Services
 from optee.storage.keys import StorageKeys
 from optee.storage.memory.files import CachedFiles
 from optee.storage.memory.manager import MemoryManager
+from optee.storage.memory.rpmb import CachedRpmb
 from optee.storage.options import StorageMemory
 from optee.storage.ree_fs import ReeFs
 from optee.storage.registry import ObjectRegistry
+from optee.storage.rpmb import Rpmb
 from optee.storage.rpmb_fs import RpmbFs
 from optee.storage.ta_database import TaDatabase
 from optee.storage.tree_files import TreeFiles
@@ -41,7 +43,7 @@ class GuestStorage:
         self.storages: dict[int, Storage] = {}
         anchor = None
         if config.rpmb_fs:
-            rpmb_fs = RpmbFs(keys, random, write_key=config.rpmb_write_key)
+            rpmb_fs = RpmbFs(self._device(keys, random, config.rpmb_write_key), keys, random)
             self.storages[StorageId.PRIVATE_RPMB] = Storage(rpmb_fs, ObjectRegistry())
             if config.is_anchored:
                 anchor = Anchor(rpmb_fs, allow_reset=config.ree_fs_allow_reset)
@@ -51,3 +53,8 @@ class GuestStorage:
         ree = Storage(ree_fs, ObjectRegistry())
         self.storages |= {StorageId.PRIVATE: ree, StorageId.PRIVATE_REE: ree}
         self.ta_database = TaDatabase(ree_fs)
+
+    def _device(self, keys: StorageKeys, random: Callable[[int], bytes], write_key: bool) -> Rpmb:
+        if self.memory is None:
+            return Rpmb(keys, random, write_key=write_key)
+        return CachedRpmb(keys, random, self.memory.rpmb, write_key=write_key)

@@ -64,6 +64,8 @@ class Rpmb:
         """A write got no authentic answer: nobody knows whether it was done, so nothing is asked any more."""
         self.last_block = 0
         """Index of the last block of the device."""
+        self.is_set_up = False
+        """The file system on it is known, and writes that were held back earlier are void."""
 
     def start(self, thread: Thread) -> Steps[None]:
         """Find the device, and see that its key is ours; the first call of all others."""
@@ -146,13 +148,16 @@ class Rpmb:
         first, start = divmod(offset, RPMB_BLOCK_SIZE)
         count = -(-(start + size) // RPMB_BLOCK_SIZE)
         self._check_range(first, count=1)
-        request = Frame(FrameType.READ, nonce=self._random(NONCE_SIZE), address=first)
-        received = yield from self._exchange(thread, (request,), count, header=count)
-        self._verify(received, request)
-        blocks = [frame.data for frame in received]
+        blocks = yield from self._read_blocks(thread, first, count)
         if cipher is not None:
             blocks = [cipher.open(index, block) for index, block in enumerate(blocks, first)]
         return b"".join(blocks)[start : start + size]
+
+    def _read_blocks(self, thread: Thread, first: int, count: int) -> Steps[list[bytes]]:
+        request = Frame(FrameType.READ, nonce=self._random(NONCE_SIZE), address=first)
+        received = yield from self._exchange(thread, (request,), count, header=count)
+        self._verify(received, request)
+        return [frame.data for frame in received]
 
     def write(self, thread: Thread, offset: int, data: bytes, cipher: RpmbFileCipher | None = None) -> Steps[None]:
         """Write bytes of the device, block by block in order; blocks of which only a part is written are read first."""
@@ -187,6 +192,13 @@ class Rpmb:
                     return
         self.dead = True
         raise TeeError(Result.COMMUNICATION)
+
+    def flush(self, thread: Thread) -> Steps[None]:
+        """An operation ends well: see that all it wrote is on the device. Nothing is kept here."""
+        yield from ()
+
+    def drop(self) -> None:
+        """An operation failed: forget what it wrote and is not on the device yet."""
 
     def is_atomic(self, offset: int, size: int) -> bool:
         """Tell whether a write is done by one request, so that it is done as a whole or not at all."""

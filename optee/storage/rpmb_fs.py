@@ -9,7 +9,7 @@ that a power cut leaves an object old or new: an overwriting `create` switches t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 from optee.abi.results import Result
 from optee.abi.rpmb import RPMB_BLOCK_SIZE
@@ -36,6 +36,8 @@ from optee.storage.rpmb_layout import (
 )
 from optee.threads import Thread
 from optee.wait_queue import Mutex, while_locked
+
+T = TypeVar("T")
 
 READ_ENTRIES: Final = 8
 """CFG_RPMB_FS_RD_ENTRIES: FAT entries that are read at once. None of them is kept: CFG_RPMB_FS_CACHE_ENTRIES is 0."""
@@ -89,8 +91,8 @@ class RpmbFs:
     nothing of the device.
     """
 
-    def __init__(self, keys: StorageKeys, random: Callable[[int], bytes], *, write_key: bool) -> None:
-        self.device = Rpmb(keys, random, write_key=write_key)
+    def __init__(self, device: Rpmb, keys: StorageKeys, random: Callable[[int], bytes]) -> None:
+        self.device = device
         self._keys = keys
         self._random = random
         self._mutex = Mutex()  # rpmb_mutex
@@ -98,13 +100,13 @@ class RpmbFs:
 
     def open(self, thread: Thread, owner: bytes, object_id: bytes) -> Steps[RpmbFile]:
         """Open an object. ITEM_NOT_FOUND."""
-        return while_locked(self._mutex, thread, self._open(thread, owner, file_name(owner, object_id)))
+        return self._run(thread, self._open(thread, owner, file_name(owner, object_id)))
 
     def create(
         self, thread: Thread, owner: bytes, object_id: bytes, pieces: Sequence[bytes], *, overwrite: bool
     ) -> Steps[RpmbFile]:
         """Create an object of these contents. ACCESS_CONFLICT if it is there already, unless `overwrite`."""
-        return while_locked(self._mutex, thread, self._create(thread, owner, object_id, pieces, overwrite=overwrite))
+        return self._run(thread, self._create(thread, owner, object_id, pieces, overwrite=overwrite))
 
     def close(self, thread: Thread, file: RpmbFile) -> Steps[None]:
         """Close an object."""
@@ -112,27 +114,27 @@ class RpmbFs:
 
     def read(self, thread: Thread, file: RpmbFile, offset: int, size: int) -> Steps[bytes]:
         """Read up to `size` bytes."""
-        return while_locked(self._mutex, thread, self._read(thread, file, offset, size))
+        return self._run(thread, self._read(thread, file, offset, size))
 
     def write(self, thread: Thread, file: RpmbFile, offset: int, data: bytes) -> Steps[None]:
         """Write and commit. STORAGE_NO_SPACE."""
-        return while_locked(self._mutex, thread, self._write(thread, file, offset, data))
+        return self._run(thread, self._write(thread, file, offset, data))
 
     def truncate(self, thread: Thread, file: RpmbFile, length: int) -> Steps[None]:
         """Shorten or lengthen, and commit. OUT_OF_MEMORY where there is no space to lengthen it."""
-        return while_locked(self._mutex, thread, self._truncate(thread, file, length))
+        return self._run(thread, self._truncate(thread, file, length))
 
     def rename(self, thread: Thread, owner: bytes, old: bytes, new: bytes) -> Steps[None]:
         """Give an object another id. ACCESS_CONFLICT if that is taken."""
-        return while_locked(self._mutex, thread, self._rename(thread, file_name(owner, old), file_name(owner, new)))
+        return self._run(thread, self._rename(thread, file_name(owner, old), file_name(owner, new)))
 
     def remove(self, thread: Thread, owner: bytes, object_id: bytes) -> Steps[None]:
         """Remove an object, by its id."""
-        return while_locked(self._mutex, thread, self._remove(thread, file_name(owner, object_id)))
+        return self._run(thread, self._remove(thread, file_name(owner, object_id)))
 
     def open_directory(self, thread: Thread, owner: bytes) -> Steps[RpmbDirectory]:
         """Begin an enumeration. ITEM_NOT_FOUND if there is no object."""
-        return while_locked(self._mutex, thread, self._open_directory(thread, owner))
+        return self._run(thread, self._open_directory(thread, owner))
 
     def read_directory(self, thread: Thread, opened: RpmbDirectory) -> Steps[bytes | None]:
         """Id of the next object; None at the end."""
@@ -145,7 +147,20 @@ class RpmbFs:
 
     def open_raw(self, thread: Thread, name: str, *, create: bool) -> Steps[RpmbFile]:
         """Open a file of OP-TEE's core by its name; with `create` make it, empty, if it is not there."""
-        return while_locked(self._mutex, thread, self._open_raw(thread, f"/{name}", create=create))
+        return self._run(thread, self._open_raw(thread, f"/{name}", create=create))
+
+    def _run(self, thread: Thread, operation: Steps[T]) -> Steps[T]:
+        return while_locked(self._mutex, thread, self._whole(thread, operation))
+
+    def _whole(self, thread: Thread, operation: Steps[T]) -> Steps[T]:
+        """Run an operation, and see its writes through to the device."""
+        try:
+            result = yield from operation
+        except TeeError:
+            self.device.drop()
+            raise
+        yield from self.device.flush(thread)
+        return result
 
     def _set_up(self, thread: Thread) -> Steps[int]:
         """Read the header once, format a device that has none, and return where the FAT begins.
@@ -165,6 +180,7 @@ class RpmbFs:
             elif partition.version != VERSION:
                 raise TeeError(Result.ACCESS_DENIED)
             self._fat_start = partition.fat_start
+            device.is_set_up = True
         return self._fat_start
 
     def _write_entry(self, thread: Thread, placed: Placed) -> Steps[None]:

@@ -9,6 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
+from guests.rpmb import RpmbDevice
 from optee.abi.results import Result
 from optee.abi.rpc import FsOperation, RpcCommand
 from optee.errors import TeeError
@@ -16,8 +17,9 @@ from optee.memory.heap import Owner
 from optee.storage.memory.collector import PASS_BOUND
 from optee.storage.options import StorageMemory, StorageOptions
 from optee.storage.registry import DataFlag
+from optee.tas.secure_storage_test import StorageTest
 from tests.storage import independent
-from tests.storage.rig import ALL, MANAGED, READ_WRITE, SHARED_READ, Client, StorageError, StorageRig
+from tests.storage.rig import ALL, MANAGED, READ_WRITE, RPMB, SHARED_READ, Client, Disk, StorageError, StorageRig
 
 MIB = 1 << 20
 SHARED = SHARED_READ | DataFlag.SHARE_WRITE
@@ -166,7 +168,7 @@ def check(rig: StorageRig) -> None:
     assert memory.collector.statistics.longest_pass <= PASS_BOUND
     memory.clear()
     assert memory.held() == {}
-    for pool in (*memory.buffers.pools, memory.nodes.pool, memory.objects.pool):
+    for pool in (*memory.buffers.pools, memory.nodes.pool, memory.objects.pool, memory.rpmb.pool):
         assert len(pool) == 0
         assert not any(any(slab.memory) for slab in pool._slabs)
 
@@ -430,6 +432,31 @@ def test_levels_are_switched_one_by_one() -> None:
     assert kinds(replace(MANAGED, block_cache_size=0, rpc_buffer_count=0))["memory"] == 2, "opening, reading"
     off = StorageOptions(StorageMemory.MANAGED, 0, 0, 0, 0, 0)
     assert kinds(off)["opens"] == 2 and kinds(off)["reads"] > 44
+
+
+def test_blocks_of_rpmb_are_read_once_and_written_once() -> None:
+    """Opening and reading costs nothing any more; a FAT entry that a creation writes four times goes out once."""
+
+    def measure(options: StorageOptions) -> tuple[int, int, int]:
+        rig = StorageRig(Disk(rpmb=RpmbDevice()), rpmb_fs=True, rpmb_write_key=True, storage=options)
+        client = rig.session(storage=RPMB)
+        client.close(client.create(b"object", b"data" * 200))
+        before = rig.disk.rpmb.write_counter
+        created = rpcs(rig, lambda: client.close(client.create(b"other", b"else")))
+        writes = rig.disk.rpmb.write_counter - before
+        client.content(b"object")
+        again = rpcs(rig, lambda: client.content(b"object"))
+        assert independent.rpmb_objects(bytes(rig.disk.rpmb.content), StorageTest.uuid.bytes_le) == {
+            b"object": b"data" * 200,
+            b"other": b"else",
+        }
+        return created, writes, again
+
+    plain, managed = measure(StorageOptions()), measure(MANAGED)
+    assert (plain[1], managed[1]) == (7, 4), "of four writes of the entry one is left"
+    assert managed[0] < plain[0] / 2
+    assert plain[2] > 4 and managed[2] == 0
+    assert measure(replace(MANAGED, rpmb_fs_cache_entries=0))[1] == plain[1]
 
 
 def test_options() -> None:

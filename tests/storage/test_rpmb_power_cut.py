@@ -6,21 +6,39 @@ A sample of the cuts runs here, every one in the nightly run.
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
+from typing import NamedTuple
 
 import pytest
 
 from guests.rpmb import RpmbDevice
 from optee.abi.results import Result
 from optee.abi.rpmb import REQUEST_SIZE, FrameType
+from optee.storage.options import OPTEE, StorageOptions
 from optee.tas.secure_storage_test import StorageTest
 from tests.optee.rig import Rpc
 from tests.storage import independent
-from tests.storage.rig import PRIVATE, RPMB, Client, Disk, StorageError, StorageRig
+from tests.storage.rig import MANAGED, PRIVATE, RPMB, Client, Disk, StorageError, StorageRig
 from tests.storage.test_power_cut import NIGHTLY, OLD, OPERATIONS, OTHER, create
 
 CONFIG = {"rpmb_fs": True, "rpmb_write_key": True}
-STORAGES = {"rpmb": RPMB, "anchored": PRIVATE}
+
+
+class Place(NamedTuple):
+    storage: int
+    memory: StorageOptions = OPTEE
+
+
+IN_RPMB = Place(RPMB)
+SMALL = replace(MANAGED, rpmb_fs_cache_entries=5)
+STORAGES = {
+    "rpmb": IN_RPMB,
+    "anchored": Place(PRIVATE),
+    "rpmb-managed": Place(RPMB, MANAGED),
+    "rpmb-small": Place(RPMB, SMALL),
+    "anchored-managed": Place(PRIVATE, SMALL),
+}
 EARLY, STEP, LATE = 3, 17, 6
 
 
@@ -32,12 +50,12 @@ def sample(total: int) -> Iterator[int]:
     yield from range(late, total + 1)
 
 
-def start(disk: Disk, storage: int) -> Client:
-    return StorageRig(disk, **CONFIG).session(storage=storage)
+def start(disk: Disk, storage: Place) -> Client:
+    return StorageRig(disk, storage=storage.memory, **CONFIG).session(storage=storage.storage)
 
 
 @cache
-def prepared(storage: int) -> Disk:
+def prepared(storage: Place) -> Disk:
     """A store in which objects and directory have been changed before."""
     disk = Disk(rpmb=RpmbDevice())
     client = start(disk, storage)
@@ -50,12 +68,12 @@ def prepared(storage: int) -> Disk:
     return disk
 
 
-def disk(storage: int) -> Disk:
+def disk(storage: Place) -> Disk:
     return copy.deepcopy(prepared(storage))
 
 
 @cache
-def length(operation: Callable[[Client], None], storage: int) -> int:
+def length(operation: Callable[[Client], None], storage: Place) -> int:
     """RPCs of an undisturbed run, and of what opens the store."""
     files = disk(storage)
     files.asked.clear()
@@ -63,14 +81,14 @@ def length(operation: Callable[[Client], None], storage: int) -> int:
     return len(files.asked)
 
 
-def found(files: Disk, storage: int) -> dict[bytes, bytes]:
+def found(files: Disk, storage: Place) -> dict[bytes, bytes]:
     """What lies in the store, read by itself."""
-    if storage == RPMB:
+    if storage.storage == RPMB:
         return independent.rpmb_objects(bytes(files.rpmb.content), StorageTest.uuid.bytes_le)
     return independent.read(files.snapshot(), independent.anchor(files.rpmb)).by_id
 
 
-def cut(operation: Callable[[Client], None], storage: int, at: int) -> bool:
+def cut(operation: Callable[[Client], None], storage: Place, at: int) -> bool:
     """Cut the power, restart, and compare: True if the object is new."""
     files = disk(storage)
     client = start(files, storage)
@@ -99,14 +117,14 @@ def cut(operation: Callable[[Client], None], storage: int, at: int) -> bool:
 
 @pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.__name__)
-def test_cut_at_every_rpc(operation: Callable[[Client], None], storage: int) -> None:
+def test_cut_at_every_rpc(operation: Callable[[Client], None], storage: Place) -> None:
     outcomes = [cut(operation, storage, at) for at in sample(length(operation, storage))]
     assert outcomes == sorted(outcomes), "once new, new for good"
     assert not outcomes[0] and outcomes[-1]
 
 
 @pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
-def test_a_first_use_that_is_cut(storage: int) -> None:
+def test_a_first_use_that_is_cut(storage: Place) -> None:
     """Format, key and first object, cut everywhere: the next start begins anew, or goes on with what is there."""
     first = Disk(rpmb=RpmbDevice())
     start(first, storage).create(b"object", b"old")
@@ -129,18 +147,18 @@ def test_a_first_use_that_is_cut(storage: int) -> None:
 
 def test_what_an_interrupted_creation_left_is_not_continued() -> None:
     """A long object that was never finished leaves nothing of itself in a short one of the same id."""
-    total = length(create, RPMB)
+    total = length(create, IN_RPMB)
     for at in (total // 4, total // 2, total - 2):
-        files = disk(RPMB)
-        client = start(files, RPMB)
+        files = disk(IN_RPMB)
+        client = start(files, IN_RPMB)
         files.cut_after = at
         with pytest.raises(StorageError):
             create(client)
         files.cut_after = None
         assert any(b"/." in bytes(name) for name in files.rpmb.content.split(b"\0"))
-        client = start(files, RPMB)
+        client = start(files, IN_RPMB)
         client.close(client.create(b"fresh", b"short"))
-        assert found(files, RPMB)[b"fresh"] == b"short"
+        assert found(files, IN_RPMB)[b"fresh"] == b"short"
         assert client.content(b"fresh") == b"short"
 
 
@@ -162,12 +180,12 @@ class HoldingDisk(Disk):
 def test_a_request_that_was_held_back_is_void() -> None:
     """A write that never reached the device must not be done after a restart, over what is there then."""
     files = HoldingDisk(rpmb=RpmbDevice())
-    client = start(files, RPMB)
+    client = start(files, IN_RPMB)
     handle = client.create(b"object", b"first")
     files.holds = True
     with pytest.raises(StorageError):
         client.write(handle, b"held!")
     files.holds = False
-    assert start(files, RPMB).content(b"object") == b"first"
+    assert start(files, IN_RPMB).content(b"object") == b"first"
     files.rpmb.write(files.held[REQUEST_SIZE:])
-    assert found(files, RPMB) == {b"object": b"first"}
+    assert found(files, IN_RPMB) == {b"object": b"first"}

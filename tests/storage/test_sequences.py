@@ -218,6 +218,13 @@ class RpmbStorage(Storage):
         return {name: size for name, size in super().enumerated().items() if name}
 
 
+class ManagedRpmbStorage(RpmbStorage):
+    config: ClassVar[dict[str, object]] = {
+        **RpmbStorage.config,
+        "storage": replace(MANAGED, rpmb_fs_cache_entries=5),
+    }
+
+
 TestSequences = Storage.TestCase
 TestSequences.settings = settings(max_examples=settings.default.max_examples // 4, stateful_step_count=30)
 """A sequence takes as long as several examples of other tests."""
@@ -227,3 +234,5 @@ TestManagedSequences = ManagedStorage.TestCase
 TestManagedSequences.settings = TestAnchoredSequences.settings
 TestRpmbSequences = RpmbStorage.TestCase
 TestRpmbSequences.settings = TestAnchoredSequences.settings
+TestManagedRpmbSequences = ManagedRpmbStorage.TestCase
+TestManagedRpmbSequences.settings = TestAnchoredSequences.settings

@@ -16,6 +16,7 @@ from optee.storage.memory.nodes import NodeCache
 from optee.storage.memory.objects import ObjectCache
 from optee.storage.memory.pool import Pool
 from optee.storage.memory.rpc_buffers import RpcBuffers
+from optee.storage.memory.rpmb import RpmbCache
 from optee.storage.memory.statistics import LevelStatistics
 from optee.storage.options import StorageOptions
 
@@ -46,11 +47,13 @@ class MemoryManager:
         self.blocks = BlockCache(self.clock, options.block_cache_size, self.buffers)
         self.nodes = NodeCache(self.clock, heap, owner, options.htree_node_count, reserve=reserve, places=places)
         self.objects = ObjectCache(self.clock, heap, owner, options.object_cache_size, reserve=reserve, places=places)
+        self.rpmb = RpmbCache(self.clock, heap, owner, options.rpmb_fs_cache_entries, reserve=reserve, places=places)
         self.rpc_buffers = RpcBuffers(self.clock, options.rpc_buffer_count)
         phases = (
             self.objects.collect,
             self.blocks.collect,
             self.nodes.collect,
+            self.rpmb.collect,
             self._collect_buffers,
             self._coalesce,
         )
@@ -66,7 +69,7 @@ class MemoryManager:
     @property
     def _pools(self) -> dict[str, Pool]:
         sizes = {f"{size >> 10} KiB buffers": pool for size, pool in zip(CLASSES, self.buffers.pools, strict=True)}
-        return {**sizes, "nodes": self.nodes.pool, "objects": self.objects.pool}
+        return {**sizes, "nodes": self.nodes.pool, "objects": self.objects.pool, "rpmb": self.rpmb.pool}
 
     def reclaim(self, size: int) -> bool:
         """The heap could not give `size` bytes: let everything go that can, until it can."""
@@ -99,7 +102,7 @@ class MemoryManager:
         return looked, looked < budget
 
     def _freed(self) -> int:
-        levels = (self.objects, self.blocks, self.nodes)
+        levels = (self.objects, self.blocks, self.nodes, self.rpmb)
         return sum(level.statistics.freed for level in levels)
 
     @property
@@ -109,13 +112,15 @@ class MemoryManager:
             "objects": self.objects.statistics,
             "blocks": self.blocks.statistics,
             "nodes": self.nodes.statistics,
+            "rpmb": self.rpmb.statistics,
             "rpc_buffers": self.rpc_buffers.statistics,
         }
 
     @property
     def charged(self) -> int:
         """Bytes of the core's heap."""
-        return self.buffers.charged + self.nodes.pool.charged + self.objects.pool.charged
+        pools = self.nodes.pool, self.objects.pool, self.rpmb.pool
+        return self.buffers.charged + sum(pool.charged for pool in pools)
 
     @property
     def bound(self) -> int:
@@ -160,6 +165,7 @@ class MemoryManager:
         self.objects.clear()
         self.blocks.clear()
         self.nodes.clear()
+        self.rpmb.clear()
         self.rpc_buffers.give_up()
 
     def close(self) -> None:

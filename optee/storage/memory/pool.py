@@ -13,7 +13,7 @@ from optee.memory.heap import QUANTUM, Heap, Owner, block_size
 from optee.storage.memory.statistics import LevelStatistics
 
 _LEVELS: Final = frozenset(
-    f"{__name__.rpartition('.')[0]}.{name}" for name in ("blocks", "buffers", "lru", "nodes", "objects", "pool")
+    f"{__name__.rpartition('.')[0]}.{name}" for name in ("blocks", "buffers", "lru", "nodes", "objects", "pool", "rpmb")
 )
 """Modules that allocate for somebody else."""
 
