@@ -31,7 +31,7 @@ class FaultyLedger(Ledger):
     ) -> Charge:
         """See `Ledger.charge`."""
         if calls and self.calls + calls > self.limits.calls:
-            raise OverLimit("calls")
+            raise OverLimit("calls", calls, self.calls, self.limits.calls)
         if (calls or buffers or rpc_arguments) and self._objects.due():
             raise OverLimit("memory")
         return super().charge(pages, buffers, rpc_arguments, calls, memory)

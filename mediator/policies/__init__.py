@@ -136,7 +136,9 @@ class QuotaDocument(_Strict):
         return changed
 
 
-class _Flow(_Strict):
+class FlowDocument(_Strict):
+    """Flow control as it stands in a file."""
+
     queue: Annotated[int, Field(ge=1, le=1 << 16)]
     rate: Annotated[float, Field(ge=1, le=1_000_000)] | None = None
     burst: Annotated[int, Field(ge=1, le=1 << 16)] = 1
@@ -178,7 +180,7 @@ class PolicyDocument(_Strict):
     limits: _Limits
     guests: dict[str, QuotaDocument] = {}
     pool: _Pool = _Pool(pages=None)
-    flow: _Flow | None = None
+    flow: FlowDocument | None = None
     rpmb_owner: Annotated[str, Field(min_length=1)] | None = None
     shared_pages: list[Annotated[int, Field(ge=4096, multiple_of=4096)]] = []
 

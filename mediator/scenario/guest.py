@@ -231,12 +231,17 @@ class ScenarioGuest:
             return guests.MisbehavingSupplicant(_VARIANTS[variant], images, files=self.files)
         return guests.Supplicant(images, files=self.files, rpmb=self.run.rpmb)
 
-    def context(self, process: str) -> guests.Context:
-        """A process of the guest: its connection to the TEE is made when it is first needed."""
+    @property
+    def booted(self) -> guests.Guest:
+        """The guest as a whole. Raises EvaluationError for one without a driver."""
         _ = self.linux
         assert self._guest is not None
+        return self._guest
+
+    def context(self, process: str) -> guests.Context:
+        """A process of the guest: its connection to the TEE is made when it is first needed."""
         if process not in self._contexts:
-            self._contexts[process] = self._guest.context()
+            self._contexts[process] = self.booted.context()
         return self._contexts[process]
 
     async def shut_down(self) -> None:

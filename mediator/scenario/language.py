@@ -16,8 +16,8 @@ from pydantic_core import CoreSchema, core_schema
 from hv_models.machine import RAM_BASE, RamBlock
 from mediator.documents import DocumentError, Path, Places, load_located
 from mediator.invariants import TITLES
-from mediator.policies import PolicyDocument
-from mediator.scenario import client, driver, flow, storage, world
+from mediator.policies import FlowDocument, PolicyDocument
+from mediator.scenario import client, driver, flow, load, storage, world
 from mediator.scenario.client import TaName, ta_uuid
 from mediator.scenario.expressions import EvaluationError, Expression, Number, Seconds, Value
 from mediator.scenario.guest import SUPPLICANTS
@@ -32,7 +32,14 @@ MAX_GUESTS: Final = 1000
 """VMs of one machine: stops a file from filling memory."""
 EVERY: Final = "every"
 """The name that stands for each guest of the machine."""
-STEPS: Final[tuple[type[Step], ...]] = (*client.STEPS, *driver.STEPS, *world.STEPS, *storage.STEPS, *flow.STEPS)
+STEPS: Final[tuple[type[Step], ...]] = (
+    *client.STEPS,
+    *load.STEPS,
+    *driver.STEPS,
+    *world.STEPS,
+    *storage.STEPS,
+    *flow.STEPS,
+)
 VERBS: Final[Mapping[str, type[Step]]] = {step.verb: step for step in STEPS}
 _RESERVED: Final = frozenset({"guest", EVERY})
 
@@ -244,9 +251,19 @@ class Machine(Strict):
     ] = "default"
     rpmb_owner: Name | None = None
     """The guest that the RPMB device belongs to, if not whom the policy says. Each VM has the one device."""
+    flow: FlowDocument | None = None
+    """Flow control, if it is not what the policy says."""
+    costs: bool = False
+    """Whether calls take virtual time, as the table of `mediator.costs` says; interrupts come by its tick then."""
     optee: OpteeSpec = OpteeSpec()
     interrupts: Annotated[float, Field(ge=0, le=0.9)] = 0.0
     """Probability that an interrupt is pending at a moment at which secure code can be interrupted."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.costs and self.interrupts:
+            raise ValueError("interrupts: with costs they come by the table's tick")
+        return self
 
     def specs(self, count: int | None) -> dict[str, GuestSpec]:
         """The guests by name. count: as many, where only their number is given."""

@@ -25,6 +25,7 @@ from hv_models.vm import VirtualMachine
 from mediator.board import NOTHING_LEFT, Board, BoardError, images
 from mediator.core.policy import Policy
 from mediator.core.steps import Event
+from mediator.costs import Costs
 from mediator.interleaving import run as run_seeded
 from mediator.invariants import Violation
 from mediator.policies import QuotaDocument, load_policy
@@ -211,6 +212,7 @@ class Run:
             world=self._make_world,
             modelled=not self.scenario.scripts_the_secure_world(),
             on_event=self._told,
+            costs=Costs() if machine.costs else None,
         )
         board.service.memory_of = self._make_memory
         board.service.on_fault = self._note_fault
@@ -384,6 +386,8 @@ def _images() -> Mapping[UUID, bytes]:
 def _policy(scenario: Scenario) -> Policy:
     machine = scenario.machine
     policy = load_policy(machine.policy) if isinstance(machine.policy, str) else machine.policy.policy()
+    if machine.flow is not None:
+        policy = replace(policy, flow=machine.flow.flow())
     return policy if machine.rpmb_owner is None else replace(policy, rpmb_owner=machine.rpmb_owner)
 
 
