@@ -25,6 +25,8 @@ from hv_models.socket_conduit import LinkRefused, open_conduit
 
 MAX_REPORT: Final = 16384
 """Bytes of a report: the reader has room for no more."""
+BEGIN: Final = b"begin"
+"""What the other side says when all guests are up: from then on the workload runs."""
 STOP: Final = b"stop"
 """What the other side sends to have the guest end in order."""
 REPORT_SECONDS: Final = 0.25
@@ -89,6 +91,7 @@ async def run_guest(
     reporter = _Reporter(reports, report)
     store = PageStore(settings.name, settings.ram // PAGE_SIZE)
     ram = GuestRam(store, settings.base)
+    begin = trio.Event()
     work = trio.CancelScope()
     flavour = Flavour[settings.hypervisor.upper()]
     supplicant = guests.Supplicant(images, ta_directory=ta_directory)
@@ -97,7 +100,7 @@ async def run_guest(
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(reporter.run)
-            nursery.start_soon(_wait_for_stop, reports, work)
+            nursery.start_soon(_listen, reports, begin, work)
             async with open_conduit(link, flavour, settings.name, settings.vcpus, [ram]) as conduit:
                 async with guests.open(
                     ram, conduit, name=settings.name, vcpus=settings.vcpus, method=method, supplicant=supplicant
@@ -106,6 +109,7 @@ async def run_guest(
                     with work:
                         await _invoke_once(guest)
                         reporter.up.set()
+                        await begin.wait()
                         await WORKLOADS[settings.workload](guest, report)
                 await conduit.stop()
             ended = "finished"
@@ -125,10 +129,11 @@ async def _invoke_once(guest: guests.Guest) -> None:
             await session.close()
 
 
-async def _wait_for_stop(reports: trio.socket.SocketType, work: trio.CancelScope) -> None:
-    """A word, or the end of who would read the reports: either way the work is over."""
+async def _listen(reports: trio.socket.SocketType, begin: trio.Event, work: trio.CancelScope) -> None:
+    """BEGIN; then a word, or the end of who would read the reports: either way the work is over."""
     with suppress(OSError):
-        await reports.recv(len(STOP))
+        while await reports.recv(len(BEGIN)) == BEGIN:
+            begin.set()
     work.cancel()
 
 

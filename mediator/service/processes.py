@@ -19,7 +19,7 @@ from uuid import UUID
 import trio
 
 import guests
-from guests.process import MAX_REPORT, STOP, Settings
+from guests.process import BEGIN, MAX_REPORT, STOP, Settings
 from guests.workloads import Report
 
 _ENDINGS: Final = ("", "finished", "failed")
@@ -48,10 +48,17 @@ class GuestProcess:
             ended = _take(report, record)
         return ended
 
+    async def begin(self) -> None:
+        """Let its workload run; until then it is up, and idle."""
+        await self._say(BEGIN)
+
     async def stop(self) -> None:
         """Ask the guest to end in order."""
+        await self._say(STOP)
+
+    async def _say(self, word: bytes) -> None:
         try:
-            await self._reports.send(STOP)
+            await self._reports.send(word)
         except OSError:
             return  # it has ended
 

@@ -282,17 +282,27 @@ class Bench:
         await self._is_up.wait()
 
     async def _watch_up(self, started: float) -> None:
-        """Note when the first invocation of every guest was answered."""
-        while True:
-            wanted = self.options.guests + self.options.host_client
-            started_all = len(self.guests) + len(self.refused_guests) >= wanted
-            if started_all and all(guest.up for guest in self.guests):
-                break
-            await trio.sleep(UP_POLL_SECONDS)
+        """Note when the first invocation of every guest was answered. Only then do workloads begin, so that guests
+        which are up do not keep the others from coming up, and all have the same time.
+        """
+        with trio.move_on_after(UP_SECONDS):
+            await self._all_up()
+        for guest in list(self.guests):
+            if guest.process is not None:
+                await guest.process.begin()
+        await self._all_up()
         self.up = trio.current_time() - started
         self._is_up.set()
         if not sys.stderr.isatty():
             print(f"{len(self.guests)} guests are up after {self.up:.2f} s", file=sys.stderr, flush=True)
+
+    async def _all_up(self) -> None:
+        wanted = self.options.guests + self.options.host_client
+        while True:
+            started = len(self.guests) + len(self.refused_guests) >= wanted
+            if started and all(guest.up for guest in self.guests):
+                return
+            await trio.sleep(UP_POLL_SECONDS)
 
     async def _stop_on_signal(self) -> None:
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
