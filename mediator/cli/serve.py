@@ -51,6 +51,9 @@ def serve(
         str | None,
         typer.Option("--board", metavar="NAME", help="OP-TEE's board, such as qemu_armv8a; else a roomy one."),
     ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", metavar="FILE", help="More about how OP-TEE is built: its heap, caches.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of everything random in the models.")] = 0,
     json: Json = False,
 ) -> int:
@@ -75,8 +78,10 @@ def serve(
 
     if board is not None and board not in BOARDS:
         raise BadInput(f"serve: the board {board!r} is none of {', '.join(BOARDS)}")
-    if board is not None and secure_world is not None:
-        raise BadInput("serve: --board builds the OP-TEE of this process, --secure-world forwards to another one")
+    if (board is not None or config is not None) and secure_world is not None:
+        raise BadInput(
+            "serve: --board and --config build the OP-TEE of this process, --secure-world forwards to another one"
+        )
     if workload not in WORKLOADS:
         raise BadInput(f"serve: the workload {workload!r} is none of {', '.join(WORKLOADS)}")
     structlog.configure(logger_factory=lambda: structlog.PrintLogger(sys.stderr))
@@ -96,6 +101,7 @@ def serve(
         record=record,
         secure_world=secure_world,
         board=board,
+        config=config,
     )
     summary = run_bench(options)
     if json:

@@ -13,6 +13,7 @@ class ServeOptions:
     external: the socket for VMs of others; control: the socket for `mediator ctl`; host_client: the host's own driver
     is a guest as well. record: the trace to write, one for each guest. secure_world: the
     socket of a secure world in another process. board: the board on which OP-TEE runs; None: one with room for all.
+    config: a file that says more about how OP-TEE is built.
     """
 
     guests: int = 4
@@ -30,3 +31,4 @@ class ServeOptions:
     record: Path | None = None
     secure_world: Path | None = None
     board: str | None = None
+    config: Path | None = None

@@ -20,6 +20,7 @@ from mediator.core.policy import Policy
 from mediator.documents import DocumentError
 from mediator.policies import load_policy
 from mediator.remote_world import RemoteSecureWorld
+from mediator.service.config import load_config
 from mediator.service.control import Control
 from mediator.service.display import display
 from mediator.service.links import Ending, Link
@@ -82,6 +83,8 @@ class Bench:
             config = Config(guests=max(room, 1), early_tas=frozenset(), seed=options.seed)
             if options.board is not None:
                 config = config.built(BOARDS[options.board].build)
+            if options.config is not None:
+                config = load_config(options.config).over(config)
             if not options.json:
                 print(f"board: {split_in_words(config)}", file=sys.stderr, flush=True)
             board = Board(policy, config, thorough=options.check, on_event=self._events)
