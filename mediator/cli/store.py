@@ -23,6 +23,7 @@ from mediator.cli.output import (
 )
 
 if TYPE_CHECKING:
+    from optee.storage.keys import StorageKeys
     from optee.storage.store_reader import StoredObject, StoreReader
 
 FORMAT: Final = "mediator-store/1"
@@ -112,11 +113,21 @@ def print_data(
 
 
 @app.command()
-def check(directory: Directory, huk: Huk = "", chip_id: ChipId = "", guest: Guest = None, json: Json = False) -> int:
+def check(
+    directory: Directory,
+    huk: Huk = "",
+    chip_id: ChipId = "",
+    guest: Guest = None,
+    rpmb: Annotated[
+        Path | None,
+        typer.Option("--rpmb", metavar="FILE", help="The blocks of the RPMB device that holds the anchor."),
+    ] = None,
+    json: Json = False,
+) -> int:
     """Verify every hash and tag of the live state, and say what is damaged, left over and free."""
     from optee.storage.describe import describe_store
 
-    store = _open(directory, huk, chip_id, guest)
+    store = _open(directory, huk, chip_id, guest, rpmb)
     document = describe_store(store)
     good = not store.damages
     if json:
@@ -149,7 +160,7 @@ def dump(directory: Directory, huk: Huk = "", chip_id: ChipId = "", guest: Guest
     return verdict(not store.damages)
 
 
-def _open(directory: Path, huk: str, chip_id: str, guest: int | None) -> "StoreReader":
+def _open(directory: Path, huk: str, chip_id: str, guest: int | None, rpmb: Path | None = None) -> "StoreReader":
     """The store with these keys, read. Raises BadInput."""
     from optee.storage.keys import CHIP_ID_SIZE, DEFAULT_CHIP_ID, DEFAULT_HUK, StorageKeys
     from optee.storage.store_reader import NotAStoreError, StoreReader
@@ -157,13 +168,28 @@ def _open(directory: Path, huk: str, chip_id: str, guest: int | None) -> "StoreR
     key, chip = _hex("--huk", huk) or DEFAULT_HUK, _hex("--chip-id", chip_id) or DEFAULT_CHIP_ID
     if len(chip) != CHIP_ID_SIZE:
         raise BadInput(f"store: --chip-id has {CHIP_ID_SIZE} bytes, not {len(chip)}")
+    keys = StorageKeys(key, chip, guest)
     try:
-        store = StoreReader(directory, StorageKeys(key, chip, guest))
+        store = StoreReader(directory, keys, None if rpmb is None else _anchor(rpmb, keys))
         # Files are read here, so that one that cannot be read is told before anything is printed.
         _ = store.damages
     except NotAStoreError as error:
         raise BadInput(str(error)) from None
     return store
+
+
+def _anchor(file: Path, keys: "StorageKeys") -> bytes:
+    """What the blocks of an RPMB device have as anchor. Raises BadInput, DocumentError."""
+    from mediator.documents import read_bytes
+    from optee.storage.rpmb_reader import NotAnImageError, read_anchor
+
+    try:
+        anchor = read_anchor(read_bytes(file), keys)
+    except NotAnImageError as error:
+        raise BadInput(f"{file}: not the blocks of an RPMB device: {error}") from None
+    if anchor is None:
+        raise BadInput(f"{file}: this RPMB device holds no anchor")
+    return anchor
 
 
 def _hex(option: str, text: str) -> bytes:

@@ -113,7 +113,7 @@ def notes(store: StoreReader) -> list[str]:
         found.append(f"free entries of dirf.db: {', '.join(map(str, store.opened.free))}")
     if store.strangers:
         found.append(f"not of secure storage: {', '.join(store.strangers)}")
-    return [*found, NO_ANCHOR]
+    return [*found, NO_ANCHOR] if store.anchor is None else found
 
 
 def dump_tree(tree: TreeReader) -> Document:

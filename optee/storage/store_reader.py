@@ -125,11 +125,15 @@ class OpenedDirectory(NamedTuple):
 
 
 class StoreReader:
-    """A store. Raises NotAStoreError if there is none at `path`; damage is told by `damages`, not raised."""
+    """A store. Raises NotAStoreError if there is none at `path`; damage is told by `damages`, not raised.
 
-    def __init__(self, path: Path, keys: StorageKeys) -> None:
+    anchor: root hash that dirf.db must have; without it the version with the larger counter counts.
+    """
+
+    def __init__(self, path: Path, keys: StorageKeys, anchor: bytes | None = None) -> None:
         self.path = path
         self.keys = keys
+        self.anchor = anchor
         try:
             entries = sorted(path.iterdir())
         except OSError as error:
@@ -161,7 +165,7 @@ class StoreReader:
     def tree(self) -> TreeReader | None:
         """dirf.db; None if it is lost."""
         data = self.file_content(DIRECTORY_NAME)
-        return None if data is None else TreeReader(DIRECTORY_NAME, data, self.keys, None)
+        return None if data is None else TreeReader(DIRECTORY_NAME, data, self.keys, None, self.anchor)
 
     @property
     def is_half_made(self) -> bool:
@@ -184,6 +188,8 @@ class StoreReader:
             return OpenedDirectory(objects, free, [lost])
         if self.is_half_made:
             return OpenedDirectory(objects, free, damages)
+        if tree.slot is None and not tree.damages:
+            damages.append(Damage(DIRECTORY_NAME, "file", "not the one that is anchored: an old copy, or another's"))
         damages += [*tree.damages, *tree.block_damages()]
         for index in range(tree.length // ENTRY_SIZE):
             try:

@@ -1,8 +1,11 @@
 """REE FS with its anchor in RPMB: an old copy of the whole store is told from the good one."""
 
+from pathlib import Path
+
 import pytest
 
 from guests.rpmb import RpmbDevice
+from mediator.cli import run
 from optee.abi.results import Result
 from optee.abi.rpc import FsOperation
 from tests.storage import independent
@@ -108,3 +111,28 @@ def test_objects_in_rpmb_lie_beside_the_anchor(disk: ChangedDisk) -> None:
     assert client.content(b"object") == b"new"
     names = sorted(independent.read_rpmb(bytes(disk.rpmb.content)))
     assert len(names) == 2 and "/dirfile.db.hash" in names
+
+
+def test_store_check_with_the_device(disk: ChangedDisk, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Given the blocks of the device, an old copy of the whole store is damage; else it says that it cannot tell."""
+    image = tmp_path / "rpmb"
+    image.write_bytes(disk.rpmb.content)
+    for name, files in (("new", disk.files), ("old", disk.old)):
+        (tmp_path / name).mkdir()
+        for file, content in files.items():
+            (tmp_path / name / file).write_bytes(content)
+    assert run(["store", "check", str(tmp_path / "old")]) == 0
+    assert "cannot be told" in capsys.readouterr().out
+    assert run(["store", "check", str(tmp_path / "new"), "--rpmb", str(image)]) == 0
+    assert capsys.readouterr().out == "good: 1 objects\n"
+    assert run(["store", "check", str(tmp_path / "old"), "--rpmb", str(image)]) == 1
+    assert "damaged: dirf.db: file: not the one that is anchored" in capsys.readouterr().out
+    for wrong, words in (
+        (b"", "no file system"),
+        (disk.rpmb.content[:600], "middle of its FAT"),
+        (disk.rpmb.content[:2000], "ends before byte"),
+    ):
+        image.write_bytes(wrong)
+        assert run(["store", "check", str(tmp_path / "new"), "--rpmb", str(image)]) == 2
+        assert words in capsys.readouterr().err
+    assert run(["store", "check", str(tmp_path / "new"), "--rpmb", str(tmp_path / "none")]) == 2

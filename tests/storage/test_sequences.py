@@ -203,6 +203,12 @@ class ManagedStorage(Storage):
         assert memory.held() == {}
 
 
+class ManagedAnchoredStorage(AnchoredStorage):
+    """The same with everything kept in the core's heap."""
+
+    config: ClassVar[dict[str, object]] = {**AnchoredStorage.config, "storage": MANAGED}
+
+
 class RpmbStorage(Storage):
     storage = RPMB
     config: ClassVar[dict[str, object]] = {"rpmb_fs": True, "rpmb_write_key": True}
@@ -232,6 +238,8 @@ TestAnchoredSequences = AnchoredStorage.TestCase
 TestAnchoredSequences.settings = settings(TestSequences.settings, max_examples=TestSequences.settings.max_examples // 3)
 TestManagedSequences = ManagedStorage.TestCase
 TestManagedSequences.settings = TestAnchoredSequences.settings
+TestManagedAnchoredSequences = ManagedAnchoredStorage.TestCase
+TestManagedAnchoredSequences.settings = TestAnchoredSequences.settings
 TestRpmbSequences = RpmbStorage.TestCase
 TestRpmbSequences.settings = TestAnchoredSequences.settings
 TestManagedRpmbSequences = ManagedRpmbStorage.TestCase
