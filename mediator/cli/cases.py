@@ -76,6 +76,31 @@ def check(cases: "Sequence[Scenario]", junit: Path | None, *, coverage: bool, js
     return show_coverage(verdicts, json) if coverage else show_verdicts(verdicts, json)
 
 
+def check_outside(
+    cases: "Sequence[Scenario]", target: Path, secure_world: Path, junit: Path | None, *, json: bool
+) -> int:
+    """Run cases against a mediator that somebody else runs, and print how they ended."""
+    import trio
+
+    from mediator.conformance.outside import TargetError, run_outside
+
+    try:
+        with progress("conform") as advance:
+            verdicts = trio.run(
+                run_outside,
+                cases,
+                target,
+                secure_world,
+                lambda done: advance(done, len(cases)),
+                lambda: note(f"the secure world is served at {secure_world}; start the mediator now"),
+            )
+    except* TargetError as group:
+        raise BadInput(f"conform: {group.exceptions[0]}") from None
+    if junit is not None:
+        write_junit(junit, verdicts)
+    return show_verdicts(verdicts, json)
+
+
 def write_junit(path: Path, verdicts: "Sequence[Verdict]") -> None:
     """Write the report. Raises BadInput."""
     from mediator.conformance.junit import junit

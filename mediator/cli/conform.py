@@ -48,22 +48,36 @@ def conform(
     junit: Annotated[
         Path | None, typer.Option("--junit", metavar="FILE", help="Write the verdicts as a JUnit report, too.")
     ] = None,
+    target: Annotated[
+        Path | None,
+        typer.Option("--target", metavar="SOCKET", help="Test the mediator that serves guests at this socket."),
+    ] = None,
+    secure_world: Annotated[
+        Path | None,
+        typer.Option("--secure-world", metavar="SOCKET", help="With --target: where it finds its secure world, ours."),
+    ] = None,
     json: Json = False,
 ) -> int:
     """Conformance to the SMC ABI: cases of the catalogue, or a comparison with recorded vectors."""
     from mediator.cli import cases
 
+    if (target is None) is not (secure_world is None):
+        raise BadInput("conform: --target and --secure-world belong together")
     if vectors is not None:
-        if names or list_ or coverage or explain or junit:
+        if names or list_ or coverage or explain or junit or target:
             raise BadInput("conform: --vectors goes with --policy, --observed and --json only")
         return _compare(vectors, policy, observed, json)
     if observed is not None:
         raise BadInput("conform: --observed goes with --vectors")
+    if target is not None and (list_ or coverage or explain):
+        raise BadInput("conform: --target goes with --junit and --json only")
     if explain is not None:
         return cases.draw(explain)
     chosen = cases.choose(names)
     if list_:
         return cases.list_cases(chosen, json)
+    if target is not None and secure_world is not None:
+        return cases.check_outside(chosen, target, secure_world, junit, json=json)
     return cases.check(chosen, junit, coverage=coverage, json=json)
 
 

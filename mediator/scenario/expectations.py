@@ -483,10 +483,17 @@ Word = Annotated[
 """All of a register, or some bits of it."""
 
 
+StatusWord = Annotated[
+    Annotated[Bits, Tag("<bits>")] | Annotated[Status, Tag("<code>")],
+    Discriminator(lambda given: "<bits>" if isinstance(given, dict | Bits) else "<code>"),
+]
+"""The same for a0, which may be a status."""
+
+
 class RegistersExpectation(StateExpectation):
     """What an SMC answers."""
 
-    a0: Status | None = None
+    a0: StatusWord | None = None
     a1: Word | None = None
     a2: Word | None = None
     a3: Word | None = None
@@ -498,7 +505,9 @@ class RegistersExpectation(StateExpectation):
 
     def check_registers(self, regs: Regs, actor: Actor) -> None:
         """Compare. Raises StepFailed."""
-        if self.a0 is not None and actor.number(self.a0) not in (regs[0], _signed(regs[0])):
+        if isinstance(self.a0, Bits):
+            self.a0.check("a0", regs[0], actor)
+        elif self.a0 is not None and actor.number(self.a0) not in (regs[0], _signed(regs[0])):
             raise StepFailed("a0", status_name(actor.number(self.a0)), status_name(regs[0]))
         for index, name in enumerate(REGISTERS[1:], 1):
             word = getattr(self, name)

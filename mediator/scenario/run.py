@@ -169,6 +169,9 @@ class Run:
             with self._recording(board):
                 await self._judge(board, outcome)
         outcome.violations = self._violations()
+        return self._counted(outcome)
+
+    def _counted(self, outcome: Outcome) -> Outcome:
         outcome.seconds = trio.current_time() - self.began
         outcome.steps = self.steps
         outcome.smcs = sum(guest.smcs for guest in self.guests.values())
@@ -253,8 +256,7 @@ class Run:
             actor = Actor(self, scopes, None if only is None else self.guests[only])
             with suppress(GuestDied):
                 await actor.run_steps(self.scenario.steps)
-            if self.board.checker is not None:
-                self.board.checker.scan(memory=True)
+            self._look_at_all()
             async with trio.open_nursery() as ends:
                 for guest in self.guests.values():
                     ends.start_soon(guest.shut_down)
@@ -319,6 +321,11 @@ class Run:
         finally:
             if failed:
                 self.abort()
+
+    def _look_at_all(self) -> None:
+        """The steps are done: let the checker look at everything once."""
+        if self.board.checker is not None:
+            self.board.checker.scan(memory=True)
 
     def _check_invariants(self) -> None:
         """A violation is noticed at the step after which it is there. Raises StepFailed."""

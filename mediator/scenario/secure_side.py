@@ -117,7 +117,7 @@ class SecureSide:
         self.inboxes: defaultdict[int, Inbox] = defaultdict(Inbox)
         self._memory = memory
         self._model = model
-        self._witness = witness
+        self.witness = witness
 
     def call(self, regs: Regs) -> Regs:
         """Execute one SMC, or answer it by script."""
@@ -134,9 +134,9 @@ class SecureSide:
             inbox.scripts.remove(script)
             answer = script(regs, conversation)
         inbox.said = self._words(inbox, function, conversation, answer)
-        if self._witness is not None:
+        if self.witness is not None:
             request = None if conversation is None else conversation.request
-            self._witness.forwarded(client, inbox.forwarded[-1], answer, request)
+            self.witness.forwarded(client, inbox.forwarded[-1], answer, request)
         return answer
 
     def _words(self, inbox: Inbox, function: int, conversation: Conversation | None, answer: Regs) -> str:
