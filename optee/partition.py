@@ -73,4 +73,8 @@ class Partition:
             instance.free_memory()
         if self.storage.memory is not None:
             self.storage.memory.close()
-        return self.pools.left() if orderly else []
+        if not orderly:
+            return []
+        if self.storage.memory is not None:  # what it caches is not lost
+            self.storage.memory.reclaim(self.pools.heap.size)
+        return self.pools.left()

@@ -44,13 +44,13 @@ class GuestStorage:
         anchor = None
         if config.rpmb_fs:
             rpmb_fs = RpmbFs(self._device(keys, random, config.rpmb_write_key), keys, random)
-            self.storages[StorageId.PRIVATE_RPMB] = Storage(rpmb_fs, ObjectRegistry())
+            self.storages[StorageId.PRIVATE_RPMB] = Storage(rpmb_fs, ObjectRegistry(heap, guest))
             if config.is_anchored:
                 anchor = Anchor(rpmb_fs, allow_reset=config.ree_fs_allow_reset)
         services = Services(keys, random, heap, guest)
         files = TreeFiles(services) if self.memory is None else CachedFiles(services, self.memory)
         ree_fs = ReeFs(files, anchor)
-        ree = Storage(ree_fs, ObjectRegistry())
+        ree = Storage(ree_fs, ObjectRegistry(heap, guest))
         self.storages |= {StorageId.PRIVATE: ree, StorageId.PRIVATE_REE: ree}
         self.ta_database = TaDatabase(ree_fs)
 

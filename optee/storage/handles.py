@@ -43,10 +43,23 @@ class TransientKey(NamedTuple):
 class ObjectHandle:
     """A handle on an open object (TEE_ObjectHandle); `number` names it within its instance."""
 
-    __slots__ = ("data_size", "file", "flags", "header", "number", "position", "record", "serialized", "storage")
+    __slots__ = (
+        "data_size",
+        "file",
+        "flags",
+        "header",
+        "memory",
+        "number",
+        "position",
+        "record",
+        "serialized",
+        "storage",
+    )
 
-    def __init__(self, number: int, storage: Storage, record: Record, flags: int) -> None:
+    def __init__(self, number: int, storage: Storage, record: Record, flags: int, memory: tuple[int, ...]) -> None:
         self.number = number
+        self.memory = memory
+        """Where it lies in the core's heap."""
         self.storage = storage
         self.record = record
         self.flags = flags

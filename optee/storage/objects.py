@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
 from optee.abi.results import Result, TaFlag
 from optee.errors import TaPanic, TeeError
+from optee.memory.heap import Owner
+from optee.memory.structures import FILE_HANDLE, TRANSIENT_OBJECT
 from optee.parameters import Memref, PrivateBuffer
 from optee.steps import Steps
 from optee.storage.attributes import DATA_TYPE, pack_attributes
@@ -24,6 +26,7 @@ from optee.storage.registry import OPEN_FLAGS, DataFlag, Purpose
 
 if TYPE_CHECKING:
     from optee.storage.file_system import OpenFile, Storage
+    from optee.storage.registry import Record
     from optee.ta_context import Instance
     from optee.threads import Thread
 
@@ -54,6 +57,7 @@ class TrustedStorage:
         self._thread = thread
         self._owner = instance.uuid.bytes_le
         self._storages: dict[int, Storage] = thread.partition.storage.storages
+        self._pools = thread.partition.pools
 
     def handle(self, number: int) -> ObjectHandle:
         """The open object with that number. A wrong one is a panic."""
@@ -180,13 +184,13 @@ class TrustedStorage:
             raise TeeError(Result.BAD_PARAMETERS)
         storage = self._storage(storage_id)
         record = storage.registry.get(self._owner, self._object_id(object_id), flags, Purpose.OPEN)
-        handle = ObjectHandle(self._instance.handles.new_number(), storage, record, flags)
+        handle = self._new_handle(self._instance.handles.new_number(), storage, record, flags)
         try:
             yield from self._read_header(handle)
         except TeeError as error:
             if error.result == Result.CORRUPT_OBJECT:
                 yield from self._remove_file(handle)
-            storage.registry.put(record)
+            self._drop(handle)
             raise
         self._instance.handles.objects[handle.number] = handle
         return handle
@@ -219,7 +223,7 @@ class TrustedStorage:
             raise TeeError(Result.BAD_PARAMETERS)
         storage = self._storage(storage_id)
         record = storage.registry.get(self._owner, self._object_id(object_id), flags, Purpose.CREATE)
-        handle = ObjectHandle(self._instance.handles.new_number(), storage, record, flags)
+        handle = self._new_handle(self._instance.handles.new_number(), storage, record, flags)
         if key is None:
             key = TransientKey(DATA_TYPE, 0, ())
         handle.serialized = pack_attributes(key.attributes)
@@ -235,7 +239,7 @@ class TrustedStorage:
         except TeeError as error:
             if error.result == Result.CORRUPT_OBJECT:
                 yield from self._remove_file(handle)
-            storage.registry.put(record)
+            self._drop(handle)
             raise
         handle.data_size = len(data)
         record.usage = key.object_usage
@@ -245,6 +249,19 @@ class TrustedStorage:
 
     def _release(self, handle: ObjectHandle) -> Steps[None]:
         yield from handle.storage.fs.close(self._thread, handle.file)
+        self._drop(handle)
+
+    def _new_handle(self, number: int, storage: Storage, record: Record, flags: int) -> ObjectHandle:
+        try:
+            owner = Owner("object handle", self._pools.guest)
+            memory = self._pools.heap.allocate_all((TRANSIENT_OBJECT, FILE_HANDLE), owner)
+        except TeeError:
+            storage.registry.put(record)
+            raise
+        return ObjectHandle(number, storage, record, flags, memory)
+
+    def _drop(self, handle: ObjectHandle) -> None:
+        self._pools.heap.free_all(handle.memory)
         handle.storage.registry.put(handle.record)
 
     def _remove_file(self, handle: ObjectHandle) -> Steps[None]:
@@ -338,11 +355,11 @@ class TrustedStorage:
         if object_id is None:
             raise TeeError(Result.ITEM_NOT_FOUND)
         record = storage.registry.get(self._owner, object_id, 0, Purpose.ENUMERATE)
-        handle = ObjectHandle(0, storage, record, 0)
+        handle = self._new_handle(0, storage, record, 0)
         try:
             yield from self._read_header(handle)
         except TeeError:
-            storage.registry.put(record)
+            self._drop(handle)
             raise
         info = handle.info._replace(handle_flags=0)
         yield from self._release(handle)

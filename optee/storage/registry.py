@@ -10,6 +10,8 @@ from enum import Enum, IntFlag, auto
 
 from optee.abi.results import Result
 from optee.errors import TeeError
+from optee.memory.heap import Heap, Owner
+from optee.memory.structures import PERSISTENT_OBJECT
 
 
 class DataFlag(IntFlag):
@@ -41,14 +43,16 @@ class Purpose(Enum):
 class Record:
     """An object that at least one handle has open."""
 
-    __slots__ = ("creating", "flags", "object_id", "owner", "references", "usage")
+    __slots__ = ("creating", "flags", "memory", "object_id", "owner", "references", "usage")
 
-    def __init__(self, owner: bytes, object_id: bytes, flags: int, *, creating: bool) -> None:
+    def __init__(self, owner: bytes, object_id: bytes, flags: int, *, creating: bool, memory: tuple[int, ...]) -> None:
         self.owner = owner
         self.object_id = object_id
         self.flags = flags
         self.creating = creating
         """Not whole yet: nobody else gets it."""
+        self.memory = memory
+        """Where it and its id lie in the core's heap."""
         self.references = 1
         self.usage = 0
         """objectUsage, the same for all handles."""
@@ -57,17 +61,20 @@ class Record:
 class ObjectRegistry:
     """Open objects of one guest in one storage."""
 
-    def __init__(self) -> None:
+    def __init__(self, heap: Heap, guest: int) -> None:
+        self._heap = heap
+        self._memory_owner = Owner("persistent object", guest)
         self._records: dict[tuple[bytes, bytes], Record] = {}
 
     def __len__(self) -> int:
         return len(self._records)
 
     def get(self, owner: bytes, object_id: bytes, flags: int, purpose: Purpose) -> Record:
-        """Take a reference. Raises TeeError(ACCESS_CONFLICT)."""
+        """Take a reference. Raises TeeError: ACCESS_CONFLICT, OUT_OF_MEMORY."""
         record = self._records.get((owner, object_id))
         if record is None:
-            record = Record(owner, object_id, flags, creating=purpose is Purpose.CREATE)
+            memory = self._heap.allocate_all((PERSISTENT_OBJECT, len(object_id)), self._memory_owner)
+            record = Record(owner, object_id, flags, creating=purpose is Purpose.CREATE, memory=memory)
             self._records[owner, object_id] = record
             return record
         if purpose is not Purpose.ENUMERATE:
@@ -82,11 +89,14 @@ class ObjectRegistry:
         record.references -= 1
         if not record.references:
             del self._records[record.owner, record.object_id]
+            self._heap.free_all(record.memory)
 
     def rename(self, record: Record, reserved: Record) -> None:
         """Let an object have the id that `reserved` holds; that one's reference is dropped."""
         del self._records[record.owner, record.object_id]
         record.object_id = reserved.object_id
+        self._heap.free_all(record.memory)
+        record.memory = reserved.memory
         self._records[record.owner, record.object_id] = record
 
 

@@ -165,13 +165,34 @@ def test_an_object_too_large_for_the_core_heap() -> None:
     small = StorageRig(core_heap_size=64 << 10)
     client = small.session()
     handle = client.create(b"object", b"data")
-    client.truncate(handle, 400 * 4096)
+    client.truncate(handle, 380 * 4096)
     assert refused(small.session().create, b"new", bytes(1 << 20)) == Result.OUT_OF_MEMORY
     assert refused(client.truncate, handle, 600 * 4096) == Result.TARGET_DEAD
     client = small.session()
-    assert dict(client.enumerate()) == {b"object": 400 * 4096}
+    assert dict(client.enumerate()) == {b"object": 380 * 4096}
     client.close(client.create(b"new", bytes(1 << 20)))
     assert client.content(b"new") == bytes(1 << 20)
+
+
+def test_what_an_open_object_takes_of_the_core_heap() -> None:
+    rig = StorageRig()
+    client = rig.session()
+    pools = rig.world.pools(1)
+    assert pools is not None
+
+    def held() -> dict[str, int]:
+        found: dict[str, int] = {}
+        for allocation in pools.left():
+            found[allocation.owner.what] = found.get(allocation.owner.what, 0) + allocation.size
+        return found
+
+    before = held()
+    first = client.create(b"object" * 5, DATA)
+    # tee_obj and file handle; tee_pobj and an id of 30 bytes.
+    assert held()["object handle"] == 112 + 80
+    assert held()["persistent object"] == 96 + 48
+    client.close(first)
+    assert held() == before
 
 
 @pytest.mark.parametrize("sizes", [(0, 5000, 0), (10000, 4096, 4095), (3, 20000, 1), (8192, 8191, 8193, 0, 1)])
