@@ -35,6 +35,8 @@ class Partition:
         self.shared_memory = SharedMemoryTable(world.normal_world, pools)
         self.sessions = Sessions(self)
         self.storage = GuestStorage(config, world.random.randbytes, pools.heap, vm_id)
+        self.scratch_pool = Mutex()
+        """Held while a thread works with big numbers: 46 KiB, enough for one at a time."""
         self.shm_cache = False
         """RPC arguments outlive their calls (ENABLE_SHM_CACHE)."""
         self.notifications = 0

@@ -203,6 +203,18 @@ class Tee:
         """
         return SetUp(self.thread.partition.pools, self.instance, self.session.id, kind)
 
+    def lock_scratch_pool(self) -> Steps[None]:
+        """Take the memory for big-number arithmetic, of which each guest has one piece: others wait for it.
+
+        Source: memory sizing reference, section 4. In OP-TEE it also gives storage its temporary blocks, so that
+        storage and big numbers exclude each other; here they do not.
+        """
+        return self.thread.partition.scratch_pool.lock(self.thread)
+
+    def unlock_scratch_pool(self) -> Steps[None]:
+        """Give it back, and wake who waits."""
+        return self.thread.partition.scratch_pool.unlock(self.thread)
+
     def enter_stack(self, size: int) -> None:
         """Count `size` bytes of stack as used at this moment; more than there is aborts the TA."""
         instance = self.instance

@@ -72,17 +72,19 @@ class Acipher(TrustedApplication):
         self.close_session(tee)
         tee.context = None
         memory = tee.set_up("rsa-key")
+        yield from tee.lock_scratch_pool()
         while True:
             first = yield from _prime(tee, (size.a + 1) // 2)
             second = yield from _prime(tee, size.a // 2)
             totient = (first - 1) * (second - 1)
             modulus = first * second
             if first != second and gcd(totient, _EXPONENT) == 1 and modulus.bit_length() == size.a:
-                tee.context = RsaKey(modulus, pow(_EXPONENT, -1, totient), memory)
-                return
+                break
+        tee.context = RsaKey(modulus, pow(_EXPONENT, -1, totient), memory)
+        yield from tee.unlock_scratch_pool()
 
     @command(1, ParamKind.MEMREF_INPUT, ParamKind.MEMREF_OUTPUT)
-    def encrypt(self, tee: Tee, source: Memref, target: Memref) -> None:
+    def encrypt(self, tee: Tee, source: Memref, target: Memref) -> Steps[None]:
         """Encrypt what fits one block; a target too short learns the size of the modulus."""
         key = tee.context
         if not isinstance(key, RsaKey):
@@ -90,16 +92,17 @@ class Acipher(TrustedApplication):
         if target.capacity < key.size:
             target.size = key.size
             raise TeeError(Result.SHORT_BUFFER)
+        plain = source.read()
+        if len(plain) > key.size - _PADDING:
+            raise TeeError(Result.BAD_PARAMETERS)
         operation = tee.set_up("rsa-operation")
-        try:
-            target.put(self._encrypted(tee, key, source.read()))
-        finally:
-            operation.free()
+        yield from tee.lock_scratch_pool()
+        target.put(self._encrypted(tee, key, plain))
+        yield from tee.unlock_scratch_pool()
+        operation.free()
 
     @staticmethod
     def _encrypted(tee: Tee, key: RsaKey, plain: bytes) -> bytes:
-        if len(plain) > key.size - _PADDING:
-            raise TeeError(Result.BAD_PARAMETERS)
         filling = bytes(byte % 255 + 1 for byte in tee.random(key.size - len(plain) - 3))
         block = b"\0\2" + filling + b"\0" + plain
         cipher = pow(int.from_bytes(block, "big"), _EXPONENT, key.modulus)

@@ -14,6 +14,7 @@ from optee.memory.build import KIB, MIB, Build
 from optee.memory.pools import LowMemory
 from optee.memory.profile import MAP_OF_7077, SET_UPS, SMALL_TA, TEST_PROGRAM, TaProfile
 from optee.memory.sizing import largest_buffer
+from optee.tas.acipher import Acipher
 from optee.tas.exercise import ExerciseTa, KeepAliveTa, sized_ta
 from tests.optee.rig import Rig, invoke_message, is_notification, open_message, register_message, value
 
@@ -262,3 +263,20 @@ def test_a_panicked_ta_leaves_nothing() -> None:
     assert [allocation.owner.what for allocation in pools.left()] == ["session"]
     assert rig.run(Message(Command.CLOSE_SESSION, session=session)).ret == 0
     assert pools.left() == []
+
+
+def test_rsa_of_one_guest_runs_one_at_a_time() -> None:
+    rig = rig_of(Build(guest_count=2), vms=2)
+    first, second, elsewhere = rig.open(Acipher.uuid), rig.open(Acipher.uuid), rig.open(Acipher.uuid, vm=2)
+    rig.world.interrupt_pending = lambda vm: True
+    size = value(512, 0, ParamType.VALUE_INPUT)
+    working, working_at = rig.issue(invoke_message(first, 0, size))
+    while not rig.world._by_id[1].scratch_pool.written:
+        working = rig.resume(working[3])
+    rig.world.interrupt_pending = None
+    waiting, waiting_at = rig.issue(invoke_message(second, 0, size))
+    assert is_notification(rig.rpc(waiting, waiting_at), NotificationOperation.WAIT)
+    assert rig.invoke(elsewhere, 0, size, vm=2).ret == 0
+    assert rig.finish(rig.resume(working[3]), working_at)[0] == ReturnCode.OK
+    assert rig.finish(waiting, waiting_at)[0] == ReturnCode.OK
+    assert rig.read(working_at).ret == rig.read(waiting_at).ret == 0
