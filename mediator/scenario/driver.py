@@ -322,6 +322,12 @@ class Expect(Step):
     verb = "expect"
     expect: StateExpectation
 
+    @model_validator(mode="after")
+    def _about_a_state(self) -> Self:
+        if self.expect.forwarded is not None:
+            raise ValueError("forwarded: what a step sent to OP-TEE is expected beside that step")
+        return self
+
     async def run(self, actor: Actor) -> None:
         """See `Step`."""
         self.expect.check(actor)

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from guests import SharedMemory
+from mediator.core import steps
 from mediator.core.ledger import RESOURCES
 from mediator.core.records import Counters
 from mediator.core.steps import Regs
@@ -25,7 +26,7 @@ from mediator.scenario.expressions import (
     ResultCode,
     Status,
 )
-from mediator.scenario.secure_side import Forwarded
+from mediator.scenario.secure_side import COUNTED_BY_OPERATION, Forwarded
 from mediator.scenario.steps import Expected, Name, Octets, StepFailed, Strict, check_number, octets
 from optee.abi.message import HEADER, HEADER_SIZE, PARAM, PARAM_SIZE, Command, Header, Param
 from optee.abi.registers import Named, name_of
@@ -79,6 +80,28 @@ StorageMemoryName = Literal[
     "collected",
     "wrong_releases",
 ]
+
+EVENTS: Final = frozenset(value for name, value in vars(steps).items() if name.isupper() and isinstance(value, str))
+"""Events of the core by name."""
+TRAFFIC: Final = frozenset(
+    {member.name for kind in (Command, RpcReturn) for member in kind}
+    | {member.name for member in RpcCommand if member not in COUNTED_BY_OPERATION}
+    | {f"{command.name}.{each.name}" for command, kind in COUNTED_BY_OPERATION.items() for each in kind}
+)
+"""Messages and RPCs by the name under which they are counted."""
+
+
+def _known(names: frozenset[str]) -> AfterValidator:
+    def check(name: str) -> str:
+        if name not in names:
+            raise ValueError(f"{name!r} is none of {', '.join(sorted(names))}")
+        return name
+
+    return AfterValidator(check)
+
+
+EventName = Annotated[str, _known(EVENTS)]
+TrafficName = Annotated[str, _known(TRAFFIC)]
 
 Codes = Annotated[
     Annotated[list[ResultCode], Tag("<list>")] | Annotated[ResultCode, Tag("<code>")],
@@ -345,8 +368,8 @@ class StateExpectation(Strict):
     at_optee: dict[AtOpteeName, Expected] = Field(default={})
     storage_memory: dict[StorageMemoryName, Expected] = Field(default={})
     statistics: dict[StatisticName, Expected] = Field(default={})
-    events: dict[str, Expected] = Field(default={})
-    traffic: dict[str, Expected] = Field(default={})
+    events: dict[EventName, Expected] = Field(default={})
+    traffic: dict[TrafficName, Expected] = Field(default={})
     """Messages and RPCs at OP-TEE by name, such as REGISTER_SHM, LOAD_TA, FS.READ."""
     forwarded: list[ForwardedExpectation] | None = None
     """The SMCs that reached OP-TEE in this step, all of them."""
@@ -382,14 +405,20 @@ class StateExpectation(Strict):
             self._check_forwarded(actor, since)
         if self.dirty:
             self._check_dirty(actor)
+        self._check_since_last(actor)
+
+    def _check_since_last(self, actor: Actor) -> None:
+        """Events and traffic; what was seen counts as expected only when all of it is as it should be."""
+        guest = actor.guest
+        events, traffic = Counter(guest.event_counts), Counter[str]()
         if self.events:
-            seen = Counter(actor.guest.event_counts)
-            self._check_since("event", self.events, seen, actor.guest.events_mark, actor)
-            actor.guest.events_mark = seen
+            self._check_since("event", self.events, events, guest.events_mark, actor)
         if self.traffic:
-            seen = Counter(actor.run.world.inboxes[actor.guest.client].traffic)
-            self._check_since("traffic", self.traffic, seen, actor.guest.traffic_mark, actor)
-            actor.guest.traffic_mark = seen
+            traffic = Counter(actor.run.world.inboxes[guest.client].traffic)
+            self._check_since("traffic", self.traffic, traffic, guest.traffic_mark, actor)
+            guest.traffic_mark = traffic
+        if self.events:
+            guest.events_mark = events
 
     def _check_since(
         self, kind: str, expected: dict[str, Any], seen: Counter[str], mark: Counter[str], actor: Actor

@@ -36,7 +36,7 @@ from optee.secure_world import SecureWorld
 _LOW: Final = 0xFFFFFFFF
 _TMEM: Final = range(int(ParamType.TMEM_INPUT), int(ParamType.TMEM_INOUT) + 1)
 _WITH_MESSAGE: Final = frozenset({int(Function.CALL_WITH_ARG), int(Function.CALL_WITH_RPC_ARG)})
-_OPERATIONS: Final[dict[int, type[Named]]] = {
+COUNTED_BY_OPERATION: Final[Mapping[RpcCommand, type[Named]]] = {
     RpcCommand.FS: FsOperation,
     RpcCommand.NOTIFICATION: NotificationOperation,
 }
@@ -223,8 +223,9 @@ class SecureSide:
         if request is None:
             return ""
         name = name_of(RpcCommand, request.cmd)
-        if request.cmd in _OPERATIONS and request.params:
-            name = f"{name}.{name_of(_OPERATIONS[request.cmd], request.params[0].a)}"
+        operations = COUNTED_BY_OPERATION.get(RpcCommand(request.cmd)) if name in RpcCommand.__members__ else None
+        if operations is not None and request.params:
+            name = f"{name}.{name_of(operations, request.params[0].a)}"
         inbox.traffic[name] += 1
         return name
 
