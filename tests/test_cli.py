@@ -76,6 +76,7 @@ def write_vectors(path: Path, count: int) -> dict[str, Any]:
     """Some of the recorded vectors, as a file of their own."""
     data: dict[str, Any] = json.loads(gzip.decompress(VECTORS.read_bytes()))
     data["vectors"] = data["vectors"][:count]
+    data["count"] = count
     path.write_text(json.dumps(data))
     return data
 

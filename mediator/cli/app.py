@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from mediator import __version__
-from mediator.cli import bench, conform, ctl, decode, replay, run, secure_world, serve, show, size, store, trace
+from mediator.cli import bench, conform, ctl, decode, fuzz, replay, run, secure_world, serve, show, size, store, trace
 from mediator.cli.output import GOOD, emit
 
 SETTINGS = {"help_option_names": ["-h", "--help"]}
@@ -37,6 +37,7 @@ def _options(
 
 app.command()(serve.serve)
 app.command()(run.run)
+app.command()(fuzz.fuzz)
 app.command()(secure_world.secure_world)
 app.command()(replay.replay)
 app.command()(conform.conform)

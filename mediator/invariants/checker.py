@@ -22,6 +22,7 @@ from mediator.core.steps import (
     Ticket,
 )
 from mediator.invariants.host import Addresses, Host
+from mediator.invariants.lifecycles import Move
 from mediator.invariants.outside import LOW, is_rpc
 from mediator.invariants.violations import Violation
 from mediator.invariants.watched import WatchedMemory, Work
@@ -83,6 +84,8 @@ class Checker:
         self.translated = 0
         self.untranslated = 0
         self.addresses = Addresses(host)
+        self.taken: set[Move] = set()
+        """Edges of the state tables that were taken, as far as steps showed them one at a time."""
         self.threads_held = threads_held
         self._witnesses: dict[VmId, Witness] = {}
         self._guests: dict[VmId, Guest] = {}

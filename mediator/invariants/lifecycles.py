@@ -65,6 +65,9 @@ LAST: Final = frozenset({"ENDED", "RELEASED", "GONE"})
 MADE: Final = frozenset({"TRANSLATING", "RUNNING", "PINNED", "REGISTERING", "REGISTERED", "LIVE", "CREATING", *LAST})
 """Where an object may stand at the end of the step that made it: a buffer is pinned and registered in one."""
 
+FIRST: Final = {"RUNNING": "TRANSLATING", "REGISTERING": "PINNED", "REGISTERED": "PINNED"}
+"""What such an object was just before, inside of the step."""
+
 Edges = frozenset[tuple[str, str]]
 
 
@@ -77,8 +80,8 @@ class HasState(Protocol):
         ...
 
 
-class Wrong(NamedTuple):
-    """A move that is none."""
+class Move(NamedTuple):
+    """From one state to another."""
 
     what: str
     before: str
@@ -93,9 +96,10 @@ class LifeCycle:
     and may have gone any way of the table meanwhile.
     """
 
-    __slots__ = ("_edges", "_name", "_seen", "_touched", "_ways")
+    __slots__ = ("_edges", "_name", "_seen", "_taken", "_touched", "_ways")
 
-    def __init__(self, name: str, edges: Edges) -> None:
+    def __init__(self, name: str, edges: Edges, taken: "set[Move]") -> None:
+        self._taken = taken
         self._name = name
         self._edges = edges
         self._ways = _closure(edges)
@@ -109,7 +113,7 @@ class LifeCycle:
             self._touched.append(thing)
             self._seen[thing] = thing.state
 
-    def after(self, things: Iterable[HasState]) -> Iterator[Wrong]:
+    def after(self, things: Iterable[HasState]) -> Iterator[Move]:
         """The step is done; it had to do with these also."""
         touched = self._touched
         for thing in touched:
@@ -118,30 +122,34 @@ class LifeCycle:
         for thing in things:
             if thing.state is not self._seen.get(thing) and thing not in touched:
                 if thing not in self._seen and thing.state.name not in MADE:
-                    yield Wrong(self._name, NEW, thing.state.name)
+                    yield Move(self._name, NEW, thing.state.name)
                 yield from self._moved(thing, self._ways)
         touched.clear()
 
-    def examine(self, live: Iterable[HasState]) -> Iterator[Wrong]:
+    def examine(self, live: Iterable[HasState]) -> Iterator[Move]:
         """Look at all objects: those in the core's table, and those that have left it."""
         here = set(live)
         for thing in [thing for thing in self._seen if thing not in here]:
             if thing.state.name not in LAST:
-                yield Wrong(self._name, thing.state.name, "in no table")
+                yield Move(self._name, thing.state.name, "in no table")
             elif thing.state is not self._seen[thing]:
                 yield from self._moved(thing, self._ways)
             self._seen.pop(thing, None)
         for thing in here:
             if thing.state.name in LAST:
-                yield Wrong(self._name, thing.state.name, "still in a table")
+                yield Move(self._name, thing.state.name, "still in a table")
             elif thing.state is not self._seen.get(thing):
                 yield from self._moved(thing, self._ways)
 
-    def _moved(self, thing: HasState, ways: Edges) -> Iterator[Wrong]:
+    def _moved(self, thing: HasState, ways: Edges) -> Iterator[Move]:
         old = self._seen.get(thing)
         move = (NEW if old is None else old.name, thing.state.name)
         if move not in ways:
-            yield Wrong(self._name, *move)
+            yield Move(self._name, *move)
+        elif move in self._edges:
+            self._taken.add(Move(self._name, *move))
+        elif old is None and move[1] in FIRST:
+            self._taken.add(Move(self._name, FIRST[move[1]], move[1]))
         if thing.state.name in LAST:
             self._seen.pop(thing, None)
         else:

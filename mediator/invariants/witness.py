@@ -14,7 +14,7 @@ from mediator.core.flow import Flow
 from mediator.core.records import Buffer, Call, Guest, Pins
 from mediator.core.states import GuestState
 from mediator.core.steps import Forward, Preempt, Queue, Regs, Reply, Step, Ticket
-from mediator.invariants.lifecycles import ARGUMENT_EDGES, BUFFER_EDGES, CALL_EDGES, GUEST_EDGES, LifeCycle, Wrong
+from mediator.invariants.lifecycles import ARGUMENT_EDGES, BUFFER_EDGES, CALL_EDGES, GUEST_EDGES, LifeCycle, Move
 from mediator.invariants.outside import LOW, SHM_ALLOC, Outside, Params, Text, is_rpc, page_lists, read_text
 from mediator.invariants.watched import WatchedMemory, Work, words
 from optee.abi.message import ENTRIES_PER_PAGE, MAX_PARAMS, NONCONTIG, TYPE_MASK, ParamType
@@ -49,10 +49,10 @@ class Witness:
         """Whether the ticket that came back last is one of a call that OP-TEE has, or had, a thread for."""
         self.paused: dict[Ticket, Work] = {}
         """The work of calls that gave their vCPU back."""
-        self._guest = LifeCycle("guest", GUEST_EDGES)
-        self._calls = LifeCycle("call", CALL_EDGES)
-        self._buffers = LifeCycle("buffer", BUFFER_EDGES)
-        self._arguments = LifeCycle("RPC argument", ARGUMENT_EDGES)
+        self._guest = LifeCycle("guest", GUEST_EDGES, checker.taken)
+        self._calls = LifeCycle("call", CALL_EDGES, checker.taken)
+        self._buffers = LifeCycle("buffer", BUFFER_EDGES, checker.taken)
+        self._arguments = LifeCycle("RPC argument", ARGUMENT_EDGES, checker.taken)
         self._call: Call | None = None
         self._state: GuestState | None = None
         self._running = 0
@@ -65,7 +65,7 @@ class Witness:
     def _report(self, invariant: int, expected: str, got: str) -> None:
         self.checker.report(invariant, self.vm, expected, got)
 
-    def _wrong(self, moves: Iterable[Wrong]) -> None:
+    def _wrong(self, moves: Iterable[Move]) -> None:
         for what, before, after in moves:
             self._report(7, f"an edge of the {what}'s table", f"{before} -> {after}")
 

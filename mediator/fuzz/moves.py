@@ -1,0 +1,116 @@
+"""Moves: what guests, their hosts and the secure world may do, each drawn from one number.
+
+A move is four small numbers: what, who, and two that decide the rest. So a run is a list of moves, the same list is the
+same run, and a shorter list is a run as well.
+"""
+
+from random import Random
+from typing import Final, NamedTuple
+
+from optee.abi.message import HEADER, MAX_PARAMS, NONCONTIG, PARAM, Command, ParamType
+from optee.abi.rpc import RpcCommand
+from optee.abi.smc import Function
+
+
+class Move(NamedTuple):
+    """what: a name of `KINDS`; guest: which; choice, detail: numbers that decide the rest."""
+
+    what: str
+    guest: int
+    choice: int
+    detail: int
+
+
+KINDS: Final = (
+    "call", "call", "call", "call", "call", "call", "resume", "resume", "resume", "resume", "resume", "answer",
+    "answer", "fast", "fast", "fast", "page", "pause", "destroy", "reset", "give-back",
+)  # fmt: skip
+"""Moves by how often they are made."""
+
+FUNCTIONS: Final = tuple(int(function) for function in Function)
+YIELDING: Final = (Function.CALL_WITH_ARG,) * 2 + (Function.CALL_WITH_RPC_ARG, Function.CALL_WITH_REGD_ARG)
+PAGES: Final = 64
+"""Pages of a guest: 0-7 messages, 8-15 lists, 16-23 RPC arguments, the rest data."""
+COOKIES: Final = (1, 2, 3, 4, 5, 0, (1 << 64) - 1)
+RPC_COOKIES: Final = (0xC0, 0xC1, 0xC2)
+SIZES: Final = (1, 4096, 4097, 3 * 4096, 5 * 4096, 0, 1 << 32, (1 << 44) + 4096, 1 << 63, (1 << 64) - 1)
+_TMEM: Final = tuple(int(kind) | NONCONTIG for kind in ParamType if kind.name.startswith("TMEM"))
+_OTHERS: Final = (1, 2, 3, 5, 6, 7, 0)
+
+
+def draw(choose: Random, guests: int) -> Move:
+    """Draw a move."""
+    return Move(choose.choice(KINDS), choose.randrange(guests), choose.getrandbits(32), choose.getrandbits(32))
+
+
+def message(choose: Random, base: int, *, hostile: bool) -> bytes:
+    """Draw a message of a guest whose RAM starts at `base`."""
+    command = choose.choice((1, 1, 1, 0, 4, 4, 5, 5, 2, 3))
+    if hostile and choose.random() < 0.1:
+        command = choose.choice((6, 7, 15, 0xFFFFFFFF))
+    if command == Command.REGISTER_SHM:
+        params = [temporary(choose, base, hostile=hostile, kind=_TMEM[1])]
+    elif command == Command.UNREGISTER_SHM:
+        params = [(5, 0, 0, choose.choice(COOKIES[:5]))]
+    else:
+        params = [parameter(choose, base, hostile=hostile) for _ in range(choose.choice((0, 1, 1, 2, 3)))]
+    count = len(params)
+    if hostile and choose.random() < 0.1:
+        count = choose.choice((0, 1, 2, 5, 126, MAX_PARAMS, 128, 0x07FFFFFF, 0x08000000, 0xFFFFFFFF))
+    header = HEADER.pack(command, 7, 1, 0, 0, choose.choice((0, 0, 0xFFFF0006)), 0, count)
+    return header + b"".join(PARAM.pack(*param) for param in params)
+
+
+def parameter(choose: Random, base: int, *, hostile: bool) -> tuple[int, int, int, int]:
+    """Draw a parameter."""
+    if choose.random() < 0.5:
+        return temporary(choose, base, hostile=hostile, kind=choose.choice(_TMEM))
+    attribute = choose.randrange(0x400) if hostile and choose.random() < 0.3 else choose.choice(_OTHERS)
+    return attribute, choose.choice((0, 8, 1 << 63)), choose.choice((8, 4096)), choose.choice(COOKIES)
+
+
+def temporary(choose: Random, base: int, *, hostile: bool, kind: int) -> tuple[int, int, int, int]:
+    """Draw a parameter with a page list."""
+    pointer = base + choose.randrange(8, 16) * 4096
+    size = choose.choice(SIZES[:5])
+    if hostile:
+        pointer += choose.choice((0, 0, 8, 4095))
+        size = choose.choice(SIZES)
+        if choose.random() < 0.2:
+            kind, pointer = choose.choice(((kind, 0), (kind & 0xFF, pointer), (kind | 0x100, pointer), (kind, 1 << 45)))
+    return kind, pointer, size, choose.choice(COOKIES if hostile else COOKIES[:5])
+
+
+def page_list(choose: Random, base: int, *, hostile: bool) -> bytes:
+    """Draw the first entries of a list page."""
+    entries = [base + choose.randrange(24, PAGES) * 4096 for _ in range(6)]
+    if hostile:
+        entries[choose.randrange(6)] = choose.choice(
+            (0, base + 24 * 4096 + 8, 1 << 45, base, base + 8 * 4096, (1 << 64) - 1)
+        )
+    return b"".join(entry.to_bytes(8, "little") for entry in entries)
+
+
+def request(choose: Random) -> bytes:
+    """Draw what OP-TEE asks the guest for."""
+    command = choose.choice((6, 6, 6, 7, 7, 3, 2, 4, 20, *map(int, RpcCommand)))
+    if command == RpcCommand.SHM_ALLOC:
+        params = [(1, 0, 4096, 8)]
+    elif command == RpcCommand.SHM_FREE:
+        params = [(1, 0, choose.choice(COOKIES[:5]), 0)]
+    else:
+        params = [(choose.choice(_OTHERS), 1, 8, choose.choice(COOKIES)) for _ in range(choose.choice((0, 1, 2)))]
+    return HEADER.pack(command, 0, 0, 0, 0, 0xFFFF0000, 0, len(params)) + b"".join(PARAM.pack(*each) for each in params)
+
+
+def reply(choose: Random, asked: bytes, base: int, *, hostile: bool) -> bytes:
+    """Draw what a guest answers to a request."""
+    command, _, _, _, _, _, _, count = HEADER.unpack_from(asked)
+    if command == RpcCommand.SHM_ALLOC:
+        params = PARAM.pack(*temporary(choose, base, hostile=hostile, kind=_TMEM[1]))
+        count = 1
+    else:
+        params = asked[32 : 32 + 32 * min(count, 4)]
+    if hostile and choose.random() < 0.5:
+        command, count = choose.choice((command, 6, 7, 0xFFFFFFFF)), choose.choice((count, 0, 2, 127, 128, 0xFFFFFFFF))
+    return HEADER.pack(command, 0, 0, 0, 0, choose.choice((0, 0, 0, 0xFFFF000C)), 0, count) + params
