@@ -203,6 +203,9 @@ def test_new_loans_are_refused_first(make):
     mediator.change_limits({owner.id: limits(10, 6), borrower.id: limits(20, 0)}, 20)
     assert borrower.register(borrower.tmem(14, cookie=1)).ret == 0
     assert borrower.register(borrower.tmem(1, cookie=2)).ret == OUT_OF_MEMORY
+    with pytest.raises(OverLimit):  # what is lent cannot be reserved as well
+        mediator.change_limits({owner.id: limits(10, 7)}, 20)
+    assert owner.limits.reserved_pages == 6
     mediator.change_limits({}, 8)
     assert borrower.pins() == 14
     assert owner.register(owner.tmem(6, cookie=1)).ret == 0

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import trio.testing
 
 from hv_models.machine import RAM_BASE
 from mediator.cli import ctl, run
+from mediator.core.policy import FlowPolicy
 from mediator.documents import DocumentError
 from mediator.policies import load_policy, policy_text
 from mediator.service.control import MAX_REQUEST, Control
@@ -119,6 +121,25 @@ async def test_a_refusal_is_found_in_the_status(running: Running) -> None:
     assert keys <= last.keys() and last["asked"] > last["limit"] == 16384 and last["rule"] == "R21"
     assert any("kvm-1: last refused (R21" in line for line in ctl._refusals(found))
     assert ctl._quota_table(found).row_count == 10
+
+
+async def test_flow_control_is_found_in_the_status(tmp_path: Path) -> None:
+    """Queue length, waiting times, refusals, and calls a second by TA and session."""
+    policy = load_policy("default")
+    policy = replace(policy, flow=FlowPolicy(queue=3, secure_cores=1), limits=replace(policy.limits, calls=1))
+    bench = Bench(ServeOptions(guests=2, workload="hello"), policy)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(bench.run)
+        await bench.wait_until_up()
+        found = Control(bench).answer(b'{"ask": "status"}')
+        flow = found["guests"][0]["flow"]
+        assert 0 <= flow["waiting"] <= flow["peak"] <= flow["limit"] == 3 and flow["admitted"]
+        assert flow["waited_us"]["p50"] <= flow["waited_us"]["p99"] and found["secure_calls"] in (0, 1)
+        assert sum(ta["calls"] for ta in flow["tas"]) >= sum(session["calls"] for session in flow["sessions"])
+        assert {session["ta"] for session in flow["sessions"]} <= {ta["ta"] for ta in flow["tas"]}
+        assert ctl._flow_table(found).row_count == 2
+        bench.stop()
+    assert bench.board.violations == []
 
 
 async def test_a_policy_is_read_again_or_stays(tmp_path: Path, capsys: Capture) -> None:
