@@ -3,7 +3,9 @@
 from dataclasses import replace
 
 import pytest
+from structlog.testing import capture_logs
 
+from mediator.service.log import EventLog
 from optee.abi.message import Command, Message, Param, ParamType
 from optee.abi.results import Origin, Result
 from optee.abi.rpc import NotificationOperation
@@ -11,6 +13,7 @@ from optee.abi.smc import Function, ReturnCode, SecCapability, is_rpc
 from optee.config import Config
 from optee.memory.boards import BOARDS
 from optee.memory.build import KIB, MIB, Build
+from optee.memory.heap import Statistics
 from optee.memory.pools import LowMemory
 from optee.memory.profile import MAP_OF_7077, SET_UPS, SMALL_TA, TEST_PROGRAM, TaProfile
 from optee.memory.sizing import largest_buffer
@@ -280,3 +283,20 @@ def test_rsa_of_one_guest_runs_one_at_a_time() -> None:
     assert rig.finish(rig.resume(working[3]), working_at)[0] == ReturnCode.OK
     assert rig.finish(waiting, waiting_at)[0] == ReturnCode.OK
     assert rig.read(working_at).ret == rig.read(waiting_at).ret == 0
+
+
+def test_serve_logs_low_memory() -> None:
+    low = LowMemory("Heap", 3, Statistics(60000, 60000, 65536, 1, 9000, 60000))
+    with capture_logs() as logs:
+        EventLog(lambda: 0.0, lambda: False).memory_low(low)
+    assert logs == [
+        {
+            "event": "memory_low",
+            "log_level": "warning",
+            "guest": 3,
+            "pool": "Heap",
+            "allocated": 60000,
+            "size": 65536,
+            "biggest_failure": 9000,
+        }
+    ]
