@@ -213,9 +213,17 @@ class ScenarioGuest:
             ended = True
             if not started:
                 task_status.started()
-        except guests.GuestError as error:
-            what = "end" if started else "boot"
-            raise StepFailed(f"{what} of {self.name}", "no error", f"{type(error).__name__}: {error}") from None
+        except* guests.GuestError as group:
+            if self._power.cancel_called:
+                ended = True  # what a kernel says while its power is cut is heard by nobody
+                if not started:
+                    task_status.started()
+            else:
+                error: BaseException = group
+                while isinstance(error, BaseExceptionGroup):
+                    error = error.exceptions[0]
+                what = "end" if started else "boot"
+                raise StepFailed(f"{what} of {self.name}", "no error", f"{type(error).__name__}: {error}") from None
         finally:
             if not ended:
                 self.run.abort()
