@@ -14,7 +14,7 @@ from tests.docs.pages import DOCS, TOP, rows
 
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 SEEDS = range(1, 51) if NIGHTLY else (1,)
-QUICK_SEEDS = range(1, 51) if NIGHTLY else range(1, 4)
+QUICK_SEEDS = range(1, 51) if NIGHTLY else (1, 2)
 
 
 @pytest.mark.parametrize("name", library())
@@ -55,9 +55,8 @@ def _traces(scenario: str, seed: int, hashes: str, folder: Path) -> list[bytes]:
     return [path.read_bytes() for path in sorted(folder.iterdir())]
 
 
-@pytest.mark.parametrize("scenario", ["notifications", "kexec"])
-def test_the_same_seed_makes_the_same_trace_byte_for_byte(scenario: str, tmp_path: Path) -> None:
-    first, again = _traces(scenario, 3, "1", tmp_path / "1"), _traces(scenario, 3, "2", tmp_path / "2")
+def test_the_same_seed_makes_the_same_trace_byte_for_byte(tmp_path: Path) -> None:
+    first, again = _traces("notifications", 3, "1", tmp_path / "1"), _traces("notifications", 3, "2", tmp_path / "2")
     assert first == again and all(first)
 
 
