@@ -5,7 +5,6 @@ No clock, no socket, no log: requests go in, steps come out, and the shell aroun
 """
 
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import replace
 from types import MappingProxyType
 from typing import Final
 
@@ -13,6 +12,7 @@ from mediator.core import fast, rpc, yielding
 from mediator.core.faults import SecureWorldFault
 from mediator.core.flow import Flow, Stand
 from mediator.core.ledger import Ledger, Limits, OverLimit
+from mediator.core.limits import bounds, change, check_same
 from mediator.core.policy import ANY_GUEST, Policy, PolicyLimits, Word, Words
 from mediator.core.pool import Pool
 from mediator.core.ports import GuestMemory, SecureWorld
@@ -33,8 +33,6 @@ from mediator.core.steps import (
     GUEST_ISOLATED,
     GUEST_QUARANTINED,
     GUEST_REFUSED,
-    LIMITS_CHANGED,
-    POOL_CHANGED,
     SECURE_WORLD_FAULT,
     Event,
     Forward,
@@ -144,7 +142,7 @@ class Mediator:
             )
         limits = limits or self.policy.limits
         try:
-            ledger = self._ledger(self._bounds(limits))
+            ledger = self._ledger(bounds(limits, self.threads))
             self.pool.join(ledger)
         except OverLimit as over:
             why = "no memory for another guest" if over.resource == "memory" else f"the host's pool: {over}"
@@ -155,20 +153,6 @@ class Mediator:
         self._guests[vm] = guest
         return self._announce(Function.VM_CREATED, Lifecycle(guest))
 
-    def _bounds(self, limits: PolicyLimits) -> Limits:
-        """What limits mean on this OP-TEE."""
-        calls = self.threads if limits.calls is None else min(limits.calls, self.threads)
-        arguments = 2 * self.threads if limits.rpc_arguments is None else limits.rpc_arguments
-        return Limits(
-            limits.pages,
-            limits.buffers,
-            arguments,
-            calls,
-            limits.memory,
-            limits.pages_per_buffer,
-            limits.reserved_pages,
-        )
-
     def change_limits(self, limits: Mapping[VmId, PolicyLimits], pool_pages: int | None) -> tuple[Event, ...]:
         """Give guests other limits, and the pool another size, all at once; say what has changed.
 
@@ -176,24 +160,7 @@ class Mediator:
         is not in use is left out. Raises OverLimit, and changes nothing, where the pool cannot hold what is to be
         reserved.
         """
-        guests = {guest: wanted for vm, wanted in limits.items() if (guest := self._guests.get(vm)) is not None}
-        before = {guest: guest.ledger.limits for guest in guests}
-        size = self.pool.capacity
-        self.pool.change(pool_pages, {guest.ledger: self._bounds(wanted) for guest, wanted in guests.items()})
-        events = []
-        if pool_pages != size:
-            events.append(Event(POOL_CHANGED, "info", HYPERVISOR_CLIENT_ID, {"pages": [size, pool_pages]}))
-        for guest, wanted in guests.items():
-            guest.limits = wanted
-            old, new = before[guest], guest.ledger.limits
-            changed = {
-                name: [getattr(old, name), getattr(new, name)]
-                for name in Limits.__slots__
-                if getattr(old, name) != getattr(new, name)
-            }
-            if changed:
-                events.append(Event(LIMITS_CHANGED, "info", guest.vm, changed))
-        return tuple(events)
+        return change(self, limits, pool_pages)
 
     def adopt(self, policy: Policy, limits: Mapping[VmId, PolicyLimits]) -> tuple[Event, ...]:
         """Go on under another policy, which differs from this one in limits and in how its flow control is
@@ -201,12 +168,7 @@ class Mediator:
 
         Raises ValueError for one that differs in more, OverLimit as `change_limits`; the old one stays then.
         """
-        fixed = replace(policy, limits=self.policy.limits, guests=self.policy.guests, pool_pages=self.policy.pool_pages)
-        if policy.flow is not None and self.policy.flow is not None:  # turned on or off only at the start
-            fixed = replace(fixed, flow=self.policy.flow)
-        if fixed != self.policy:
-            names = [name for name in Policy.__slots__ if getattr(fixed, name) != getattr(self.policy, name)]
-            raise ValueError(f"policy {policy.name}: {', '.join(names)} cannot change while guests run")
+        check_same(self.policy, policy)
         events = self.change_limits(limits, policy.pool_pages)
         self.policy = policy
         if self.flow is not None and policy.flow is not None:
