@@ -75,6 +75,10 @@ class Arena(Host):
         self._held: list[Forward | Preempt] = []
         self._choose = Random(0)
         self._refusing = False
+        for number, vm in enumerate(self.vms):
+            base = vm.ram[0].base
+            for page in range(8, 16):
+                self._write(number, base + page * 4096, page_list(self._choose, base, hostile=False))
         self._finish(self.checker.probe())
         for vm in self.vms:
             self._finish(self.checker.create(vm.client_id, vm))

@@ -8,6 +8,9 @@ from random import Random
 from time import monotonic
 from typing import Any, Final
 
+from hv_models.memory import PhysicalFault
+from hv_models.stage2 import Stage2Fault
+from mediator.core.faults import MediatorBug
 from mediator.core.policy import Policy
 from mediator.documents import DocumentError
 from mediator.fuzz.arena import Arena
@@ -28,6 +31,18 @@ EDGES: Final = {
     "buffer": BUFFER_EDGES,
     "RPC argument": ARGUMENT_EDGES,
 }
+_LOUD: Final = (
+    MediatorBug,
+    PhysicalFault,
+    Stage2Fault,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What leaves a broken core, or a model that was led by one to an address that is none."""
 Advance = Callable[["FuzzReport"], None]
 
 
@@ -91,6 +106,7 @@ def fuzz(
     calls: int | None = None,
     seconds: float | None = None,
     guided: bool = True,
+    shrink: bool = True,
     advance: Advance = lambda report: None,
 ) -> FuzzReport:
     """Search until so many calls are made, so much time is over, or something fails. The same seed is the same run."""
@@ -109,7 +125,7 @@ def fuzz(
         report.seconds = monotonic() - started
         advance(report)
         if why:
-            shrunk = _shrink(policy, guests, moves, why)
+            shrunk = _shrink(policy, guests, moves, why) if shrink else moves
             report.failure = Failure(shrunk, _play(policy, guests, shrunk, None) or why, len(moves))
             break
     return report
@@ -141,7 +157,7 @@ def _play(policy: Policy, guests: int, moves: list[Move], report: FuzzReport | N
                 break
         if not found:
             arena.finish()
-    except (AssertionError, KeyError, IndexError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+    except _LOUD as error:
         return [f"{type(error).__name__} left the core: {error}", *map(str, found)]
     finally:
         if report is not None:

@@ -93,7 +93,7 @@ def page_list(choose: Random, base: int, *, hostile: bool) -> bytes:
 
 def request(choose: Random) -> bytes:
     """Draw what OP-TEE asks the guest for."""
-    command = choose.choice((6, 6, 6, 7, 7, 3, 2, 4, 20, *map(int, RpcCommand)))
+    command = choose.choice((*(6,) * 16, *(7,) * 16, 3, 2, 4, 20, *map(int, RpcCommand)))
     if command == RpcCommand.SHM_ALLOC:
         params = [(1, 0, 4096, 8)]
     elif command == RpcCommand.SHM_FREE:
