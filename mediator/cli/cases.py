@@ -95,7 +95,10 @@ def check_outside(
                 lambda: note(f"the secure world is served at {secure_world}; start the mediator now"),
             )
     except* TargetError as group:
-        raise BadInput(f"conform: {group.exceptions[0]}") from None
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise BadInput(f"conform: {error}") from None
     if junit is not None:
         write_junit(junit, verdicts)
     return show_verdicts(verdicts, json)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -30,7 +30,7 @@ from mediator.scenario.secure_side import SecureSide
 from mediator.scenario.steps import StepFailed
 from mediator.service.listener import listening
 from mediator.service.secure_door import SecureDoor
-from optee.abi.smc import Function, Registers, SecCapability
+from optee.abi.smc import Function, Registers, ReturnCode, SecCapability
 from optee.config import Config
 from optee.secure_world import SecureWorld
 
@@ -54,6 +54,7 @@ class Target:
         self.guests = guests
         self._doors: list[tuple[SecureDoor, SecureSide]] = []
         self._came = trio.Event()
+        self._links: set[trio.socket.SocketType] = set()
 
     @property
     def side(self) -> SecureSide:
@@ -100,22 +101,40 @@ class Target:
     async def linked(self, flavour: Flavour, name: str, vcpus: int, ram: GuestRam) -> AsyncIterator[SocketConduit]:
         """Announce a VM. Raises StepFailed where the target does not want it."""
         with trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            self._links.add(sock)
             try:
                 await sock.connect(str(self.guests))
                 async with open_conduit(sock, flavour, name, vcpus, [ram]) as conduit:
                     yield conduit
             except (OSError, LinkRefused, LinkError) as error:
                 raise StepFailed(f"the link of {name}", "a VM", str(error)) from None
+            finally:
+                self._links.discard(sock)
+
+    @asynccontextmanager
+    async def in_time(self) -> AsyncIterator[None]:
+        """Hang up after a while: a vCPU whose call is never answered cannot be called off in another way."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._hang_up)
+            yield
+            nursery.cancel_scope.cancel()
+
+    async def _hang_up(self) -> None:
+        await trio.sleep(CASE_SECONDS)
+        for sock in self._links:
+            with suppress(OSError):  # the target has hung up already
+                sock.shutdown(socket.SHUT_RDWR)
 
     async def capabilities(self) -> SecCapability:
         """What the target offers a guest. Raises TargetError."""
         ram = GuestRam(PageStore("probe", 16), 0x4000_0000)
+        answer: Registers = (int(ReturnCode.ENOTAVAIL), 0)
         try:
-            async with self.linked(Flavour.KVM, "probe", 1, ram) as conduit:
+            async with self.in_time(), self.linked(Flavour.KVM, "probe", 1, ram) as conduit:
                 answer = await conduit.call(0, (int(Function.EXCHANGE_CAPABILITIES), 0, 0, 0, 0, 0, 0, 0))
                 await conduit.stop()
-        except (StepFailed, ConduitClosed) as error:
-            raise TargetError(f"{self.guests}: {error}") from None
+        except* (StepFailed, ConduitClosed) as group:
+            raise TargetError(f"{self.guests}: {_first(group)}") from None
         return SecCapability(answer[1] & 0xFFFFFFFF) if not answer[0] else SecCapability(0)
 
 
@@ -127,6 +146,10 @@ async def reached(guests: Path, secure_world: Path, served: Callable[[], object]
         served()
         await target.wait()
         yield target
+
+
+def _first(error: BaseException) -> BaseException:
+    return _first(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
 
 
 class OutsideGuest(ScenarioGuest):
@@ -250,14 +273,17 @@ class OutsideRun(Run):
         self.world.inboxes.clear()
         self.world.witness = self.witness
         try:
-            with trio.fail_after(CASE_SECONDS) as self._play_scope:
-                await self._play()
+            async with self.target.in_time():
+                with trio.fail_after(CASE_SECONDS) as self._play_scope:
+                    await self._play()
         except* (StepFailed, trio.TooSlowError) as group:
             outcome.failure = self._given_up or self._failure(group)
             outcome.events = list(self.guests[outcome.failure.guest].events) if outcome.failure.guest else []
         finally:
             self.world.witness = None
             self.machine.close()
+        if self.target.door.reason:
+            outcome.failure = StepFailed("the secure world's door", "its protocol is kept", self.target.door.reason)
         return self._counted(outcome)
 
 

@@ -18,6 +18,8 @@ from mediator.policies import load_policy
 from mediator.scenario.language import Scenario
 from mediator.service.options import ServeOptions
 from mediator.service.serve import Bench
+from mediator.shell import Service
+from optee.abi.smc import Function
 
 
 def against_serve(
@@ -96,6 +98,21 @@ def test_a_target_that_ends_fails_what_is_left(tmp_path: Path) -> None:
     verdicts = against_serve([find_case("api-uid")] * 3, tmp_path, ends_before=1)
     assert [one.word for one in verdicts] == ["passed", "failed", "failed"]
     assert "the link of kvm-1" in verdicts[2].why
+
+
+def test_a_target_that_never_answers_fails_and_does_not_hang(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    finish = Service.finish
+
+    async def silent(self: Service, vm: Any, vcpu: int, regs: Any, step: Any) -> Any:
+        answer = await finish(self, vm, vcpu, regs, step)
+        if regs[0] == Function.CALLS_UID:
+            await trio.sleep_forever()
+        return answer
+
+    monkeypatch.setattr(Service, "finish", silent)
+    monkeypatch.setattr(outside, "CASE_SECONDS", 1)
+    verdicts = against_serve([find_case(name) for name in ("api-revision", "api-uid", "os-uuid")], tmp_path)
+    assert [one.word for one in verdicts] == ["passed", "failed", "passed"]
 
 
 async def test_who_waits_for_nobody_says_so(autojump_clock: MockClock, tmp_path: Path) -> None:
