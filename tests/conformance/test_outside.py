@@ -20,6 +20,7 @@ from mediator.service.options import ServeOptions
 from mediator.service.serve import Bench
 from mediator.shell import Service
 from optee.abi.smc import Function
+from tests.docs.pages import DOCS
 
 
 def against_serve(
@@ -55,7 +56,9 @@ def test_our_own_serve_passes_whatever_can_be_seen_from_outside(tmp_path: Path) 
     cases = catalogue()
     verdicts = against_serve(cases, tmp_path)
     assert [(one.case.scenario, one.why) for one in verdicts if one.word == "failed"] == []
-    assert sum(one.passed for one in verdicts) >= len(cases) / 2
+    passed = sum(one.passed for one in verdicts)
+    assert passed >= len(cases) / 2
+    assert f"{passed} of {len(cases)} cases run" in (DOCS / "conformance.md").read_text(encoding="utf-8")
     assert all(one.why for one in verdicts if one.word == "skipped")
     assert not any((tmp_path / name).exists() for name in ("door", "optee"))
 
