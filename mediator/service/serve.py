@@ -62,6 +62,7 @@ class Bench:
     def __init__(self, options: ServeOptions, policy: Policy) -> None:
         self.options = options
         self._events = EventLog(trio.current_time, lambda: self.board.core.tracing)
+        self._room = ""  # in words, for whom OP-TEE has room, if it is ours
         self.board, self._reach = self._assemble(policy)
         self.board.service.on_fault = self._secure_world_died
         self.guests: list[ServedGuest] = []
@@ -85,8 +86,7 @@ class Bench:
                 config = config.built(BOARDS[options.board].build)
             if options.config is not None:
                 config = load_config(options.config).over(config)
-            if not options.json:
-                print(f"board: {split_in_words(config)}", file=sys.stderr, flush=True)
+            self._room = split_in_words(config)
             board = Board(policy, config, thorough=options.check, on_event=self._events)
             board.model.on_low_memory = self._events.memory_low
             return board, nullcontext()
@@ -108,6 +108,8 @@ class Bench:
         async with self._reach, self.board:
             async with AsyncExitStack() as stack:
                 await self._open_doors(stack)
+                if self._room and not self.options.json:
+                    print(f"board: {self._room}", file=sys.stderr, flush=True)
                 await self._work(await self._warm_parent(stack), started)
             for guest in self.guests:
                 await self._remove(guest)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from hv_models.vm import VirtualMachine
 from mediator.cli import run
 from mediator.core.ledger import Charge
 from mediator.scenario import Outcome, load_scenario, run_scenario
@@ -189,3 +190,12 @@ def test_a_violated_invariant_fails_the_step_after_which_it_is_there(monkeypatch
     outcome = play("machine: {each: {driver: none}}\n" + body + "- {smc: CALL_WITH_ARG, a1:a2: $message}\n")
     assert outcome.failure is not None and outcome.failure.place == "f.yaml:9"
     assert outcome.failure.what == "invariant 2" and outcome.violations
+
+
+def test_pins_that_are_never_taken_back_are_violations_and_end_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(VirtualMachine, "unpin", lambda *_: None)
+    assert run(["run", "hello"]) == 1
+    out, err = capsys.readouterr()
+    assert "invariant 1" in out and err == ""
