@@ -58,6 +58,15 @@ def read_bytes(path: FilePath) -> bytes:
     return data
 
 
+def read_document(path: FilePath) -> str:
+    """The text of a document, as far as one may be long. Raises DocumentError."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return file.read(MAX_SIZE + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DocumentError([f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}"]) from None
+
+
 class _Loader(yaml.CSafeLoader):
     """Scalars stay text: `_Reader` decides what they are."""
 

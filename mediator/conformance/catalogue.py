@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Final
 
-from mediator.documents import MAX_SIZE, DocumentError
+from mediator.documents import DocumentError, read_document
 from mediator.scenario.language import Scenario, load_scenario
 
 MAX_CASES: Final = 200
@@ -37,12 +37,7 @@ def find_case(name_or_file: str) -> Scenario:
     path = Path(name_or_file)
     if path.suffix not in (".yaml", ".yml"):
         raise DocumentError([f"{name_or_file!r} is no case (mediator conform --list has all) and no .yaml file"])
-    try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(MAX_SIZE + 1)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DocumentError([f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}"]) from None
-    return _case(text, str(path))
+    return _case(read_document(path), str(path))
 
 
 def catalogue() -> list[Scenario]:

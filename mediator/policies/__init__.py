@@ -18,7 +18,7 @@ from pydantic import (
 
 from mediator.core.mediator import HANDLED
 from mediator.core.policy import FlowPolicy, Policy, PolicyLimits, Word, Words
-from mediator.documents import MAX_SIZE, DocumentError, load_document
+from mediator.documents import DocumentError, load_document, read_document
 from optee.abi.message import META, Attr, Command
 from optee.abi.rpc import RpcCommand
 from optee.abi.smc import Function, NsecCapability, SecCapability
@@ -292,10 +292,5 @@ def load_policy(name_or_file: str) -> Policy:
         path = Path(name_or_file)
         if path.suffix not in (".yaml", ".yml"):
             raise DocumentError([f"policy {name_or_file!r} is none of {', '.join(BUILT_IN)}, and no .yaml file"])
-        try:
-            with path.open(encoding="utf-8") as file:
-                text = file.read(MAX_SIZE + 1)
-        except (OSError, UnicodeDecodeError) as error:
-            raise DocumentError([f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}"]) from None
-        document = load_document(PolicyDocument, text, str(path))
+        document = load_document(PolicyDocument, read_document(path), str(path))
     return document.policy()

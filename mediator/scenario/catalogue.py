@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-from mediator.documents import MAX_SIZE, DocumentError
+from mediator.documents import DocumentError, read_document
 from mediator.scenario.language import Scenario, load_scenario
 
 
@@ -32,9 +32,4 @@ def find_scenario(name_or_file: str) -> Scenario:
     path = Path(name_or_file)
     if path.suffix not in (".yaml", ".yml"):
         raise DocumentError([f"{name_or_file!r} is no scenario (mediator run --list has all) and no .yaml file"])
-    try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(MAX_SIZE + 1)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DocumentError([f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}"]) from None
-    return load_scenario(text, str(path))
+    return load_scenario(read_document(path), str(path))

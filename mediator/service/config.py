@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from mediator.documents import load_document, read_bytes
+from mediator.documents import load_document, read_document
 from optee.config import Config
 from optee.storage.options import StorageOptions
 
@@ -34,4 +34,4 @@ class ServeDocument(BaseModel):
 
 def load_config(path: Path) -> ServeDocument:
     """Read such a file. Raises DocumentError, with file:line:column for each thing that is wrong."""
-    return load_document(ServeDocument, read_bytes(path).decode("utf-8", "replace"), str(path))
+    return load_document(ServeDocument, read_document(path), str(path))
