@@ -98,7 +98,7 @@ def _thread_limit(match: re.Match[str]) -> Finding | None:
 
 
 _PATTERNS: Final[tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], Finding | None]], ...]] = (
-    (re.compile(r"(?:(\d+) )?[Pp]age tables (?:are )?not available"), _tables),
+    (re.compile(r"(\d+) page tables not available|Page tables are not available"), _tables),
     (re.compile(r"Memory allocation failed: size (\d+)"), _core_heap),
     (re.compile(r"panicked with code (0x[0-9a-fA-F]{1,16})"), _panic),
     (re.compile(r"stack smashing detected"), _smashing),

@@ -140,6 +140,12 @@ def test_messages_of_the_console() -> None:
     assert "118 tables, so 59 threads" in texts[3]
 
 
+@pytest.mark.parametrize("prefix", ["E/TC:? 0 alloc_pgt:116 ", "E/TC:? 0 ", ""])
+def test_tables_without_a_number_are_not_counted_by_the_number_of_a_source_line(prefix: str) -> None:
+    (finding,) = read_console(f"{prefix}Page tables are not available\n")
+    assert finding.limit == TABLES and not any(digit in finding.text for digit in ("116", " 58", "=0"))
+
+
 def test_statistics_name_the_pool_that_failed() -> None:
     stats = "Pool: {}\nSize of pool: 65536\nNumber of failed allocations: {}\nSize of larges allocation failure: 4096\n"
     assert read_console(stats.format("Heap", 0)) == []
