@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from optee.abi.smc import VmId
-from optee.memory.heap import Allocation
+from optee.memory.pool import Allocation
 from optee.memory.pools import GuestPools
 from optee.sessions import Sessions
 from optee.shared_memory import SharedMemoryTable

@@ -34,7 +34,7 @@ from optee.abi.smc import (
 from optee.config import DEFAULT, NOTIFICATION_VALUES, Config
 from optee.entry import yielding_call
 from optee.errors import SecureWorldFault, TeeError
-from optee.memory.heap import Allocation
+from optee.memory.pool import Allocation
 from optee.memory.pools import GuestPools, LowMemory, NexusPools
 from optee.normal_world import NormalWorld
 from optee.panic import PanicReport

@@ -14,7 +14,7 @@ from uuid import UUID
 from optee.abi.message import Login
 from optee.abi.results import Origin, Result, TaFlag
 from optee.errors import SecureWorldFault, TaPanic, TeeError
-from optee.memory.heap import Owner
+from optee.memory.pool import Owner
 from optee.memory.structures import SESSION
 from optee.panic import PanicReport, report_panic
 from optee.parameters import Params

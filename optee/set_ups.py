@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from optee.memory.heap import Owner
+from optee.memory.pool import Owner
 from optee.memory.profile import set_ups
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from hv_models.memory import PAGE_MASK, PAGE_SHIFT
 from optee.abi.message import ENTRIES_PER_PAGE
 from optee.abi.results import Result
 from optee.errors import TeeError
-from optee.memory.heap import Owner
+from optee.memory.pool import Owner
 from optee.memory.pools import GuestPools
 from optee.memory.structures import MAPPING, PAGE_ADDRESS, shared_memory
 from optee.normal_world import NormalWorld, Window

@@ -14,7 +14,7 @@ from optee.abi.results import Result
 from optee.errors import TeeError
 from optee.memory.address_space import FIRST_VA, USER_VA, private_regions, tables_for
 from optee.memory.build import GROUP, PAGE
-from optee.memory.heap import Owner
+from optee.memory.pool import Owner
 from optee.memory.pools import GuestPools
 from optee.memory.sizing import groups
 from optee.memory.structures import TABLE_GROUP, VM_REGION, ta_context

@@ -10,57 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
-from typing import Final, NamedTuple
+from typing import Final
 
-from optee.abi.results import Result
 from optee.errors import TeeError
+from optee.memory.pool import Owner, Pool
 
 HEADER: Final = 16
 """Bytes before each block, and behind the last one."""
 QUANTUM: Final = 16
 """Sizes are multiples of this, and at least this."""
-LOW: Final = 0.8
-"""Part of a pool that may be taken before `on_low` is told."""
 _ROUND: Final = QUANTUM - 1
 _SMALLEST_REST: Final = QUANTUM + HEADER  # a free rest must be larger
-
-
-class Owner(NamedTuple):
-    """Who holds memory, as the leak report says it."""
-
-    what: str
-    """Kind of object: "session", "RSA key", ..."""
-    guest: int
-    """Client id; 0 for the nexus, which is no guest's."""
-    session: int | None = None
-    """Id of the session that it was allocated for."""
-
-    def __str__(self) -> str:
-        session = "" if self.session is None else f", session {self.session}"
-        return f"{self.what} of guest {self.guest}{session}"
-
-
-class Allocation(NamedTuple):
-    """A block that is allocated."""
-
-    address: int
-    size: int
-    """Bytes, header included."""
-    owner: Owner
-
-
-class Statistics(NamedTuple):
-    """What OP-TEE counts for each pool (struct malloc_stats). All but `failed` are bytes."""
-
-    allocated: int
-    max_allocated: int
-    """The most that was ever allocated."""
-    size: int
-    failed: int
-    """Allocations that failed."""
-    biggest_failure: int
-    """The most that was asked for in vain."""
-    allocated_at_biggest_failure: int
 
 
 def block_size(size: int) -> int:
@@ -73,47 +33,21 @@ def block_sizes(sizes: Iterable[int]) -> int:
     return sum(map(block_size, sizes))
 
 
-class Heap:
+class Heap(Pool):
     """One pool of `size` bytes. Addresses are offsets in it."""
 
-    __slots__ = (
-        "_allocated_at_biggest_failure",
-        "_biggest_failure",
-        "_failed",
-        "_free",
-        "_free_ends",
-        "_low_mark",
-        "_used",
-        "allocated",
-        "best_fit",
-        "max_allocated",
-        "name",
-        "on_low",
-        "reclaim",
-        "size",
-    )
+    __slots__ = ("_free", "_free_ends", "best_fit", "reclaim")
 
     def __init__(self, size: int, name: str = "Heap", *, best_fit: bool = False) -> None:
         """best_fit: take from the smallest block that suffices (CFG_CORE_BGET_BESTFIT)."""
-        self.name = name
-        """As OP-TEE's statistics call the pool."""
-        self.size = size
-        """Bytes, of which the headers take some."""
-        self.on_low: Callable[[Heap], None] | None = None
-        """Told once when four fifths are taken, or when an allocation fails."""
-        self._low_mark = size * LOW
-        self.allocated = 0
-        """Bytes allocated now, headers included."""
-        self.max_allocated = 0
+        super().__init__(size, name)
         self.reclaim: Callable[[int], bool] | None = None
         """Asked for bytes that are not there; True: try once more. For caches: OP-TEE has no such hook."""
-        self._failed = self._biggest_failure = self._allocated_at_biggest_failure = 0
         whole = (size & ~_ROUND) - HEADER
         self._free = {0: whole} if whole > HEADER else {}
         """Size of each free block by address, in the order of OP-TEE's free list."""
         self._free_ends = {size: address for address, size in self._free.items()}
         """Address of each free block by its end."""
-        self._used: dict[int, tuple[int, Owner]] = {}
         self.best_fit = best_fit
 
     def allocate(self, size: int, owner: Owner) -> int:
@@ -131,12 +65,7 @@ class Heap:
                 need = free
                 del self._free[address]
             del self._free_ends[end]
-            self._used[end - need] = need, owner
-            self.allocated += need
-            if self.allocated > self.max_allocated:
-                self.max_allocated = self.allocated
-                if self.allocated > self._low_mark:
-                    self._tell()
+            self._take(end - need, need, owner)
             return end - need
         reclaim, self.reclaim = self.reclaim, None
         if reclaim is not None:
@@ -145,18 +74,7 @@ class Heap:
                     return self.allocate(size, owner)
             finally:
                 self.reclaim = reclaim
-        self._failed += 1
-        if size > self._biggest_failure:
-            self._biggest_failure = size
-            self._allocated_at_biggest_failure = self.allocated
-        self._tell()
-        raise TeeError(Result.OUT_OF_MEMORY)
-
-    def _tell(self) -> None:
-        told, self.on_low = self.on_low, None
-        self._low_mark = self.size
-        if told is not None:
-            told(self)
+        raise self._failure(size)
 
     def _smallest(self, need: int) -> Iterable[tuple[int, int]]:
         """The first of the smallest free blocks that suffice."""
@@ -210,24 +128,3 @@ class Heap:
     def free_squares(self) -> int:
         """Sum of the squares of the free blocks' sizes: small where what is free is in pieces (free2_sum)."""
         return sum((size - HEADER) ** 2 for size in self._free.values())
-
-    @property
-    def statistics(self) -> Statistics:
-        """The pool's counters."""
-        return Statistics(
-            self.allocated,
-            self.max_allocated,
-            self.size,
-            self._failed,
-            self._biggest_failure,
-            self._allocated_at_biggest_failure,
-        )
-
-    def reset_statistics(self) -> None:
-        """Start counting anew; what is allocated stays."""
-        self.max_allocated = self.allocated
-        self._failed = self._biggest_failure = self._allocated_at_biggest_failure = 0
-
-    def allocations(self) -> list[Allocation]:
-        """Everything that is allocated, by address."""
-        return [Allocation(address, *self._used[address]) for address in sorted(self._used)]

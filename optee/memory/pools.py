@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from optee.errors import TeeError
 from optee.memory.build import CORE_OWN, PAGE, THREAD_STACK_PAGES, Build
-from optee.memory.heap import HEADER, Allocation, Heap, Owner, Statistics
+from optee.memory.heap import HEADER, Heap
+from optee.memory.pool import Allocation, Owner, Statistics
 from optee.memory.structures import GUEST
 from optee.memory.ta_ram import TaRam
 from optee.memory.tables import TablePool

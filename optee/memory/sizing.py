@@ -13,7 +13,8 @@ from typing import Final, NamedTuple
 from optee.errors import TeeError
 from optee.memory.address_space import USER_VA, mapped, tables_for
 from optee.memory.build import CORE_OWN, GROUP, MIB, PAGE, Build, down, up
-from optee.memory.heap import HEADER, Heap, Owner, block_size, block_sizes
+from optee.memory.heap import HEADER, Heap, block_size, block_sizes
+from optee.memory.pool import Owner
 from optee.memory.profile import TEST_PROGRAM, TaProfile, set_ups
 from optee.memory.structures import GUEST, MAPPING, PAGE_ADDRESS, SESSION, TABLE_GROUP, VM_REGION, shared_memory
 

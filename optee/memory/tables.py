@@ -7,7 +7,7 @@ threads for which too few are left wait. A context that alone needs more than al
 from __future__ import annotations
 
 from optee.memory.build import Build
-from optee.memory.heap import Statistics
+from optee.memory.pool import Statistics
 
 
 class TablePool:

@@ -12,7 +12,8 @@ from typing import Final
 
 from optee.abi.results import Result
 from optee.errors import TeeError
-from optee.memory.heap import Heap, Owner
+from optee.memory.heap import Heap
+from optee.memory.pool import Owner
 from optee.memory.structures import FS_HTREE, HTREE_NODE
 from optee.steps import Steps
 from optee.storage.fs_rpc import close_file, read_file, truncate_file, write_file

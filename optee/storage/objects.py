@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
 from optee.abi.results import Result, TaFlag
 from optee.errors import TaPanic, TeeError
-from optee.memory.heap import Owner
+from optee.memory.pool import Owner
 from optee.memory.structures import FILE_HANDLE, TRANSIENT_OBJECT
 from optee.parameters import Memref, PrivateBuffer
 from optee.steps import Steps

@@ -10,7 +10,8 @@ from enum import Enum, IntFlag, auto
 
 from optee.abi.results import Result
 from optee.errors import TeeError
-from optee.memory.heap import Heap, Owner
+from optee.memory.heap import Heap
+from optee.memory.pool import Owner
 from optee.memory.structures import PERSISTENT_OBJECT
 
 

@@ -10,7 +10,7 @@ from uuid import UUID
 
 from optee.abi.results import Result
 from optee.memory.heap import Heap
-from optee.memory.heap import Statistics as PoolStatistics
+from optee.memory.pool import Statistics as PoolStatistics
 from optee.memory.ta_ram import TaRam
 from optee.tee import Tee
 from optee.trusted_application import Memref, ParamKind, PseudoTa, Steps, TeeError, Value, command

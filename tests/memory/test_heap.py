@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from optee.abi.results import Result
 from optee.errors import TeeError
-from optee.memory.heap import Heap, Owner, Statistics, block_size
+from optee.memory.heap import Heap, block_size
+from optee.memory.pool import Owner, Statistics
 
 SOMEBODY = Owner("test", 1)
 

@@ -13,7 +13,7 @@ from optee.abi.smc import Function, ReturnCode, SecCapability, is_rpc
 from optee.config import Config
 from optee.memory.boards import BOARDS
 from optee.memory.build import KIB, MIB, Build
-from optee.memory.heap import Statistics
+from optee.memory.pool import Statistics
 from optee.memory.pools import LowMemory
 from optee.memory.profile import MAP_OF_7077, SET_UPS, SMALL_TA, TEST_PROGRAM, TaProfile
 from optee.memory.sizing import largest_buffer

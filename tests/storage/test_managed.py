@@ -13,7 +13,7 @@ from guests.rpmb import RpmbDevice
 from optee.abi.results import Result
 from optee.abi.rpc import FsOperation, RpcCommand
 from optee.errors import TeeError
-from optee.memory.heap import Owner
+from optee.memory.pool import Owner
 from optee.storage.memory.collector import PASS_BOUND
 from optee.storage.options import StorageMemory, StorageOptions
 from optee.storage.registry import DataFlag

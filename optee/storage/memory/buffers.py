@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from optee.memory.heap import QUANTUM, Heap, Owner
+from optee.memory.heap import QUANTUM, Heap
+from optee.memory.pool import Owner
 from optee.storage.memory.pool import Pool, Slot, place_of_caller
 from optee.storage.memory.statistics import LevelStatistics
 

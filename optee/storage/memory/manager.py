@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Final, Protocol
 
-from optee.memory.heap import Heap, Owner
+from optee.memory.heap import Heap
+from optee.memory.pool import Owner
 from optee.storage.memory.blocks import BlockCache
 from optee.storage.memory.buffers import CLASSES, Buffers
 from optee.storage.memory.collector import PASS_BOUND, Collector

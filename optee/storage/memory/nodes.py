@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from optee.memory.heap import Heap, Owner
+from optee.memory.heap import Heap
+from optee.memory.pool import Owner
 from optee.memory.structures import HTREE_NODE
 from optee.storage.layout import Node
 from optee.storage.memory.lru import Clock, Entry, Lru

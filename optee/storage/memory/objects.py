@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from optee.memory.heap import Heap, Owner
+from optee.memory.heap import Heap
+from optee.memory.pool import Owner
 from optee.memory.structures import FS_HTREE
 from optee.storage.keys import FileCipher
 from optee.storage.memory.lru import Clock, Entry, Lru

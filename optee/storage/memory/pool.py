@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 from typing import Final
 
-from optee.memory.heap import QUANTUM, Heap, Owner, block_size
+from optee.memory.heap import QUANTUM, Heap, block_size
+from optee.memory.pool import Owner
 from optee.storage.memory.statistics import LevelStatistics
 
 _LEVELS: Final = frozenset(

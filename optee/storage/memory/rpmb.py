@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Final
 
 from optee.abi.rpmb import RPMB_BLOCK_SIZE
-from optee.memory.heap import Heap, Owner
+from optee.memory.heap import Heap
+from optee.memory.pool import Owner
 from optee.steps import Steps
 from optee.storage.keys import StorageKeys
 from optee.storage.memory.lru import Clock, Entry, Lru
