@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from hv_models.vm import VirtualMachine
 from mediator.cli import run
 from mediator.core.ledger import Charge
 from mediator.scenario import Outcome, load_scenario, run_scenario
 from optee.secure_world import SecureWorld
 from tests.docs.pages import DOCS, blocks
+from tests.wrong_mediators import pages_stay_pinned
 
 HEAD = "scenario: x\npurpose: p\n"
 
@@ -195,7 +195,7 @@ def test_a_violated_invariant_fails_the_step_after_which_it_is_there(monkeypatch
 def test_pins_that_are_never_taken_back_are_violations_and_end_the_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(VirtualMachine, "unpin", lambda *_: None)
+    pages_stay_pinned(monkeypatch)
     assert run(["run", "hello"]) == 1
     out, err = capsys.readouterr()
     assert "invariant 1" in out and err == ""

@@ -5,8 +5,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pytest
 import trio
 from trio.testing import MockClock
@@ -15,10 +13,9 @@ import guests
 from guests.workloads import Report, hello, mixed, shm
 from hv_models.stage2 import Pinned
 from hv_models.vm import VirtualMachine
-from mediator.core import fast, yielding
+from mediator.core import fast
 from mediator.core.ledger import Charge
 from mediator.core.mediator import Mediator
-from mediator.core.records import Call
 from mediator.core.steps import Forward, Regs
 from mediator.documents import DocumentError
 from mediator.policies import load_policy
@@ -27,6 +24,12 @@ from mediator.service.options import ServeOptions
 from mediator.service.serve import Bench, run_bench
 from mediator.service.summary import Summary
 from optee.abi.smc import Function
+from tests.wrong_mediators import (
+    messages_are_forwarded_by_ipa,
+    pages_are_forwarded_as_ipas,
+    pages_stay_pinned,
+    reserved_memory_is_offered,
+)
 
 NOTHING_LEFT = {"pages": 0, "calls": 0, "buffers": 0, "rpc_arguments": 0}
 SHORT = {"hello": partial(hello, rounds=5), "mixed": partial(mixed, rounds=1, callers=2), "shm": partial(shm, rounds=3)}
@@ -231,13 +234,6 @@ def test_a_guest_that_does_not_stop_has_its_power_cut(monkeypatch: pytest.Monkey
     assert [ended[name] for name in ("kvm-1", "xen-2", "xen-4")] == ["finished"] * 3
 
 
-# We are wrong
-
-
-def _unpin_removed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(VirtualMachine, "unpin", lambda self, pinned: None)
-
-
 def _one_unpin_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     unpin = VirtualMachine.unpin
     count = 0
@@ -267,27 +263,6 @@ def _refund_removed(nth: int | None) -> Patch:
     return patch
 
 
-def _list_of_ipas(monkeypatch: pytest.MonkeyPatch) -> None:
-    pin = VirtualMachine.pin
-
-    def pinned(self: VirtualMachine, ipas: npt.NDArray[np.uint64]) -> Pinned:
-        found = pin(self, ipas)
-        found.pas[:] = ipas
-        return found
-
-    monkeypatch.setattr(VirtualMachine, "pin", pinned)
-
-
-def _message_by_ipa(monkeypatch: pytest.MonkeyPatch) -> None:
-    send = yielding._send
-
-    def sent(core: Mediator, call: Call) -> Any:
-        step = send(core, call)
-        return Forward((step.regs[0], call.regs[1], call.regs[2], *step.regs[3:]), step.ticket)
-
-    monkeypatch.setattr(yielding, "_send", sent)
-
-
 def _forged_id_forwarded(monkeypatch: pytest.MonkeyPatch) -> None:
     enter = fast.enter
 
@@ -303,13 +278,13 @@ def _forged_id_forwarded(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "patch",
     [
-        _unpin_removed,
+        pages_stay_pinned,
         _one_unpin_removed,
         _refund_removed(None),
         _refund_removed(1),
         _refund_removed(10),
-        _list_of_ipas,
-        _message_by_ipa,
+        pages_are_forwarded_as_ipas,
+        messages_are_forwarded_by_ipa,
         _forged_id_forwarded,
     ],
     ids=["unpin", "one unpin", "refunds", "first refund", "a refund", "list of IPAs", "message by IPA", "forged id"],
@@ -325,10 +300,7 @@ def test_a_mediator_that_is_wrong_makes_the_run_bad(patch: Patch, policy: str, m
 
 
 def test_reserved_memory_that_a_guest_sees_makes_the_run_bad(monkeypatch: pytest.MonkeyPatch) -> None:
-    def leaked(core: Mediator, regs: Regs, answer: Regs) -> Any:
-        return core.answer(Function.EXCHANGE_CAPABILITIES, regs, answer)
-
-    monkeypatch.setattr(fast, "_capabilities", leaked)
+    reserved_memory_is_offered(monkeypatch)
     summary = run()
     assert not summary.good
     assert "offered by OP-TEE to 4 of 4 guests, hidden from 0" in "\n".join(summary.mission())

@@ -2,41 +2,20 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pytest
 
-from hv_models.stage2 import Pinned
-from hv_models.vm import VirtualMachine
-from mediator.core import fast, yielding
+from mediator.core import yielding
 from mediator.core.mediator import Mediator
 from mediator.core.records import Call
 from mediator.core.steps import Forward, Regs
-from optee.abi.smc import Function
 from tests.trace.stories import ARG, good, story
-
-
-def _pin_forwards_ipas(monkeypatch: pytest.MonkeyPatch) -> None:
-    pin = VirtualMachine.pin
-
-    def pinned(self: VirtualMachine, ipas: npt.NDArray[np.uint64]) -> Pinned:
-        found = pin(self, ipas)
-        found.pas[:] = ipas
-        return found
-
-    monkeypatch.setattr(VirtualMachine, "pin", pinned)
-
-
-def _message_forwards_ipa(monkeypatch: pytest.MonkeyPatch) -> None:
-    send = yielding._send
-
-    def sent(core: Mediator, call: Call) -> Any:
-        step = send(core, call)
-        return Forward((step.regs[0], call.regs[1], call.regs[2], *step.regs[3:]), step.ticket)
-
-    monkeypatch.setattr(yielding, "_send", sent)
+from tests.wrong_mediators import (
+    messages_are_forwarded_by_ipa,
+    pages_are_forwarded_as_ipas,
+    pages_stay_pinned,
+    reserved_memory_is_offered,
+)
 
 
 def _forward_changes(word: int, value: int) -> Callable[[pytest.MonkeyPatch], None]:
@@ -49,13 +28,6 @@ def _forward_changes(word: int, value: int) -> Callable[[pytest.MonkeyPatch], No
         monkeypatch.setattr(Mediator, "forward", forwarded)
 
     return patch
-
-
-def _capability_leaks(monkeypatch: pytest.MonkeyPatch) -> None:
-    def leaked(core: Mediator, regs: Regs, answer: Regs) -> Any:
-        return core.answer(Function.EXCHANGE_CAPABILITIES, regs, answer)
-
-    monkeypatch.setattr(fast, "_capabilities", leaked)
 
 
 def _outputs_forgotten(size: int) -> Callable[[pytest.MonkeyPatch], None]:
@@ -72,10 +44,6 @@ def _outputs_forgotten(size: int) -> Callable[[pytest.MonkeyPatch], None]:
     return patch
 
 
-def _pins_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(VirtualMachine, "unpin", lambda self, pinned: None)
-
-
 def test_the_long_story_is_good_with_the_right_mediator(tmp_path: Path) -> None:
     good(story().replay(tmp_path))
 
@@ -83,15 +51,15 @@ def test_the_long_story_is_good_with_the_right_mediator(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("patch", "what"),
     [
-        (_pin_forwards_ipas, "translated page"),
-        (_message_forwards_ipa, "forwarded message"),
+        (pages_are_forwarded_as_ipas, "translated page"),
+        (messages_are_forwarded_by_ipa, "forwarded message"),
         (_forward_changes(7, 2), "forwarded a7"),
         (_forward_changes(0, ARG), "forwarded function"),
         (_forward_changes(3, 63), "resumed thread"),
-        (_capability_leaks, "guest's registers"),
+        (reserved_memory_is_offered, "guest's registers"),
         (_outputs_forgotten(8), "guest's message"),
         (_outputs_forgotten(24), "guest's message"),
-        (_pins_kept, "left after the end"),
+        (pages_stay_pinned, "left after the end"),
     ],
     ids=lambda value: getattr(value, "__qualname__", value).replace("<locals>.", ""),
 )
