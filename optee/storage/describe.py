@@ -100,11 +100,18 @@ def describe_store(store: StoreReader) -> Document:
 def notes(store: StoreReader) -> list[str]:
     """What is no damage, but worth knowing."""
     found = []
+    if store.is_empty:
+        found.append("the directory is empty: nothing was stored yet; OP-TEE makes dirf.db at the first need")
     if store.is_half_made:
         found.append("the creation of dirf.db was interrupted: OP-TEE makes it anew, without objects")
     if store.tree is not None and store.tree.torn:
         found.append(
             "dirf.db: the last commit was interrupted just before its head was whole: the version before is live"
+        )
+    if store.tree is not None and store.tree.unknown_head is not None:
+        found.append(
+            f"dirf.db: head slot {store.tree.unknown_head} is no head of the version before, nor the beginning of a "
+            "newer one: if it was the newest, this is the state before it"
         )
     if store.orphans and not store.opened.damages:
         files = ", ".join(store.orphans)
@@ -112,8 +119,13 @@ def notes(store: StoreReader) -> list[str]:
     if store.opened.free:
         found.append(f"free entries of dirf.db: {', '.join(map(str, store.opened.free))}")
     if store.strangers:
-        found.append(f"not of secure storage: {', '.join(store.strangers)}")
+        found.append(f"not of secure storage: {', '.join(map(ascii_name, store.strangers))}")
     return [*found, NO_ANCHOR] if store.anchor is None else found
+
+
+def ascii_name(name: str) -> str:
+    """A file's name as it can be printed anywhere."""
+    return name if name.isascii() and name.isprintable() else ascii(name)
 
 
 def dump_tree(tree: TreeReader) -> Document:

@@ -15,6 +15,7 @@ HASH_SIZE: Final = 32
 IV_SIZE: Final = 16
 TAG_SIZE: Final = 16
 FEK_SIZE: Final = 16
+COUNTER_SIZE: Final = 4  # the last bytes of a head
 MAX_OBJECT_ID: Final = 64
 
 COMMITTED_BLOCK: Final = 1

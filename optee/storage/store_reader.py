@@ -49,22 +49,24 @@ class StoredObject:
         return self.entry.owner == CORE_OWNER
 
     @cached_property
+    def _content(self) -> bytes | Damage:
+        return self._store.file_content(self.entry.file_name, "lost: the directory names it, but it is not there")
+
+    @cached_property
     def tree(self) -> TreeReader | None:
         """The file; None if it is lost."""
-        data = self._store.file_content(self.entry.file_name)
-        if data is None:
+        if isinstance(self._content, Damage):
             return None
-        name, entry = self.entry.file_name, self.entry
-        return TreeReader(name, data, self._store.keys, entry.owner, entry.root_hash)
+        entry = self.entry
+        return TreeReader(entry.file_name, self._content, self._store.keys, entry.owner, entry.root_hash)
 
     @cached_property
     def damages(self) -> list[Damage]:
         """All that is wrong with it, the live data blocks included."""
-        name = self.entry.file_name
         if self.tree is None:
-            return [Damage(name, "file", "lost: the directory names it, but it is not there")]
+            return [self._content] if isinstance(self._content, Damage) else []
         if self.tree.slot is None and not self.tree.damages:
-            return [Damage(name, "file", self._store.explain_stranger(self))]
+            return [Damage(self.tree.name, "file", self._store.explain_stranger(self))]
         if self.tree.damages:
             return [*self.tree.damages, *self.tree.block_damages()]
         found = self.tree.block_damages()
@@ -123,6 +125,11 @@ class OpenedDirectory(NamedTuple):
     free: list[int]
     damages: list[Damage]
 
+    @property
+    def all_damages(self) -> list[Damage]:
+        """Those of the directory, then those of the objects."""
+        return [*self.damages, *(damage for stored in self.objects for damage in stored.damages)]
+
 
 class StoreReader:
     """A store. Raises NotAStoreError if there is none at `path`; damage is told by `damages`, not raised.
@@ -143,29 +150,36 @@ class StoreReader:
         """Names of the files that objects can have."""
         self.strangers = sorted(names - {DIRECTORY_NAME, *self.numbered})
         """Names that secure storage does not make."""
-        if DIRECTORY_NAME not in names and not self.numbered:
+        self.is_empty = not names
+        """Nothing was stored here yet: OP-TEE makes dirf.db when a guest first needs secure storage."""
+        if self.strangers and DIRECTORY_NAME not in names and not self.numbered:
             raise NotAStoreError(f"{path}: no secure storage: there is no {DIRECTORY_NAME} in it")
 
-    def file_content(self, name: str) -> bytes | None:
-        """Bytes of a file; None if it is not there. Raises NotAStoreError."""
+    def file_content(self, name: str, lost: str) -> bytes | Damage:
+        """Bytes of a file, or why there are none; `lost` says so if it is not there. Raises NotAStoreError."""
         path = self.path / name
         try:
             status = path.stat()
             if not stat.S_ISREG(status.st_mode):
-                raise NotAStoreError(f"{path}: not a regular file")
+                return Damage(name, "file", "not a regular file")
             if status.st_size > MAX_FILE_SIZE:
-                raise NotAStoreError(f"{path}: larger than {MAX_FILE_SIZE >> 20} MiB")
+                return Damage(name, "file", f"larger than {MAX_FILE_SIZE >> 20} MiB, which none of secure storage is")
             return path.read_bytes()
         except FileNotFoundError:
-            return None
+            return Damage(name, "file", lost)
         except OSError as error:
             raise NotAStoreError(f"{path}: {error.strerror}") from None
 
     @cached_property
+    def _content(self) -> bytes | Damage:
+        return self.file_content(DIRECTORY_NAME, "lost: without it no object can be found")
+
+    @cached_property
     def tree(self) -> TreeReader | None:
         """dirf.db; None if it is lost."""
-        data = self.file_content(DIRECTORY_NAME)
-        return None if data is None else TreeReader(DIRECTORY_NAME, data, self.keys, None, self.anchor)
+        if isinstance(self._content, Damage):
+            return None
+        return TreeReader(DIRECTORY_NAME, self._content, self.keys, None, self.anchor)
 
     @property
     def is_half_made(self) -> bool:
@@ -174,20 +188,22 @@ class StoreReader:
         One of 0 bytes is so only while there are no other files: it is the first that is made.
         """
         tree = self.tree
-        return tree is not None and (tree.half_made or (not tree.file_data and not self.numbered))
+        if tree is None or self.anchor is not None:
+            return False
+        return tree.half_made or (not tree.file_data and not self.numbered)
 
     @cached_property
     def opened(self) -> OpenedDirectory:
         """Contents of dirf.db, as far as it can be read."""
+        if self.tree is None or self.is_half_made:
+            fresh = self.is_empty and self.anchor is None
+            return OpenedDirectory([], [], [self._content] if isinstance(self._content, Damage) and not fresh else [])
+        return self._read_directory(self.tree)
+
+    def _read_directory(self, tree: TreeReader) -> OpenedDirectory:
         objects: list[StoredObject] = []
         free: list[int] = []
         damages: list[Damage] = []
-        tree = self.tree
-        if tree is None:
-            lost = Damage(DIRECTORY_NAME, "file", "lost: without it no object can be found")
-            return OpenedDirectory(objects, free, [lost])
-        if self.is_half_made:
-            return OpenedDirectory(objects, free, damages)
         if tree.slot is None and not tree.damages:
             damages.append(Damage(DIRECTORY_NAME, "file", "not the one that is anchored: an old copy, or another's"))
         damages += [*tree.damages, *tree.block_damages()]
@@ -232,7 +248,13 @@ class StoreReader:
     @cached_property
     def damages(self) -> list[Damage]:
         """All that is wrong with the live state: directory first, then objects."""
-        return [*self.opened.damages, *(damage for stored in self.objects for damage in stored.damages)]
+        found = self.opened.all_damages
+        if found and self.tree is not None and self.tree.torn:
+            newer = self.tree.with_newer_head()
+            if not self._read_directory(newer).all_damages:
+                reason = "was changed: the version before it, which is live thereby, is no more whole"
+                found.insert(0, Damage(DIRECTORY_NAME, f"head slot {newer.slot}", f"counter {reason}"))
+        return found
 
     def explain_stranger(self, stored: StoredObject) -> str:
         """Say why a file may have no version with the root hash that its entry has."""

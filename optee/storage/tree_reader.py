@@ -6,6 +6,7 @@ so that each damaged part is named. Source: OP-TEE secure storage, section 3.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 from optee.storage.damage import Damage, DamagedError
@@ -13,6 +14,7 @@ from optee.storage.keys import FileCipher, NotAuthentic, StorageKeys, node_hash
 from optee.storage.layout import (
     BLOCK_SIZE,
     COMMITTED_BLOCK,
+    COUNTER_SIZE,
     HEAD_SIZE,
     NODE_SIZE,
     TAG_SIZE,
@@ -28,6 +30,7 @@ from optee.storage.layout import (
 )
 
 ROOT: Final = 1
+_FLAGS: Final = 8  # values of the three flags of a node
 _WRONG_KEYS: Final = "or the keys (HUK, chip id) are not this store's"
 
 
@@ -56,6 +59,8 @@ class TreeReader:
         """Creating the file was interrupted: a directory like this is made anew, and empty."""
         self.torn = False
         """A newer version than the live one was being written when the store was left."""
+        self.unknown_head: int | None = None
+        """Slot whose head is neither the version before the live one nor the beginning of a newer one."""
         self.head: Head | None = None
         self.meta: Meta | None = None
         self.nodes: dict[int, Placed] = {}
@@ -64,13 +69,13 @@ class TreeReader:
         self._keys = keys
         self._owner = owner
         self._cipher: FileCipher | None = None
+        self._doubtful: set[int] = set()  # nodes whose content is not to be believed
         if expected is None:
             self.slot = self._choose_by_counter()
         else:
             self.slot = self._choose_by_hash(expected)
         if self.slot is not None and not self.half_made and self._open_head(self.slot, expected):
-            self._read_nodes()
-            self._verify_nodes()
+            self._name_nodes(self._read_nodes())
 
     @property
     def root_hash(self) -> bytes | None:
@@ -102,13 +107,7 @@ class TreeReader:
     def opens_with(self, slot: int, root_hash: bytes) -> bool:
         """Tell whether the head in a slot belongs to a tree with this root hash."""
         head = self.head_at(slot)
-        if head is None:
-            return False
-        try:
-            self._keys.open_file(self._owner, head.enc_fek).open_head(head, root_hash)
-        except NotAuthentic:
-            return False
-        return True
+        return head is not None and self._is_sealed(head, root_hash)
 
     def _choose_by_counter(self) -> int | None:
         even, odd = self.head_at(0), self.head_at(1)
@@ -122,6 +121,8 @@ class TreeReader:
         live, other = (odd, even) if slot else (even, odd)
         self._look_at_other_head(live, 1 - slot, other)
         if not live.counter and live.tag == bytes(TAG_SIZE) and self.node_at(ROOT, slot) is not None:
+            if len(self.file_data) > node_offset(ROOT, 1) + NODE_SIZE:
+                self._note(f"head slot {slot}", "zeroed, as is the other: OP-TEE would make the file anew")
             self.half_made = not self.damages
             return slot if self.half_made else None
         return slot
@@ -135,17 +136,32 @@ class TreeReader:
         root = self.node_at(ROOT, slot)
         if root is None:
             return
-        whole = other._replace(counter=(live.counter + 1) & 0xFFFFFFFF)
+        found, before, after = other.counter, max(live.counter - 1, 0), (live.counter + 1) & 0xFFFFFFFF
+        bytes_before, bytes_after = before.to_bytes(4, "little"), after.to_bytes(4, "little")
+        cut = found in {int.from_bytes(bytes_after[:size] + bytes_before[size:], "little") for size in range(4)}
+        if self._is_sealed(other._replace(counter=after), root.hash):
+            self.torn = cut
+            if not cut:
+                reason = f"counter is {found}, but was {after}: the version before it is live"
+                self._note(f"head slot {slot}", reason)
+        elif live.counter and not cut and not self._is_sealed(other._replace(counter=before), root.hash):
+            self.unknown_head = slot
+
+    def with_newer_head(self) -> TreeReader:
+        """The version that would be live if the counter of the head that is `torn` were whole."""
+        if self.slot is None or self.head is None:
+            raise ValueError("no head is torn")
+        at = head_offset(1 - self.slot) + HEAD_SIZE
+        counter = (self.head.counter + 1).to_bytes(COUNTER_SIZE, "little")
+        data = self.file_data[: at - COUNTER_SIZE] + counter + self.file_data[at:]
+        return TreeReader(self.name, data, self._keys, self._owner)
+
+    def _is_sealed(self, head: Head, root_hash: bytes) -> bool:
         try:
-            self._keys.open_file(self._owner, other.enc_fek).open_head(whole, root.hash)
+            self._keys.open_file(self._owner, head.enc_fek).open_head(head, root_hash)
         except NotAuthentic:
-            return
-        counters = max(live.counter - 1, 0), whole.counter, other.counter
-        before, after, found = (counter.to_bytes(4, "little") for counter in counters)
-        self.torn = any(found == after[:written] + before[written:] for written in range(4))
-        if not self.torn:
-            reason = f"counter is {other.counter}, but was {whole.counter}: the version before it is live"
-            self._note(f"head slot {slot}", reason)
+            return False
+        return True
 
     def _choose_by_hash(self, expected: bytes) -> int | None:
         for version in (0, 1):
@@ -176,9 +192,13 @@ class TreeReader:
         guess = cipher.guess_meta(head)
         for root_hash in (expected or root.hash, node_hash(root, self._child_hashes(root, guess), guess.length)):
             try:
-                self.meta = cipher.open_head(head, root_hash)
+                meta = cipher.open_head(head, root_hash)
             except NotAuthentic:
                 continue
+            if block_count(meta.length) > max(meta.max_node_id, ROOT):
+                self._note(f"head slot {slot}", f"{meta.length} bytes need more nodes than {meta.max_node_id}")
+                return False
+            self.meta = meta
             if root_hash[:16] != root.hash[:16] and not self.damages:
                 self._note(f"node 1 version {slot}", "hash is not the one that the head was sealed with")
             return True
@@ -192,42 +212,85 @@ class TreeReader:
         nodes = [self.node_at(child, int(bool(bit))) for child, bit in versions if child <= meta.max_node_id]
         return [node.hash for node in nodes if node is not None]
 
+    @property
     def _last_node(self) -> int:
         return max(self.meta.max_node_id if self.meta is not None else 0, ROOT)
 
-    def _read_nodes(self) -> None:
-        for number in range(ROOT + 1, self._last_node() + 1):
-            parent = self.nodes.get(number >> 1)
-            if parent is None:
-                continue
-            version = int(bool(parent.node.flags & committed_child(number & 1)))
-            node = self.node_at(number, version)
-            if node is None:
-                self._note(f"node {number} version {version}", "beyond the end of the file")
-            else:
-                self.nodes[number] = Placed(node, version)
+    def _children(self, number: int, flags: int) -> list[Placed] | None:
+        """Children of a node as these flags place them; None if one lies beyond the end of the file."""
+        found = []
+        for place, child in enumerate((2 * number, 2 * number + 1)):
+            if child <= self._last_node:
+                version = int(bool(flags & committed_child(place)))
+                node = self.node_at(child, version)
+                if node is None:
+                    return None
+                found.append(Placed(node, version))
+        return found
 
-    def _verify_nodes(self) -> None:
-        """Compare each node's hash, leaves first; a child whose hash alone is wrong does not spoil its parent."""
-        right: dict[int, bytes] = {}
-        last = self._last_node()
-        for number in range(last, 0, -1):
-            if number not in self.nodes:
-                continue
+    def _hash(self, number: int, node: Node, children: Iterable[bytes]) -> bytes:
+        return node_hash(node, list(children), self.length if number == ROOT else None)
+
+    def _read_nodes(self) -> set[int]:
+        """Read the nodes, parents first; returns those whose hash is not that of their content and children.
+
+        Flags that were changed would lead to the other version of a child, and to damage where there is none. There are
+        few that a node can have, so those that its hash was made with are looked for.
+        """
+        unsound = set()
+        for number in range(ROOT, self._last_node + 1):
+            if number != ROOT:
+                parent = self.nodes.get(number >> 1)
+                version = int(bool(parent.node.flags & committed_child(number & 1))) if parent is not None else 0
+                found = self.node_at(number, version)
+                if found is None:
+                    self._note(f"node {number} version {version}", "beyond the end of the file")
+                    if self.node_at(number, 0) is None:
+                        break  # and so are all later ones
+                    continue
+                if parent is None:
+                    continue
+                self.nodes[number] = Placed(found, version)
             node, version = self.nodes[number]
-            children = [child for child in (2 * number, 2 * number + 1) if child <= last]
+            for flags in (node.flags, *range(_FLAGS)):
+                right, children = node._replace(flags=flags), self._children(number, flags)
+                if children is not None and self._hash(number, right, (c.node.hash for c in children)) == node.hash:
+                    self.nodes[number] = Placed(right, version)
+                    if right != node:
+                        self._note(
+                            f"node {number} version {version}",
+                            f"hash does not match: flags are {node.flags:#x}, but were {flags:#x}",
+                        )
+                    break
+            else:
+                unsound.add(number)
+        return unsound
+
+    def _name_nodes(self, unsound: set[int]) -> None:
+        """Say of which nodes the hash is wrong, leaves first.
+
+        A child that is damaged must not spoil its parent: nothing is wrong with the parent if its hash is right with
+        the one that the child should have, or if its own block can be read.
+        """
+        right: dict[int, bytes] = {}
+        for number in sorted(unsound, reverse=True):
+            node, version = self.nodes[number]
+            children = [child for child in (2 * number, 2 * number + 1) if child <= self._last_node]
             if any(child not in self.nodes for child in children):
                 continue
-            length = self.length if number == ROOT else None
-            hashes = [self.nodes[child].node.hash for child in children]
-            right[number] = node_hash(node, hashes, length)
-            if right[number] == node.hash:
+            right[number] = self._hash(number, node, (right.get(c, self.nodes[c].node.hash) for c in children))
+            if right[number] == node.hash or (unsound.intersection(children) and self._opens_block(number - 1)):
                 continue
-            corrected = node_hash(node, [right.get(child, b"") for child in children], length)
-            if corrected == node.hash:
-                right[number] = corrected
-            elif not any(damage.part == f"node {number} version {version}" for damage in self.damages):
+            self._doubtful.add(number)
+            if not any(damage.part == f"node {number} version {version}" for damage in self.damages):
                 self._note(f"node {number} version {version}", "hash does not match")
+
+    def _opens_block(self, block: int) -> bool:
+        try:
+            self.read_block(block)
+        except DamagedError:
+            return False
+        return True
 
     def placed_block(self, block: int) -> str:
         """Name of a data block's live version."""
@@ -246,6 +309,9 @@ class TreeReader:
         try:
             return self._cipher.open_block(placed.node, data)
         except NotAuthentic:
+            if block + 1 in self._doubtful:
+                node = f"node {block + 1} version {placed.version}"
+                raise DamagedError(next(damage for damage in self.damages if damage.part == node)) from None
             raise DamagedError(Damage(self.name, self.placed_block(block), "tag does not match")) from None
 
     def block_damages(self) -> list[Damage]:

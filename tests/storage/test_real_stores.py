@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +17,6 @@ from tests.storage.rig import StorageError, StorageRig
 
 pytestmark = needs_shared
 STORES = SHARED / "stores"
-NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 
 
 def stores() -> list[tuple[str, dict]]:
@@ -72,51 +70,6 @@ def test_two_readers_agree() -> None:
         ours = StoreReader(STORES / name, StorageKeys()).objects
         theirs = independent.read(STORES / name).objects
         assert [(o.entry.owner, o.entry.object_id, o.data) for o in ours] == [(o.owner, o.id, o.data) for o in theirs]
-
-
-def regions(raw: bytes) -> list[int]:
-    """Offsets to damage: all of the heads and of the first nodes, and some of every block, or all of it."""
-    if NIGHTLY:
-        return list(range(len(raw)))
-    step = 1021
-    dense = [*range(136), *range(4096, min(4096 + 4 * 66, len(raw)))]
-    return [*dense, *range(136, len(raw), step), *range(4096 + 264, len(raw), step)]
-
-
-MASKS = (0x01, 0x80, 0xFF)
-
-
-@pytest.mark.parametrize("mask", MASKS)
-def test_each_flipped_byte_is_named_if_it_is_live(tmp_path: Path, mask: int) -> None:
-    path = copy("store-a/tee", tmp_path)
-    truth = independent.read(path)
-    for file in sorted(path.iterdir()):
-        raw = file.read_bytes()
-        for offset in sorted(set(regions(raw))):
-            changed = bytearray(raw)
-            changed[offset] ^= mask
-            file.write_bytes(changed)
-            part = truth.part(file.name, offset)
-            found = damages(path)
-            if part is None and file.name == "dirf.db" and 132 <= offset < 136:
-                counter = int.from_bytes(changed[132:136], "little")
-                part = "head slot 1" if counter & 1 and counter > 10 else None  # it looks newer than the live one now
-            assert found[:1] == ([(file.name, part)] if part else []), (file.name, offset, part, found)
-        file.write_bytes(raw)
-    assert damages(path) == []
-
-
-def test_damage_in_many_blocks(tmp_path: Path) -> None:
-    """A larger tree: nodes and blocks deep down are named, dead versions are not."""
-    path = copy("store-torn/states/base/tee", tmp_path)
-    truth = independent.read(path)
-    raw = (path / "2").read_bytes()
-    for offset in [*range(4096, 4096 + 62 * 66, 61), *range(258048, 258048 + 8 * 66, 61), *range(8192, len(raw), 8117)]:
-        changed = bytearray(raw)
-        changed[offset] ^= 0x40
-        (path / "2").write_bytes(changed)
-        part = truth.part("2", offset)
-        assert damages(path)[:1] == ([("2", part)] if part else []), (offset, part)
 
 
 def test_entry_across_blocks(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """`mediator store` as its user meets it: what it prints, and its exit codes."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -105,7 +106,7 @@ def test_dump(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("ls", "/nonexistent"),
         ("check", "{file}"),
-        ("check", "{empty}"),
+        ("check", "{strange}"),
         ("ls", "{store}", "--huk", "xyz"),
         ("ls", "{store}", "--huk", "123"),
         ("ls", "{store}", "--chip-id", "00"),
@@ -119,8 +120,9 @@ def test_dump(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_usage(path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> None:
-    (path.parent / "empty").mkdir()
-    places = {"store": path, "file": path / "dirf.db", "empty": path.parent / "empty"}
+    (path.parent / "strange").mkdir()
+    (path.parent / "strange/README").write_text("not of secure storage")
+    places = {"store": path, "file": path / "dirf.db", "strange": path.parent / "strange"}
     assert run(*(each.format(**places) for each in arguments)) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1
@@ -128,12 +130,32 @@ def test_usage(path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[
 
 def test_strange_files(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (path / "README").write_text("not of secure storage")
+    (path / "line\nbreak\x1b[2J").write_text("nor this")
+    (path / os.fsdecode(b"\xff")).write_text("nor this")
     assert run("check", path) == 0
-    assert "not of secure storage: README" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert r"not of secure storage: README, 'line\nbreak\x1b[2J', '\udcff'" in out
+    assert run("check", path, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["good"]
     (path / "3").unlink()
     (path / "3").mkdir()
-    assert run("check", path) == 2
-    assert "not a regular file" in capsys.readouterr().err
+    assert run("check", path) == 1
+    assert capsys.readouterr().out.startswith("damaged: 3: file: not a regular file (object small of")
+    (path / "3").rmdir()
+    (path / "3").symlink_to(path / "3")
+    assert run("check", path) == 2, "what cannot be read is no verdict"
+    assert "symbolic links" in capsys.readouterr().err
+
+
+def test_nothing_stored_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """tee-supplicant makes the directory before OP-TEE makes dirf.db: no error, no object."""
+    assert run("ls", tmp_path) == 0
+    capsys.readouterr()
+    assert run("check", tmp_path) == 0
+    assert "the directory is empty" in capsys.readouterr().out
+    (tmp_path / "2").write_bytes(b"")
+    assert run("check", tmp_path) == 1, "files without a directory: it is lost"
+    assert capsys.readouterr().out.startswith("damaged: dirf.db: file: lost")
 
 
 def test_keys(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
