@@ -71,6 +71,7 @@ class _Reporter:
             "errors": report.errors,
             "quota": report.refusals["quota"],
             "notes": [note[:_NOTE] for note in report.notes],
+            "toured": report.toured,
             "ended": ended,
         }
         try:

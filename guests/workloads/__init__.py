@@ -11,7 +11,7 @@ from guests.workloads.ramp import ramp
 from guests.workloads.report import Knee, LoadStep, Report
 from guests.workloads.shm import shm
 
-__all__ = ["WORKLOADS", "Knee", "LoadStep", "Report", "Workload", "hello", "mixed", "ramp", "shm"]
+__all__ = ["TOURS", "WORKLOADS", "Knee", "LoadStep", "Report", "Workload", "hello", "mixed", "ramp", "shm"]
 
 
 class Workload(Protocol):
@@ -24,3 +24,5 @@ class Workload(Protocol):
 
 WORKLOADS: Final[Mapping[str, Workload]] = MappingProxyType({"mixed": mixed, "hello": hello, "shm": shm, "ramp": ramp})
 """By name, as the command line knows them."""
+TOURS: Final = frozenset({"mixed"})
+"""Those that show something at the least, and say in the report when that is done."""

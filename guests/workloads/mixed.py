@@ -1,6 +1,7 @@
 """Workload `mixed`: what a guest full of different clients does, well-behaved and not."""
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from random import Random
 from typing import Final, TypeAlias
 from uuid import UUID
@@ -40,7 +41,7 @@ _TEXT: Final = 512  # bytes to encrypt
 _AES_CTR, _AES_KEY_SIZE, _ENCODE, _DECODE = 2, 16, 1, 0
 _IV: Final = bytes(16)
 _FIRST: Final = 100  # invocations
-_TROUBLED: Final = 4  # one guest in so many has its troublemaker from the start, so that the shortest run has seen one
+_TROUBLED: Final = 4  # one guest in so many has its troublemaker from the start, the first one, too
 _ROUNDS_BETWEEN_OBJECTS: Final = 8  # an object costs some hundred round trips to tee-supplicant
 _NAME_SIZE: Final = 16
 _OBJECT_SIZES: Final = (0, 100, 5000)  # bytes: no block, one, two
@@ -55,22 +56,31 @@ async def mixed(
     temporary memory); in some it keeps an object in secure storage for a while. Beside them one more client has a
     wait cancelled and a TA panic in each round. A TA that is not there is left out, and the report names it.
 
-    To load a TA takes more calls than a hundred invocations: so those come first, and each client opens a session
-    when it first needs it. Where many guests share a mediator, each has done something soon.
+    To load a TA takes more calls than a hundred invocations: so those come first, each client opens a session when it
+    first needs it, and the next client comes when the one before has its first. Where many guests share a mediator,
+    each has done something soon. That is its tour; one guest in four also has its first panic and cancelled wait then.
+    All clients of the first guest come at once, so that it sees what it is like to have more clients than threads.
     """
     choose = Random(seed)
     if rounds == 0:
         await try_refusals(guest, report)
+        report.toured = True
         return
+    number = _number(guest.name)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_first, guest, report)
-        if _number(guest.name) % _TROUBLED == 1:
+        if number % _TROUBLED == 1:
             nursery.start_soon(_troublemaker, guest, report, 1)
+    report.toured = number != 1
     async with trio.open_nursery() as nursery:
         nursery.start_soon(try_refusals, guest, report)
         nursery.start_soon(_troublemaker, guest, report, rounds)
         for _ in range(callers):
-            nursery.start_soon(_client, guest, report, rounds, Random(choose.random()))
+            client = partial(_client, guest, report, rounds, Random(choose.random()))
+            if number == 1:
+                nursery.start_soon(client)
+            else:
+                await nursery.start(client)
 
 
 def _number(name: str) -> int:
@@ -113,16 +123,27 @@ class _Sessions:
         return self._open[name]
 
 
-async def _client(guest: Guest, report: Report, rounds: int | None, choose: Random) -> None:
+async def _client(
+    guest: Guest,
+    report: Report,
+    rounds: int | None,
+    choose: Random,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
     async with guest.context() as context:
         sessions = _Sessions(context, report)
         name = choose.randbytes(_NAME_SIZE)
         done = 0
         while done != rounds:
             sleeper = await sessions.get(EXERCISE, "exercise")
+            if not done:
+                task_status.started()
             if sleeper is not None:
                 with report.operation("wait"):
                     await sleeper.invoke(Exercise.WAIT, Value(_PAUSE, direction=Direction.INPUT))
+                if guest.driver.statistics().thread_limits:
+                    report.toured = True
             for _ in range(_OPERATIONS):
                 use, ta, called = choose.choice(_WORK)
                 session = await sessions.get(ta, called)
@@ -134,6 +155,7 @@ async def _client(guest: Guest, report: Report, rounds: int | None, choose: Rand
                     await _keep(storage, report, name, choose)
             await trio.lowlevel.checkpoint()
             done += 1
+            report.toured = True
 
 
 async def _increment(context: Context, session: Session, report: Report, choose: Random) -> None:

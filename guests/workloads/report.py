@@ -52,7 +52,7 @@ class Report:
     invokes: operations that were answered as expected. errors: answers that were not expected. refusals: how often
     something that must be refused was tried and refused, by name. tried: everything that was tried, by name.
     absent: TAs that this OP-TEE does not have, so what needs them was left out. notes: descriptions of the first
-    unexpected answers. steps, knee: of a ramp.
+    unexpected answers. toured: what the workload shows at the least is done. steps, knee: of a ramp.
     """
 
     invokes: int = 0
@@ -61,6 +61,7 @@ class Report:
     tried: Counter[str] = field(default_factory=Counter)
     absent: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
+    toured: bool = False
     steps: list[LoadStep] = field(default_factory=list)
     knee: Knee | None = None
 

@@ -84,13 +84,13 @@ def _take(report: Report, record: bytes) -> str:
     try:
         data = json.loads(record)
         counts = [data[name] for name in ("invokes", "errors", "quota")]
-        notes, ended = [str(note) for note in data["notes"]], data["ended"]
+        notes, toured, ended = [str(note) for note in data["notes"]], data["toured"] is True, data["ended"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return ""
     if not all(type(count) is int and count >= 0 for count in counts) or ended not in _ENDINGS:
         return ""
     report.invokes, report.errors, report.refusals["quota"] = counts
-    report.notes = notes
+    report.notes, report.toured = notes, toured
     return str(ended)
 
 

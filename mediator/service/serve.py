@@ -4,6 +4,7 @@ import signal
 import socket
 import sys
 from collections import deque
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext
 from typing import Final
 
@@ -11,7 +12,7 @@ import trio
 
 import guests
 from guests.process import Settings
-from guests.workloads import WORKLOADS
+from guests.workloads import TOURS, WORKLOADS
 from hv_models.link import LinkError
 from hv_models.machine import DEFAULT_RAM, DEFAULT_VCPUS, RAM_BASE, Machine
 from hv_models.vm import VirtualMachine
@@ -38,7 +39,7 @@ from optee.tas.catalogue import BUILT_IN
 
 SHOWN_PANICS: Final = 8
 """TA panics whose report the summary keeps: the newest."""
-SHUTDOWN_SECONDS: Final = 10.0
+SHUTDOWN_SECONDS: Final = 30.0
 """What guests get to end their work, close their sessions and unload their drivers before their power is cut."""
 LAST_WORDS_SECONDS: Final = 5.0
 """What a guest process gets from the end of its VM to its last report."""
@@ -48,12 +49,21 @@ EXTERNAL_ROOM: Final = 64
 """VMs of others that OP-TEE's board is sized for."""
 MAX_STRANGERS: Final = 1024
 """VMs of others that have ended and are kept for the summary. Stops one that comes and goes from filling memory."""
-UP_POLL_SECONDS: Final = 0.02
-"""Between two looks at whether all guests are up."""
+TOUR_SECONDS: Final = 60.0
+"""What guests get beyond `--duration` to end their tour: many of them on a slow machine, with every step checked."""
+POLL_SECONDS: Final = 0.02
+"""Between two looks at whether all guests are up, or have ended their tour."""
 
 
 def _flavour(hypervisor: str, index: int) -> str:
     return hypervisor if hypervisor != "mixed" else ("kvm", "xen")[index % 2]
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    while True:
+        if condition():
+            return
+        await trio.sleep(POLL_SECONDS)
 
 
 class Bench:
@@ -239,7 +249,7 @@ class Bench:
 
         def born(vm: VirtualMachine) -> None:
             nonlocal guest
-            guest = ServedGuest(vm.name, vm.hypervisor.name, life=life)
+            guest = ServedGuest(vm.name, vm.hypervisor.name, life=life, stranger=True)
             self._born(guest, vm)
             self.guests.append(guest)
 
@@ -263,6 +273,9 @@ class Bench:
             with trio.move_on_after(UP_SECONDS):
                 await self.wait_until_up()
         await trio.sleep(seconds)
+        if self.options.workload in TOURS:
+            with trio.move_on_after(TOUR_SECONDS):
+                await _until(lambda: all(guest.toured for guest in self.guests if not guest.stranger))
         self.stop()
 
     def stop(self) -> None:
@@ -291,23 +304,20 @@ class Bench:
         which are up do not keep the others from coming up, and all have the same time.
         """
         with trio.move_on_after(UP_SECONDS):
-            await self._all_up()
+            await _until(self._all_up)
         for guest in list(self.guests):
             if guest.process is not None:
                 await guest.process.begin()
-        await self._all_up()
+        await _until(self._all_up)
         self.up = trio.current_time() - started
         self._is_up.set()
         if not sys.stderr.isatty():
             print(f"{len(self.guests)} guests are up after {self.up:.2f} s", file=sys.stderr, flush=True)
 
-    async def _all_up(self) -> None:
+    def _all_up(self) -> bool:
         wanted = self.options.guests + self.options.host_client
-        while True:
-            started = len(self.guests) + len(self.refused_guests) >= wanted
-            if started and all(guest.up for guest in self.guests):
-                return
-            await trio.sleep(UP_POLL_SECONDS)
+        ours = [guest for guest in self.guests if not guest.stranger]
+        return len(ours) + len(self.refused_guests) >= wanted and all(guest.up for guest in ours)
 
     async def _stop_on_signal(self) -> None:
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:

@@ -86,6 +86,8 @@ class ServedGuest:
     """of a guest in this process"""
     ended: str = ""
     """finished, killed or failed; empty while it runs"""
+    stranger: bool = False
+    """somebody else started it: nothing is known of what it wants to do"""
     work: trio.CancelScope = field(default_factory=trio.CancelScope)
     """its workload: cancelled, the guest ends in order"""
     life: trio.CancelScope = field(default_factory=trio.CancelScope)
@@ -95,6 +97,11 @@ class ServedGuest:
     def up(self) -> bool:
         """Whether its first invocation was answered (or it has ended)."""
         return bool(self.report.invokes or self.ended)
+
+    @property
+    def toured(self) -> bool:
+        """Whether its workload has shown what it shows at the least (or it has ended)."""
+        return bool(self.report.toured or self.ended)
 
     def buried(self) -> None:
         """The VM is gone: keep what was counted, and nothing of the VM itself."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,9 +17,16 @@ from typing import Any
 import pytest
 import trio
 
+import guests
+from guests.workloads import Report, hello
+from hv_models.link import Flavour
+from hv_models.machine import RAM_BASE
+from hv_models.memory import GuestRam, PageStore
+from hv_models.socket_conduit import open_conduit
 from mediator.policies import load_policy
+from mediator.service import serve
 from mediator.service.options import ServeOptions
-from mediator.service.serve import Bench
+from mediator.service.serve import Bench, run_bench
 from mediator.service.summary import Summary
 
 NOTHING_LEFT = {"pages": 0, "calls": 0, "buffers": 0, "rpc_arguments": 0}
@@ -144,16 +153,43 @@ def test_the_host_can_be_a_client(hypervisor: str, in_process: bool) -> None:
     assert host.invokes + guest.invokes == summary.ta_invokes
 
 
-def test_thread_limits_are_those_that_guests_saw() -> None:
-    """Twelve clients share eight threads; the mediator answers for OP-TEE."""
+def test_the_shortest_run_shows_the_whole_tour() -> None:
+    """A hundred invocations of each guest, and of the first a panic, a cancellation, and more clients than threads."""
+    options = ServeOptions(guests=2, duration=0, check=True, in_process=False)
+    summary = run_bench(options)
+    assert summary.good and summary.violations == [] and summary.left == NOTHING_LEFT
+    for guest in summary.guests:
+        assert guest.ended == "finished" and guest.invokes >= 100 and guest.rpcs and guest.pages_pinned_peak
+    assert summary.thread_limits and summary.panics and summary.cancels
+    assert sum(guest.invokes for guest in summary.guests) == summary.ta_invokes
+
+
+def test_a_stranger_does_not_keep_the_guests_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody knows what it means to do, so it counts as up when it comes."""
+    door = tmp_path / "door"
+    arrived = trio.Event()
+
+    async def waiting(guest: guests.Guest, report: Report) -> None:
+        await arrived.wait()
+        await hello(guest, report)
 
     async def act(bench: Bench) -> None:
-        await bench.wait_until_up()
-        while not any(guest.accounts and guest.accounts.seen.thread_limits for guest in bench.guests):
+        sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        while True:
             await trio.lowlevel.checkpoint()
+            with suppress(FileNotFoundError, ConnectionRefusedError):
+                await sock.connect(str(door))
+                break
+        ram = [GuestRam(PageStore("stranger", 16), RAM_BASE)]
+        async with open_conduit(sock, Flavour.KVM, "stranger", 1, ram):
+            arrived.set()
+            await bench.wait_until_up()
+            assert [(guest.name, guest.ended) for guest in bench.guests] == [("kvm-1", ""), ("stranger", "")]
 
-    _, summary = run(act, guests=1, workload="mixed")
-    assert summary.thread_limits and summary.panics and summary.cancels and summary.good
+    monkeypatch.setattr(serve, "WORKLOADS", {"hello": waiting})
+    monkeypatch.setattr(serve, "UP_SECONDS", float("inf"))
+    _, summary = run(act, guests=1, in_process=True, external=door)
+    assert summary.good and summary.violations == []
 
 
 def test_the_id_of_a_guest_that_was_killed_is_the_next_ones(tmp_path: Path) -> None:
