@@ -34,8 +34,6 @@ class Stand(Enum):
     """it waits, and its vCPU has gone back to the guest: it cannot have its turn"""
     INSIDE = auto()
     """it has a secure core"""
-    DROPPED = auto()
-    """its guest is going: it only has to be answered"""
 
 
 class Place:
@@ -75,7 +73,6 @@ class Lane:
         "deficit",
         "ledger",
         "outside",
-        "paused",
         "peak",
         "queued",
         "returns",
@@ -90,7 +87,6 @@ class Lane:
         self.ledger = ledger
         self.urgent: deque[Place] = deque()
         self.calls: deque[Place] = deque()
-        self.paused = False
         self.deficit = 0
         self.credit: int | None = None
         self.credit_at = 0
@@ -112,11 +108,11 @@ class Lane:
     def wait_below(self, share: float) -> int:
         """Microseconds that this share of the calls waited less than, rounded up to a power of two."""
         left = share * self.admitted
-        for bucket, count in enumerate(self.waits):
-            left -= count
-            if left <= 0:
-                return 1 << bucket
-        return 1 << len(self.waits)
+        bucket = 0
+        while left > self.waits[bucket]:
+            left -= self.waits[bucket]
+            bucket += 1
+        return 1 << bucket
 
 
 class Flow:
@@ -165,8 +161,6 @@ class Flow:
             if not place.charge.refunded:
                 place.lane.outside += 1
                 place.lane.returns += 1
-        elif place.stand is Stand.DROPPED:
-            place.stand = Stand.OUTSIDE
 
     def away(self, place: Place) -> None:
         """The vCPU of a waiting call goes back to its guest; the call keeps its place."""
@@ -210,20 +204,18 @@ class Flow:
         for place in (*lane.urgent, *lane.calls):
             if place.stand is Stand.WAITING:
                 self._granted.append(place)
-            place.stand = Stand.DROPPED
+            place.stand = Stand.OUTSIDE
         lane.urgent.clear()
         lane.calls.clear()
         self._tidy(lane)
 
     def pause(self, lane: Lane) -> None:
-        """The guest's turn is taken from it until `unpause`; the order of its own calls stays."""
-        lane.paused = True
+        """The guest, which makes no requests until `unpause`, has no turn; the order of its own calls stays."""
         lane.deficit = 0
         self._lanes.pop(lane, None)
 
     def unpause(self, lane: Lane) -> None:
         """The guest lines up again, behind the others."""
-        lane.paused = False
         if lane.urgent or lane.calls:
             self._lanes[lane] = None
 
@@ -245,8 +237,7 @@ class Flow:
         (lane.urgent if place.urgent else lane.calls).append(place)
         place.stand = Stand.WAITING
         place.since = self.now
-        if not lane.paused:
-            self._lanes.setdefault(lane, None)
+        self._lanes.setdefault(lane, None)
         self._let_in()
         return self._took(place)
 

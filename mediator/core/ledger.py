@@ -75,11 +75,11 @@ class Charge:
     def take_call(self) -> None:
         """Charge a call in flight to a charge that was made while the call waited; its limit was looked at."""
         ledger = self._ledger
-        if ledger is not None:
-            self.calls += 1
-            ledger.calls += 1
-            if ledger.calls > ledger.calls_peak:
-                ledger.calls_peak = ledger.calls
+        assert ledger is not None
+        self.calls += 1
+        ledger.calls += 1
+        if ledger.calls > ledger.calls_peak:
+            ledger.calls_peak = ledger.calls
 
     def refund(self) -> None:
         """Give everything back; a second time does nothing."""

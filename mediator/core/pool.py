@@ -43,11 +43,10 @@ class Pool:
         ledger.lender = None if self.capacity is None else self
 
     def leave(self, ledger: Ledger) -> None:
-        """The guest is gone: its reservation is free again. One that is not of this pool is ignored."""
-        if ledger in self._ledgers:
-            del self._ledgers[ledger]
-            ledger.lender = None
-            self._count()
+        """The guest is gone: its reservation is free again."""
+        del self._ledgers[ledger]
+        ledger.lender = None
+        self._count()
 
     def take(self, ledger: Ledger, pages: int) -> None:
         """See `Lender`: within the reservation always, beyond it while there is something to lend."""

@@ -39,8 +39,7 @@ class Step:
 
     __slots__ = ("events",)
 
-    def __init__(self) -> None:
-        self.events: tuple[Event, ...] = ()
+    events: tuple[Event, ...]
 
 
 class Reply(Step):
