@@ -4,6 +4,7 @@ import pytest
 
 from hv_models.memory import PAGE_SIZE
 from hv_models.stage2 import PageKind
+from mediator.core.sharing import PAGES_PER_STEP
 from optee.abi.message import META, Command, Message, Param, message_size
 from optee.abi.smc import Function, ReturnCode, from_pair, to_pair
 from tests.core.pair import (
@@ -623,3 +624,43 @@ def test_unregistering_the_cookie_of_a_temporary_buffer_does_not_take_it_from_it
     assert guest.pins() == 2
     assert pair.drive(step)[0] == 0
     pair.settle(guest)
+
+
+@pytest.mark.parametrize("ret", [0, BAD_PARAMETERS])
+def test_a_buffer_may_be_unregistered_before_its_registration_ends(make, ret):
+    """OP-TEE registered it and was interrupted: what it says at the end is about pages that are free already."""
+    pair = make()
+    guest = pair.guest()
+    param = guest.tmem(2, cookie=3, kind=TMEM_OUT)
+    pair.world.script.append(interrupt())
+    guest.call(register(param))
+    assert guest.unregister(3).ret == 0
+    assert guest.pins() == 0
+    pair.world.script.append(succeed(ret))
+    assert guest.resume()[0] == 0
+    pair.settle(guest)
+    assert guest.register(param).ret == guest.unregister(3).ret == 0
+
+
+@pytest.mark.parametrize("back", [0, 8, 40, 2000, 4000, 4096])
+def test_a_message_in_a_very_large_buffer_may_cross_what_was_pinned_at_once(make, back):
+    """A buffer of more pages than one step handles is pinned in pieces; a message knows nothing of them."""
+    pair = make(policy_of(pages_per_buffer=60000, pages=60000, memory=64 << 20))
+    guest = pair.guest()
+    pages = [guest.page() for _ in range(4)]
+    large = (pages * PAGES_PER_STEP)[: PAGES_PER_STEP + 2]
+    edge = large[PAGES_PER_STEP - 1], large[PAGES_PER_STEP]
+    size = len(large) * PAGE_SIZE
+    assert guest.register(Param(TMEM_OUT, guest.page_list(large), size, 9)).ret == 0
+    start = PAGE_SIZE - back
+    message = invoke(*[Param(VALUE_INOUT, n, 2, 3) for n in range(100)]).pack()
+    guest.ram.write(edge[0] + start, message[:back])
+    guest.ram.write(edge[1], message[back:])
+    changed = {f"p{n}": Param(VALUE_INOUT, 7, 8, n) for n in range(100)}
+    pair.world.script.append(succeed(session=5, **changed))
+    assert guest.smc(Function.CALL_WITH_REGD_ARG, *to_pair(9), size - 3 * PAGE_SIZE + start)[0] == 0
+    part = min(back, len(message))
+    after = guest.ram.read(edge[0] + start, part) + guest.ram.read(edge[1], len(message) - part)
+    seen = Message.unpack(after)
+    assert (seen.session, seen.ret, seen.params) == (5, 0, [*changed.values()])
+    assert guest.unregister(9).ret == 0

@@ -6,7 +6,7 @@ import pytest
 
 from hv_models.machine import Machine
 from mediator.core.mediator import Mediator
-from mediator.core.steps import Forward, Reply
+from mediator.core.steps import Forward, Reply, Ticket
 from mediator.documents import DocumentError, load_document
 from mediator.host import Host
 from mediator.policies import BUILT_IN, PolicyDocument, policy_text
@@ -220,3 +220,16 @@ def test_the_thread_count_is_the_number_of_calls_that_a_guest_may_have(make):
     assert guest.smc(Function.GET_THREAD_COUNT)[:2] == (0, 8)
     guest.limits.calls = 3
     assert guest.smc(Function.GET_THREAD_COUNT)[:2] == (0, 3)
+
+
+def test_steps_print_themselves():
+    """What a failing test of somebody's shell shows."""
+    assert repr(Reply((0, 255))) == "Reply(0x0, 0xff)"
+    assert repr(Forward((0x32000004, 1), Ticket())) == "Forward(0x32000004, 0x1)"
+
+
+def test_a_guest_has_the_limits_under_its_name():
+    policy = policy_of()
+    own = replace(policy.limits, pages=7)
+    named = replace(policy, guests={"kvm-1": own})
+    assert named.limits_of("kvm-1") is own and named.limits_of("kvm-2") is policy.limits

@@ -15,9 +15,24 @@ from mediator.core.policy import FlowPolicy
 from mediator.core.rates import MAX_SESSIONS, Rate, Traffic
 from mediator.core.rpc import OWN_THREADS
 from mediator.core.steps import CALL_ADMITTED, CALL_QUEUED, CALL_REFUSED, Forward, Preempt, Queue, Reply, Ticket
-from optee.abi.message import Command, Message
+from optee.abi.message import Command, Message, Param
+from optee.abi.rpc import RpcCommand
 from optee.abi.smc import Function, ReturnCode, RpcReturn, to_pair
-from tests.core.pair import NOT_HANDLED, ask_alloc, interrupt, invoke, policy_of, raw, smc, succeed
+from tests.core.pair import (
+    BAD_PARAMETERS,
+    COMMS,
+    NOT_HANDLED,
+    RMEM_IN,
+    VALUE_OUT,
+    ask_alloc,
+    interrupt,
+    invoke,
+    policy_of,
+    raw,
+    smc,
+    succeed,
+    suspended_in_command,
+)
 
 SECOND = 1_000_000_000
 INTERRUPTED = int(RpcReturn.FOREIGN_INTR)
@@ -197,6 +212,87 @@ def test_who_is_away_keeps_its_place_but_holds_nothing_up():
     model.flow.leave(second)
     second.charge.refund()
     assert model.turns() == [first]
+
+
+def test_an_urgent_call_that_is_away_keeps_its_lane():
+    """New calls of its guest pass it; when it is back and a core is free, it goes first."""
+    model = Model([4], secure_cores=1)
+    flow = model.flow
+    begun, holder, new, last = (model.place(0) for _ in range(4))
+    assert flow.enter(begun)
+    assert not flow.enter(holder)
+    flow.leave(begun)
+    assert model.turns() == [holder]
+    assert not flow.resume(begun)
+    flow.away(begun)
+    assert not flow.enter(new)
+    flow.leave(holder)
+    assert model.turns() == [new]
+    assert not flow.enter(last)
+    assert not flow.back(begun)
+    flow.leave(new)
+    assert model.turns() == [begun]
+    flow.leave(begun)
+    assert model.turns() == [last]
+
+
+def test_a_paused_guest_has_no_turn_and_lines_up_behind_the_others():
+    model = Model([4, 4], secure_cores=1)
+    flow, (paused, other) = model.flow, model.lanes
+    holder = model.place(1)
+    assert flow.enter(holder)
+    first, second, mine = model.place(0), model.place(0), model.place(1)
+    assert not any(flow.enter(place) for place in (first, second, mine))
+    flow.pause(paused)
+    flow.leave(holder)
+    assert model.turns() == [mine]
+    flow.leave(mine)
+    assert model.turns() == []
+    late = model.place(1)
+    assert flow.enter(late)
+    flow.unpause(paused)
+    flow.leave(late)
+    assert model.turns() == [first]
+    flow.leave(first)
+    assert model.turns() == [second]
+    flow.leave(second)
+    for lane in (paused, other):  # a pause in which nobody waits leaves no turn behind
+        flow.pause(lane)
+        flow.unpause(lane)
+    assert model.turns() == [] and flow.enter(model.place(1))
+
+
+def test_no_time_is_named_while_every_core_is_taken():
+    """A rate alone would say when; a call that waits for a core is let in by whoever leaves."""
+    model = Model([4], secure_cores=1, rate=10, burst=1)
+    holder, waits = model.place(0), model.place(0)
+    assert model.flow.enter(holder)
+    assert not model.flow.enter(waits)
+    assert model.flow.next_turn() is None
+    model.flow.leave(holder)
+    assert model.turns() == [] and model.flow.next_turn() == SECOND // 10
+    assert model.turns(SECOND // 10) == [waits]
+
+
+def test_a_lane_says_how_long_its_calls_waited():
+    """Each bucket is a power of two of microseconds, and what waited longer than all of them is in the last."""
+    model = Model([1000], secure_cores=1)
+    flow, (lane,) = model.flow, model.lanes
+    assert lane.wait_below(0.5) == 1
+    holder = model.place(0)
+    assert flow.enter(holder)
+    now = 0
+    for pause in (999, 1000, 3_000, 100_000, 1 << 60):
+        waits = model.place(0)
+        assert not flow.enter(waits)
+        now += pause
+        flow.turns(now)
+        flow.leave(holder)
+        assert model.turns(now) == [waits]
+        holder = waits
+    assert [number for number, count in enumerate(lane.waits) if count] == [0, 1, 2, 7, 39]
+    assert (lane.admitted, lane.waited, lane.waited_longest) == (6, now, 1 << 60)
+    assert [lane.wait_below(share) for share in (0.2, 0.5, 0.6, 0.8, 1)] == [1, 2, 4, 128, 1 << 39]
 
 
 def test_rates_look_back_a_second():
@@ -438,3 +534,92 @@ def test_calls_that_wait_are_charged_for_their_memory_only(make):
         if isinstance(step, Queue):
             assert turn(pair, step)[0] == 0
     assert not guest.record.calls
+
+
+def test_a_call_that_waits_is_in_the_way_once_for_each_call_the_guest_could_go_on_with(make):
+    """R29: a guest with one vCPU must be able to come back with the call that would end the wait."""
+    pair = make(controlled(calls=1))
+    guest = pair.guest()
+    core = pair.mediator
+    pair.world.script += [interrupt(), interrupt()]
+    guest.call(invoke())
+    step, _ = waiting(guest, invoke())
+    assert core.in_the_way(step.ticket)
+    thread = pair.checker.give_back(step.ticket).regs[3]
+    again = guest.submit(smc(Function.RETURN_FROM_RPC, 0, 0, thread))
+    assert isinstance(again, Queue) and not core.in_the_way(step.ticket)
+    assert guest.resume()[0] == INTERRUPTED
+    assert core.in_the_way(step.ticket)
+    assert guest.resume()[0] == 0
+    assert not core.in_the_way(step.ticket)
+    assert turn(pair, step)[0] == 0
+
+
+def test_without_flow_control_nobody_has_a_turn_or_is_in_the_way(make):
+    pair = make()
+    guest = pair.guest(ram=16 << 20)
+    message = invoke(*[guest.tmem(16384, cookie=n) for n in (1, 2)])
+    step = guest.submit(smc(Function.CALL_WITH_ARG, *to_pair(guest.write(message))))
+    assert isinstance(step, Preempt)
+    core = pair.mediator
+    assert core.turns(SECOND) == [] and core.next_turn() is None and not core.in_the_way(step.ticket)
+    assert pair.drive(step)[0] == 0
+
+
+def test_a_call_whose_guest_ends_in_the_middle_of_long_work_gives_its_core_back(make):
+    pair = make(controlled(secure_cores=1))
+    guest, other = pair.guest(ram=16 << 20), pair.guest()
+    message = invoke(*[guest.tmem(16384, cookie=n) for n in (1, 2)])
+    step = guest.submit(smc(Function.CALL_WITH_ARG, *to_pair(guest.write(message))))
+    assert isinstance(step, Preempt)
+    waits, _ = waiting(other, invoke())
+    ending = pair.checker.destroy(guest.id)
+    assert pair.checker.give_back(step.ticket).regs[0] == NOT_HANDLED
+    assert turn(pair, waits)[0] == 0
+    assert pair.drive(ending)[0] == 0
+    assert pair.mediator.flow.running == 0
+
+
+def test_a_message_that_is_rejected_before_its_turn_says_so(make):
+    pair = make(controlled(secure_cores=1))
+    guest, other = pair.guest(), pair.guest()
+    holder = other.submit(smc(Function.CALL_WITH_ARG, *to_pair(other.write(invoke()))))
+    answer = guest.invoke(Param(RMEM_IN, 0, 8, 0))
+    assert (answer.ret, answer.ret_origin) == (BAD_PARAMETERS, COMMS)
+    assert guest.record.lane.waiting == 0 and not any(guest.sums().values())
+    assert pair.drive(holder)[0] == 0
+
+
+def test_a_reply_to_a_command_that_waited_for_a_core_is_taken(make):
+    pair = make(controlled(secure_cores=1))
+    guest, other = pair.guest(), pair.guest()
+    request = Message(RpcCommand.GET_TIME, params=[Param(VALUE_OUT)])
+    at, _ = suspended_in_command(guest, request)
+    holder = other.submit(smc(Function.CALL_WITH_ARG, *to_pair(other.write(invoke()))))
+    guest.write(Message(RpcCommand.GET_TIME, params=[Param(VALUE_OUT, 1, 2, 3)]), at)
+    step = guest.submit(smc(Function.RETURN_FROM_RPC))
+    assert isinstance(step, Queue)
+    pair.drive(pair.returned(holder.ticket, pair.answer(holder)))
+    seen = []
+
+    def look(world, now, regs):
+        at = world.argument(now)
+        seen.append(Message.unpack(world.memory.read(at, 256)).params)
+        return succeed()(world, now, regs)
+
+    pair.world.script.append(look)
+    assert turn(pair, step)[0] == 0
+    assert seen == [[Param(VALUE_OUT, 1, 2, 3)]]
+
+
+def test_how_flow_control_is_set_can_be_changed_but_not_whether_there_is_any(make):
+    pair = make(controlled(queue=4))
+    core = pair.mediator
+    other = replace(core.policy, flow=replace(core.policy.flow, queue=9, secure_cores=2))
+    assert core.adopt(other, {}) == ()
+    assert core.policy is other and core.flow.policy is other.flow
+    with pytest.raises(ValueError, match="flow cannot change"):
+        core.adopt(replace(other, flow=None), {})
+    assert core.policy is other
+    with pytest.raises(ValueError, match="flow cannot change"):
+        make().mediator.adopt(controlled(), {})

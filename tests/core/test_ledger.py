@@ -58,6 +58,19 @@ def test_a_ledger_is_the_sum_of_its_live_charges(bounds, wanted, data):
     assert not any(ledger.sums().values())
 
 
+def test_memory_of_a_charge_is_given_back_once():
+    """A buffer that is gone may still be asked for its page lists: what was refunded is not refunded again."""
+    ledger = Ledger(Limits(10, 10, 10, 10, 1000, 10))
+    ledger.charge(memory=50)
+    charge = ledger.charge(memory=300)
+    charge.reduce_memory(100)
+    assert (ledger.memory, charge.memory, charge.refunded) == (250, 200, False)
+    charge.refund()
+    assert (ledger.memory, charge.refunded) == (50, True)
+    charge.reduce_memory(100)
+    assert ledger.memory == 50 and ledger.memory_peak == 350
+
+
 def watching(other):
     """What a guest sees of itself while others are at their limits: a healthy run, register by register."""
     seen = [other.smc(Function.EXCHANGE_CAPABILITIES), other.smc(Function.GET_THREAD_COUNT)]
