@@ -133,6 +133,7 @@ def test_storage_is_measured_with_and_without_caches(done: Bench) -> None:
     assert found.saved("read-again") >= 0.8 and found.saved("rewrite") >= 0.4
     assert {"objects", "blocks", "nodes", "rpc_buffers"} == set(found.hit_rates)
     data = done.as_data()["storage"]
+    assert data["statistics"]["levels"]["blocks"]["hits"] and "passes" in data["statistics"]["collector"]
     assert {point["option"] for point in data["sweep"]} == {
         "CFG_BLOCK_CACHE_SIZE",
         "CFG_TEE_POBJ_CACHE_SIZE",

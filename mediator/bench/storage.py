@@ -91,9 +91,16 @@ class StorageBench:
     objects: int
     rounds: int
     costs: list[Cost] = field(default_factory=list)
-    hit_rates: dict[str, float | None] = field(default_factory=dict)
+    statistics: dict[str, Any] = field(default_factory=dict)
+    """Record of the memory manager after all operations."""
     sweep: list[Point] = field(default_factory=list)
     advice: list[Advice] = field(default_factory=list)
+
+    @property
+    def hit_rates(self) -> dict[str, float]:
+        """Of each level that was asked."""
+        rates = {name: level["hit_rate"] for name, level in self.statistics["levels"].items()}
+        return {name: rate for name, rate in rates.items() if rate is not None}
 
     def of(self, name: str, memory: str) -> Cost:
         """One of the costs."""
@@ -120,7 +127,8 @@ class StorageBench:
                 {"name": name, "rpcs_saved": round(self.saved(name), 4), "times_faster": round(self.faster(name), 2)}
                 for name in dict.fromkeys(cost.name for cost in self.costs)
             ],
-            "hit_rates": {name: rate if rate is None else round(rate, 4) for name, rate in self.hit_rates.items()},
+            "hit_rates": self.hit_rates,
+            "statistics": self.statistics,
             "sweep": [asdict(point) for point in self.sweep],
             "advice": [asdict(advice) | {"saved": round(advice.saved, 4)} for advice in self.advice],
         }
@@ -217,21 +225,15 @@ def measure_storage(policy: Policy, batches: int) -> StorageBench:
                 await _operations(done, str(options.memory), client)
                 if options is _MANAGED:
                     (vm,) = board.machine.vms.values()
-                    done.hit_rates = hit_rates(board, vm.client_id)
+                    memory = board.model.storage_memory(vm.client_id)
+                    assert memory is not None
+                    done.statistics = memory.as_data()
         await _sweep(policy, root, done)
 
     with tempfile.TemporaryDirectory(prefix="mediator-bench-") as name:
         trio.run(main, Path(name))
     done.advice = advise(done.sweep)
     return done
-
-
-def hit_rates(board: Board, client_id: int) -> dict[str, float | None]:
-    """Of each level of a guest's memory manager."""
-    memory = board.model.storage_memory(client_id)
-    assert memory is not None
-    levels = memory.levels
-    return {name: statistics.hit_rate for name, statistics in levels.items() if statistics.hits or statistics.misses}
 
 
 async def _prepare(policy: Policy, directory: Path, done: StorageBench) -> None:

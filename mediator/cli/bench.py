@@ -112,9 +112,10 @@ def _storage(done: "StorageBench") -> "list[RenderableType]":
         plain, managed = done.of(name, "optee"), done.of(name, "managed")
         rpcs = f"{plain.rpcs:.1f}", f"{managed.rpcs:.1f}", f"{done.saved(name):.0%}"
         costs.add_row(plain.what, *rpcs, _us(plain.us), _us(managed.us), f"{done.faster(name):.1f}")
-    rates = ", ".join(f"{name} {rate:.0%}" for name, rate in done.hit_rates.items() if rate is not None)
+    from mediator.cli.storage_memory import storage_memory
+
     parts: list[RenderableType] = [heading("secure storage, from a client to its guest's files and back"), costs]
-    parts.append(f"hit rates: {rates}")
+    parts += [heading("its memory manager after that, bytes"), *storage_memory({"managed": done.statistics})]
     patterns = list(done.sweep[0].rpcs)
     sizes = table("RPCs by size of a level", "size", "KiB of heap", *patterns, right=("size", "KiB of heap", *patterns))
     for point in done.sweep:

@@ -122,6 +122,11 @@ def _print_status(control: Path, json: bool) -> None:
         show(heading("\nflow control"), _flow_table(found))
     if any(map(_pools, found["guests"])):
         show(heading("\nmemory of OP-TEE"), _memory_table(found))
+    records = {guest["name"]: guest["storage_memory"] for guest in found["guests"] if guest.get("storage_memory")}
+    if records:
+        from mediator.cli.storage_memory import storage_memory
+
+        show(heading("\nmemory manager of secure storage, bytes"), *storage_memory(records))
 
 
 def _pools(guest: dict[str, Any]) -> list[dict[str, Any]]:

@@ -90,6 +90,7 @@ class Control:
         for guest in bench.guests:
             status = guest.status().as_data(*STATUS_KEYS)
             status["memory"] = self._memory(guest)
+            status["storage_memory"] = self._storage_memory(guest)
             if guest.accounts is not None:
                 status.update(quota.describe(guest.accounts.ledger, guest.accounts.counters))
                 status["flow"] = quota.describe_flow(bench.board, guest.accounts.client_id) if guest.vm else None
@@ -110,6 +111,14 @@ class Control:
         if pools is None:
             return []
         return [{"pool": name, **counters._asdict()} for name, counters in pools.statistics.items()]
+
+    def _storage_memory(self, guest: ServedGuest) -> dict[str, Any] | None:
+        """Record of the guest's memory manager of secure storage; None where there is none."""
+        board = self._bench.board
+        if guest.vm is None or not isinstance(board, Board):
+            return None
+        memory = board.model.storage_memory(guest.vm.client_id)
+        return None if memory is None else memory.as_data()
 
     def _change_quota(self, name: str, limits: dict[Any, Any]) -> dict[str, Any]:
         guest = self._find(name)

@@ -79,6 +79,7 @@ async def test_status(running: Running, tmp_path: Path) -> None:
         pools = {pool["pool"]: pool for pool in guest["memory"]}
         assert list(pools) == ["Heap", "Physical TA memory", "Translation tables"]
         assert all(0 < pools[name]["allocated"] <= pools[name]["size"] for name in ("Heap", "Physical TA memory"))
+        assert guest["storage_memory"] is None, "as in OP-TEE"
     assert ctl._table(found).row_count == 2
     assert ctl._memory_table(found).row_count == 6
 
@@ -121,6 +122,30 @@ async def test_a_refusal_is_found_in_the_status(running: Running) -> None:
     assert keys <= last.keys() and last["asked"] > last["limit"] == 16384 and last["rule"] == "R21"
     assert any("kvm-1: last refused (R21" in line for line in ctl._refusals(found))
     assert ctl._quota_table(found).row_count == 10
+
+
+async def test_the_memory_manager_is_found_in_the_status(tmp_path: Path, capsys: Capture) -> None:
+    """All that it counts, as JSON and for people."""
+    (tmp_path / "config").write_text("storage: {memory: managed, CFG_MEMORY_LEAK_DETECTION: 1}\n")
+    running = Running(tmp_path / "control", config=tmp_path / "config")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(running.whole)
+        await running.bench.wait_until_up()
+        found = await running.request(ask="status")
+        await trio.to_thread.run_sync(ctl._print_status, tmp_path / "control", False)
+        running.bench.stop()
+    assert running.summary is not None and running.summary.good
+    for guest in found["guests"]:
+        record = guest["storage_memory"]
+        assert 0 < record["charged"] <= record["bound"]
+        blocks, collector = record["levels"]["blocks"], record["collector"]
+        assert blocks["allocated"] - blocks["freed"] == blocks["current"] <= blocks["peak"]
+        assert blocks["hits"] and 0 < blocks["hit_rate"] <= 1
+        assert {"collections", "bytes", "nanoseconds", "longest_pass"} <= collector.keys()
+        assert sum(record["held"].values()) and record["double_releases"] == record["foreign_releases"] == 0
+    out = capsys.readouterr().out
+    assert "memory manager of secure storage" in out and "16 KiB buffers" in out
+    assert "longest pass" in out and "held from" in out
 
 
 async def test_flow_control_is_found_in_the_status(tmp_path: Path) -> None:
