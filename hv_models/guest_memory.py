@@ -262,8 +262,7 @@ class GuestMemory:
         if np.count_nonzero(entries) != len(entries) or np.count_nonzero(offsets & _MASK):
             return None
         bank = region.bank
-        bank.pin(entries)
-        return Pinned(self, bank.entry_pa[entries], (Part(bank, entries, region, index, None),))
+        return Pinned(self, bank.pin(entries), (Part(bank, entries, region, index, None),))
 
     def _pin_slowly(self, ipas: PageArray) -> Pinned:
         """Pin pages that are not all in the first region's TLB."""
@@ -284,8 +283,7 @@ class GuestMemory:
             parts.append(Part(bank, np.array([page + 1]), named, np.array([index]), np.array([position])))
         pas = np.zeros(len(ipas), dtype=np.uint64)
         for part in parts:
-            part.bank.pin(part.entries)
-            pas[part.positions] = part.bank.entry_pa[part.entries]
+            pas[part.positions] = part.bank.pin(part.entries)
         return Pinned(self, pas, tuple(parts))
 
     def _gather(self, ipas: PageArray) -> tuple[list[Part], IndexArray]:

@@ -112,7 +112,7 @@ class KvmVm(VirtualMachine):
             if len(pages):
                 index = (pages - slot.base_word) >> np.uint64(PAGE_SHIFT)
                 logged = slot.dirty is not None
-                frames = slot.bank.pa[index.view(np.int64)]
+                frames = slot.bank.frames.addresses(index.view(np.int64))
                 self.stage2.map_scattered(pages, frames, logged=logged)
                 faulted = True
         return faulted

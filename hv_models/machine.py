@@ -161,7 +161,7 @@ class Machine:
 
     def pinned_frames(self) -> dict[Pa, int]:
         """References per frame, of the frames that have any, those of dead VMs included."""
-        return {Pa(int(bank.pa[page])): count for bank in self.memory.banks for page, count in bank.pinned().items()}
+        return {bank.frames.address(page): n for bank in self.memory.banks for page, n in bank.pinned().items()}
 
     def close(self) -> None:
         """End all VMs and give all memory back."""

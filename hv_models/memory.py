@@ -175,13 +175,17 @@ class Frames:
         places = 1 << max((self.pages - 1).bit_length(), self.permutation.bit_length())
         return self.base + (places * self.stride << PAGE_SHIFT)
 
-    def addresses(self) -> PageArray:
-        """PA of each page."""
-        places = np.arange(self.pages, dtype=np.uint64)
+    def addresses(self, pages: IndexArray | None = None) -> PageArray:
+        """PA of each of some pages, or of all."""
+        places = np.arange(self.pages, dtype=np.uint64) if pages is None else pages.astype(np.uint64)
         places ^= np.uint64(self.permutation)
         places *= np.uint64(self.stride << PAGE_SHIFT)
         places += np.uint64(self.base)
         return places
+
+    def address(self, page: int) -> Pa:
+        """PA of one page."""
+        return Pa(self.base + ((page ^ self.permutation) * self.stride << PAGE_SHIFT))
 
     def page(self, pa: int) -> int | None:
         """Number of the page whose frame contains `pa`, if one does."""
@@ -206,8 +210,7 @@ class Frames:
 class Bank:
     """The frames of one page store, and how often each is pinned.
 
-    Translation tables number the pages of a bank from 1 and let 0 mean "no page". `entry_pa` is indexed by
-    such numbers; its element 0 belongs to no page. `pa` is the same memory without it, indexed by page.
+    Translation tables number the pages of a bank from 1 and let 0 mean "no page".
     """
 
     def __init__(self, name: str, store: PageStore, frames: Frames) -> None:
@@ -216,21 +219,25 @@ class Bank:
         self.name = name
         self.store = store
         self.frames = frames
-        self.entry_pa: PageArray = np.zeros(store.pages + 1, dtype=np.uint64)
-        self.entry_pa[1:] = frames.addresses()
-        self.pa: PageArray = self.entry_pa[1:]
-        """PA of each page of the store."""
+        # Filled as pages are pinned, since looking up is quicker than arithmetic, and most pages never are.
+        self._entry_pa: PageArray = sparse_zeros(store.pages + 1, np.dtype(np.uint64))
         self._entry_pins: npt.NDArray[np.int32] = sparse_zeros(store.pages + 1, np.dtype(np.int32))
         self._uncounted: dict[int, IndexArray] = {}
-        self.pa.flags.writeable = self.entry_pa.flags.writeable = False
 
     def __repr__(self) -> str:
         return f"<Bank {self.name}: {self.store.pages} pages from PA {self.frames.base:#x}>"
 
-    def pin(self, entries: IndexArray) -> None:
-        """Hold a reference on each of the pages with these numbers, one per mention, until `unpin` of this array."""
+    def pin(self, entries: IndexArray) -> PageArray:
+        """Hold a reference on each of the pages with these numbers, one per mention, until `unpin` of this array.
+
+        Returns the PA of each.
+        """
         # Most pins are gone before anybody asks for counts, and counting takes longer than translating.
         self._uncounted[id(entries)] = entries
+        pas: PageArray = self._entry_pa[entries]
+        if np.count_nonzero(pas) != len(pas):
+            pas = self._entry_pa[entries] = self.frames.addresses(entries - 1)
+        return pas
 
     def unpin(self, entries: IndexArray) -> None:
         """Give the references of one `pin` back."""
@@ -244,6 +251,11 @@ class Bank:
             np.add.at(self._entry_pins, entries, _ONE)
         self._uncounted.clear()
         return self._entry_pins[1:]
+
+    @property
+    def pa(self) -> PageArray:
+        """PA of each page of the store: an array that is made anew."""
+        return self.frames.addresses()
 
     def pinned(self) -> dict[int, int]:
         """References per page, of the pages that have any."""

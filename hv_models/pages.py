@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from hv_models.memory import PAGE_SHIFT, PAGE_SIZE, Bank, Frames, Pa, PageArray, PageStore, PhysicalMemory
+from hv_models.memory import PAGE_SHIFT, PAGE_SIZE, Bank, Frames, PageArray, PageStore, PhysicalMemory
 
 BANK_PAGES: Final = 1024
 """A pool grows by 4 MiB of address space at a time; memory is committed page by page."""
@@ -16,7 +16,7 @@ class Page:
     __slots__ = ("live", "pa", "view", "words")
 
     def __init__(self, bank: Bank, page: int) -> None:
-        self.pa = Pa(int(bank.pa[page]))
+        self.pa = bank.frames.address(page)
         self.view: memoryview = bank.page_view(page)
         """4096 writable bytes."""
         self.words: PageArray = bank.store.words[page]

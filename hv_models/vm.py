@@ -117,7 +117,7 @@ class VirtualMachine(GuestMemory):
         if kind is PageKind.NONE:
             self.stage2.unmap(ipa, pages)
         elif page is not None:
-            self.stage2.map(ipa, self.regions[0].bank.pa[page : page + pages], kind)
+            self.stage2.map(ipa, self.regions[0].bank.frames.addresses(np.arange(page, page + pages)), kind)
         else:
             for at in range(ipa, ipa + (pages << PAGE_SHIFT), PAGE_SIZE):
                 if self.stage2.walk(at).fault:
@@ -165,7 +165,7 @@ class VirtualMachine(GuestMemory):
         place = self._place(ipa)
         if place is None:
             raise ValueError(f"{self.name} has no RAM at IPA {ipa:#x}")
-        return place[0].bank.pa[place[1] : place[1] + 1]
+        return place[0].bank.frames.addresses(np.array([place[1]]))
 
 
 def _run(address: int, pages: int) -> PageArray:

@@ -96,5 +96,5 @@ def pins_by_frame(vm: VirtualMachine) -> dict[int, int]:
     for region in vm.regions:
         bank = region.bank
         for page, count in bank.pinned().items():
-            pins[int(bank.pa[page])] += count
+            pins[bank.frames.address(page)] += count
     return pins

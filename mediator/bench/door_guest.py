@@ -2,11 +2,12 @@
 
     python -m mediator.bench.door_guest BATCHES ECHO LINK IDLE...
 
-The numbers are file descriptors of sockets. It measures, prints the samples as a line of JSON, opens a VM on each of
-the idle links, says so, and stays until its input ends.
+The numbers are file descriptors of sockets. It measures, and prints the samples as a line of JSON. For each flavour it
+waits for a line, opens a VM on each of its share of the idle links, and says so. It stays until its input ends.
 """
 
 import json
+import os
 import socket
 import sys
 from collections.abc import Awaitable, Callable
@@ -48,17 +49,29 @@ async def _be_guest(batches: int, echo: int, link: int, idle: list[int]) -> None
         ]
         taken = await interleaved(operations, batches)
         print(json.dumps(dict(zip(("echo", "fast", "invoke"), taken, strict=True))), flush=True)
-        for number, fd in enumerate(idle):
-            await _boot(stack, fd, f"idle-{number}")
-        print("idle", flush=True)
-        await trio.lowlevel.wait_readable(sys.stdin)
+        share = len(idle) // len(Flavour)
+        for flavour in Flavour:
+            await _line()
+            for number in range(share):
+                await _boot(stack, idle.pop(), f"idle-{number}", flavour)
+            print("idle", flush=True)
+        await _line()
     bare.close()
 
 
-async def _boot(stack: AsyncExitStack, fd: int, name: str) -> tuple[Conduit, guests.Guest]:
+async def _line() -> None:
+    """Wait for a line, or the end, of the input."""
+    await trio.lowlevel.wait_readable(sys.stdin)
+    os.read(sys.stdin.fileno(), 1)
+
+
+async def _boot(
+    stack: AsyncExitStack, fd: int, name: str, flavour: Flavour = Flavour.KVM
+) -> tuple[Conduit, guests.Guest]:
     ram = GuestRam(PageStore(name, DEFAULT_RAM // PAGE_SIZE), RAM_BASE)
-    conduit = await stack.enter_async_context(open_conduit(_socket(fd), Flavour.KVM, name, 2, [ram]))
-    return conduit, await stack.enter_async_context(guests.open(ram, conduit, name=name))
+    conduit = await stack.enter_async_context(open_conduit(_socket(fd), flavour, name, 2, [ram]))
+    method = guests.ConduitMethod(conduit.hypervisor.conduit)
+    return conduit, await stack.enter_async_context(guests.open(ram, conduit, name=name, method=method))
 
 
 def _socket(fd: int) -> trio.socket.SocketType:

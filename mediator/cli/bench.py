@@ -142,12 +142,13 @@ def _door(door: "Door") -> "list[RenderableType]":
     for what, timing in (("a bare echo", door.echo), ("a fast call", door.fast), ("an invoke", door.invoke)):
         times.add_row(what, *_values(timing))
     met = {name: "met" if good else "not met" for name, good in door.as_data()["met"].items()}
+    idle = ", ".join(f"{count} bytes under {hypervisor}" for hypervisor, count in door.idle.items())
     return [
         heading("by socket, a guest in a process of its own"),
         times,
         f"fast call to echo: x {door.ratio:.2f} ({met['ratio']}); {door.rate:.0f} invokes per second "
         f"({met['invokes_per_second']})\n"
-        f"an idle guest: {door.idle} bytes beside its RAM ({met['idle_guest_bytes']})",
+        f"an idle guest, beside its RAM: {idle} ({met['idle_guest_bytes']})",
     ]
 
 

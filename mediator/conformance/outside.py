@@ -224,7 +224,7 @@ class OutsideGuest(ScenarioGuest):
         for bank in self.run.target.door.memory.banks:
             page = (ipa - region.base - bank.store.offset) // PAGE_SIZE
             if bank.store.file == region.store.file and 0 <= page < bank.store.pages:
-                return int(bank.pa[page])
+                return bank.frames.address(page)
         return None
 
     def has_frame(self, pa: int) -> bool:
