@@ -3,7 +3,8 @@
 async with guests.open(ram, conduit) as guest, guest.context() as context: ...
 """
 
-from guests.client import Context, Session, SharedMemory, TeeError
+from guests.client import Context, Session
+from guests.client_memory import Direction, SharedMemory
 from guests.driver import Driver
 from guests.errors import (
     GuestError,
@@ -14,8 +15,8 @@ from guests.errors import (
     RegistrationError,
 )
 from guests.guest import ConduitMethod, Guest, boot, open
+from guests.operation import TeeError
 from guests.parameters import (
-    Direction,
     MemoryResult,
     Null,
     Parameter,

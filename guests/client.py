@@ -11,246 +11,24 @@ its process: what OP-TEE has begun is brought to its end and returned, temporary
 call in here raises `Cancelled`. To end the TA's work itself, call `Session.request_cancellation`.
 """
 
-from collections.abc import Sequence
 from types import TracebackType
 from typing import Final, Self
 from uuid import UUID, uuid5
 
 import trio
 
-from guests.calls import Answer
+from guests.client_memory import Direction, SharedMemory
 from guests.driver import NIL_UUID, Driver
-from guests.errors import OutOfGuestMemoryError, RegistrationError
-from guests.memory import Buffer, allocate_buffer
-from guests.parameters import (
-    MAX_PARAMETERS,
-    NO_PARAM,
-    Direction,
-    MemoryResult,
-    Null,
-    Output,
-    Parameter,
-    Partial,
-    Temporary,
-    Value,
-    Values,
-    Whole,
-    encode_null,
-    encode_registered,
-    encode_value,
-)
-from guests.shm import SharedMemory as KernelMemory
-from optee.abi.message import Login, Param
-from optee.abi.registers import name_of
+from guests.memory import Buffer
+from guests.operation import LEAST_BUFFER, Operation, TeeError, allocate_memory, register_memory
+from guests.parameters import Output, Parameter
+from optee.abi.message import Login
 from optee.abi.results import Origin, Result
-from optee.abi.smc import SecCapability
 
 MAX_SHARED_MEMORY: Final = 1 << 28
 """Bytes of one buffer (TEEC_CONFIG_SHAREDMEM_MAX_SIZE: libteec says no limit, a guest's RAM has one)."""
 
 _CLIENT_NAMESPACE: Final = UUID("58ac9ca0-2086-4683-a1b8-ec4bc08e01b6")
-_LEAST_BUFFER: Final = 8  # libteec shares as much where a size of 0 is asked
-_MALLOC_HEADER: Final = 16  # a process's buffers rarely begin at a page
-_32_BITS: Final = 0xFFFFFFFF
-
-
-class TeeError(Exception):
-    """An operation that ended with a result other than TEEC_SUCCESS.
-
-    result: TEEC_Result (`Result` names those that OP-TEE uses). origin: `Origin`, who produced it. outputs: what
-    the parameters hold all the same, such as the size that a SHORT_BUFFER needs.
-    """
-
-    def __init__(self, result: int, origin: int, outputs: tuple[Output, ...] = ()) -> None:
-        super().__init__(f"{name_of(Result, result)} from {name_of(Origin, origin)}")
-        self.result = result
-        self.origin = origin
-        self.outputs = outputs
-
-
-class SharedMemory:
-    """A buffer that the client and TAs share, allocated or registered (TEEC_SharedMemory)."""
-
-    def __init__(
-        self, context: "Context", shm: KernelMemory, size: int, direction: Direction, *, allocated: bool
-    ) -> None:
-        self._context = context
-        self._shm: KernelMemory | None = shm
-        self._allocated = allocated
-        self._users = 0
-        self._unused = trio.lowlevel.ParkingLot()
-        self.direction = direction
-        self.size = size
-
-    @property
-    def kernel_memory(self) -> KernelMemory:
-        """The driver's object. Raises ValueError after `release`."""
-        if self._shm is None:
-            raise ValueError("this shared memory has been released")
-        return self._shm
-
-    def read(self, offset: int = 0, size: int | None = None) -> bytes:
-        """Copy bytes out; to the end unless `size` says less. Raises ValueError outside the buffer."""
-        return self.kernel_memory.buffer.read(offset, self.size - offset if size is None else size)
-
-    def write(self, data: bytes, offset: int = 0) -> None:
-        """Copy bytes in. Raises ValueError outside the buffer."""
-        self.kernel_memory.buffer.write(data, offset)
-
-    def begin_use(self) -> None:
-        """Keep the memory until `end_use`: an operation names it."""
-        self._users += 1
-
-    def end_use(self) -> None:
-        """Note that an operation is over."""
-        self._users -= 1
-        if not self._users:
-            self._unused.unpark_all()
-
-    async def release(self) -> None:
-        """Take the memory back (TEEC_ReleaseSharedMemory): waits for operations that use it; twice is allowed.
-
-        As in Linux, whose operations hold references: UNREGISTER_SHM is sent when none is left. Its cookie may be
-        another buffer's at once.
-        """
-        shm, self._shm = self._shm, None
-        if shm is None:
-            return
-        self._context.forget(self)
-        driver = self._context.driver
-        with driver.uninterruptible.scope():
-            if self._users:
-                await self._unused.park()
-            await driver.unregister(shm)
-        if self._allocated:
-            driver.allocator.release(shm.buffer.pages)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.release()
-
-
-class _Operation:
-    """Parameters on their way into a message and back: what was registered for them, and how to read it."""
-
-    def __init__(self, driver: Driver, parameters: Sequence[Parameter]) -> None:
-        if len(parameters) > MAX_PARAMETERS:
-            raise TeeError(Result.BAD_PARAMETERS, Origin.API)
-        self._driver = driver
-        self._parameters = parameters
-        self._buffers: dict[int, KernelMemory] = {}
-        self._used: list[SharedMemory] = []
-        self.params: list[Param] = []
-        self.has_memory = False
-        for parameter in parameters:
-            self.params.append(self._encode(parameter))
-        self.params += [NO_PARAM] * (MAX_PARAMETERS - len(parameters))
-        for memory in self._used:
-            memory.begin_use()
-
-    def _encode(self, parameter: Parameter) -> Param:
-        match parameter:
-            case Value():
-                return encode_value(parameter)
-            case None:
-                return NO_PARAM
-            case Null():
-                if SecCapability.MEMREF_NULL in self._driver.capabilities:
-                    return encode_null(parameter)
-                self.has_memory = True
-                return NO_PARAM
-            case Temporary():
-                self.has_memory = True
-                return NO_PARAM
-            case Whole():
-                memory = parameter.memory
-                cookie = self._use(memory)
-                return encode_registered(memory.direction, cookie, 0, memory.size)
-            case Partial():
-                memory, offset, size = parameter.memory, parameter.offset, parameter.size
-                inside = min(offset, size) >= 0 and offset + size <= memory.size
-                if not inside or parameter.direction & ~memory.direction:
-                    raise TeeError(Result.BAD_PARAMETERS, Origin.API)
-                return encode_registered(parameter.direction, self._use(memory), offset, size)
-
-    def _use(self, memory: SharedMemory) -> int:
-        """Return the cookie of shared memory, which stays until `release`. Raises ValueError."""
-        cookie = memory.kernel_memory.cookie
-        self.has_memory = True
-        self._used.append(memory)
-        return cookie
-
-    async def register(self) -> None:
-        """Register temporary memory; where one is refused, those before it are taken back."""
-        for index, parameter in enumerate(self._parameters):
-            if isinstance(parameter, Temporary):
-                size = max(parameter.size, len(parameter.data))
-            elif isinstance(parameter, Null) and self.params[index] is NO_PARAM:
-                size = parameter.size
-            else:
-                continue
-            buffer = _allocate(self._driver, max(size, _LEAST_BUFFER), _MALLOC_HEADER)
-            if isinstance(parameter, Temporary):
-                buffer.write(parameter.data)
-            shm = self._buffers[index] = await _register(self._driver, buffer, allocated=True)
-            self.params[index] = encode_registered(parameter.direction, shm.cookie, 0, size)
-
-    async def release(self) -> None:
-        """Let go of shared memory and take temporary memory back; a signal does not prevent it."""
-        for memory in self._used:
-            memory.end_use()
-        if not self._buffers:
-            return
-        driver = self._driver
-        with driver.uninterruptible.scope():
-            for shm in self._buffers.values():
-                await driver.unregister(shm)
-                driver.allocator.release(shm.buffer.pages)
-
-    def outputs(self, answer: Answer) -> tuple[Output, ...]:
-        """Return what the client's parameters hold now."""
-        if not answer.params:
-            return ()
-        params = answer.params[-MAX_PARAMETERS:]
-        return tuple(
-            [self._output(index, parameter, params[index]) for index, parameter in enumerate(self._parameters)]
-        )
-
-    def _output(self, index: int, parameter: Parameter, param: Param) -> Output:
-        if parameter is None:
-            return None
-        if isinstance(parameter, Value):
-            return Values(param.a & _32_BITS, param.b & _32_BITS)
-        size = param.b
-        if isinstance(parameter, Temporary) and parameter.direction & Direction.OUTPUT:
-            buffer = self._buffers[index].buffer
-            return MemoryResult(size, buffer.read(0, min(size, buffer.size)))
-        return MemoryResult(size)
-
-
-def _allocate(driver: Driver, size: int, offset: int = 0) -> Buffer:
-    try:
-        return allocate_buffer(driver.ram, driver.allocator, size, offset)
-    except OutOfGuestMemoryError as error:
-        raise TeeError(Result.OUT_OF_MEMORY, Origin.API) from error
-
-
-async def _register(driver: Driver, buffer: Buffer, *, allocated: bool) -> KernelMemory:
-    """Register a buffer; libteec makes OUT_OF_MEMORY of any refusal (the cause says what it was)."""
-    try:
-        return await driver.register(buffer)
-    except trio.Cancelled:
-        if allocated:
-            driver.allocator.release(buffer.pages)
-        raise
-    except (RegistrationError, OutOfGuestMemoryError) as error:
-        if allocated:
-            driver.allocator.release(buffer.pages)
-        raise TeeError(Result.OUT_OF_MEMORY, Origin.API) from error
 
 
 class Session:
@@ -269,14 +47,14 @@ class Session:
         Raises TeeError; with result OUT_OF_MEMORY and origin API where memory could not be shared.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
-        operation = _Operation(self._driver, parameters)
+        operation = Operation(self._driver, parameters)
         if not operation.has_memory:
             answer = await self._driver.invoke(self.identifier, command, operation.params)
-            return _finish(operation, answer)
+            return operation.finish(answer)
         try:
             await operation.register()
             answer = await self._driver.invoke(self.identifier, command, operation.params)
-            return _finish(operation, answer)
+            return operation.finish(answer)
         finally:
             await operation.release()
 
@@ -307,13 +85,6 @@ class Session:
         await self.close()
 
 
-def _finish(operation: _Operation, answer: Answer) -> tuple[Output, ...]:
-    outputs = operation.outputs(answer)
-    if answer.ret != Result.SUCCESS:
-        raise TeeError(answer.ret, answer.origin, outputs)
-    return outputs
-
-
 class Context:
     """A process's connection to the TEE (TEEC_Context). uid and gid are those of the process."""
 
@@ -337,13 +108,13 @@ class Context:
         afterwards is in the session's `outputs`.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
-        operation = _Operation(self.driver, parameters)
+        operation = Operation(self.driver, parameters)
         client = self._identity(login, self.gid if group is None else group)
         try:
             if operation.has_memory:
                 await operation.register()
             answer = await self.driver.open_session(ta, operation.params, login=login, client=client)
-            session = Session(self, answer.session, _finish(operation, answer))
+            session = Session(self, answer.session, operation.finish(answer))
         finally:
             if operation.has_memory:
                 await operation.release()
@@ -362,7 +133,7 @@ class Context:
         """Take zeroed memory of the process's own, `offset` bytes into a page; see `free`. Raises TeeError."""
         if not 0 <= size <= MAX_SHARED_MEMORY:
             raise TeeError(Result.BAD_PARAMETERS, Origin.API)
-        return _allocate(self.driver, size, offset)
+        return allocate_memory(self.driver, size, offset)
 
     def free(self, buffer: Buffer) -> None:
         """Give such memory back, after what was registered of it has been released."""
@@ -370,14 +141,14 @@ class Context:
 
     async def register(self, buffer: Buffer, direction: Direction = Direction.INOUT) -> SharedMemory:
         """Share existing memory (TEEC_RegisterSharedMemory); the same twice gives two names. Raises TeeError."""
-        shm = await _register(self.driver, buffer, allocated=False)
-        return self._remember(SharedMemory(self, shm, buffer.size, direction, allocated=False))
+        shm = await register_memory(self.driver, buffer, allocated=False)
+        return self._remember(SharedMemory(self.driver, self.forget, shm, buffer.size, direction, allocated=False))
 
     async def allocate(self, size: int, direction: Direction = Direction.INOUT) -> SharedMemory:
         """Allocate whole pages and share them (TEEC_AllocateSharedMemory). Raises TeeError."""
-        buffer = self.buffer(max(size, _LEAST_BUFFER))
-        shm = await _register(self.driver, buffer, allocated=True)
-        return self._remember(SharedMemory(self, shm, size, direction, allocated=True))
+        buffer = self.buffer(max(size, LEAST_BUFFER))
+        shm = await register_memory(self.driver, buffer, allocated=True)
+        return self._remember(SharedMemory(self.driver, self.forget, shm, size, direction, allocated=True))
 
     def _remember(self, memory: SharedMemory) -> SharedMemory:
         self._memories[memory] = None

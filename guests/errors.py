@@ -1,4 +1,4 @@
-"""What can go wrong in a guest, as exceptions; what OP-TEE answered is in `guests.client.TeeError`."""
+"""What can go wrong in a guest, as exceptions; what OP-TEE answered is in `guests.operation.TeeError`."""
 
 from optee.abi.registers import name_of
 from optee.abi.results import Origin, Result

@@ -5,23 +5,12 @@ TEEC_RegisteredMemoryReference); libteec and Linux for what becomes of them.
 """
 
 from dataclasses import dataclass
-from enum import IntEnum
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
+from guests.client_memory import Direction, SharedMemory
 from optee.abi.message import Param, ParamType
 
-if TYPE_CHECKING:
-    from guests.client import SharedMemory
-
 MAX_PARAMETERS: Final = 4
-
-
-class Direction(IntEnum):
-    """Which way data goes, as the client sees it."""
-
-    INPUT = 1
-    OUTPUT = 2
-    INOUT = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +46,14 @@ class Null:
 class Whole:
     """All of a registered or allocated buffer, in the direction that it was made for (TEEC_MEMREF_WHOLE)."""
 
-    memory: "SharedMemory"
+    memory: SharedMemory
 
 
 @dataclass(frozen=True, slots=True)
 class Partial:
     """`size` bytes at `offset` of a registered or allocated buffer."""
 
-    memory: "SharedMemory"
+    memory: SharedMemory
     offset: int
     size: int
     direction: Direction = Direction.INOUT

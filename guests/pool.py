@@ -6,8 +6,9 @@ from uuid import UUID
 
 import trio
 
-from guests.client import Context, Session, TeeError
+from guests.client import Context, Session
 from guests.errors import GuestError
+from guests.operation import TeeError
 from guests.parameters import Output, Parameter
 from optee.abi.results import Result
 

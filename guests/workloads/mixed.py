@@ -8,9 +8,11 @@ from uuid import UUID
 
 import trio
 
-from guests.client import Context, Session, TeeError
+from guests.client import Context, Session
+from guests.client_memory import Direction
 from guests.guest import Guest
-from guests.parameters import Direction, MemoryResult, Partial, Temporary, Value, Values
+from guests.operation import TeeError
+from guests.parameters import MemoryResult, Partial, Temporary, Value, Values
 from guests.workloads.applications import (
     AES,
     EXERCISE,

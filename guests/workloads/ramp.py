@@ -4,8 +4,8 @@ from typing import Final
 
 import trio
 
-from guests.client import TeeError
 from guests.guest import Guest
+from guests.operation import TeeError
 from guests.parameters import Value
 from guests.workloads.applications import HELLO_WORLD, HelloWorld
 from guests.workloads.report import Knee, LoadStep, Report

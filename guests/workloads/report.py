@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Final
 from uuid import UUID
 
-from guests.client import Context, Session, TeeError
+from guests.client import Context, Session
 from guests.errors import GuestError
+from guests.operation import TeeError
 from optee.abi.registers import name_of
 from optee.abi.results import Origin, Result
 

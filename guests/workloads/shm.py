@@ -3,9 +3,11 @@
 from random import Random
 from typing import Final
 
-from guests.client import Context, Session, SharedMemory, TeeError
+from guests.client import Context, Session
+from guests.client_memory import Direction, SharedMemory
 from guests.guest import Guest
-from guests.parameters import Direction, MemoryResult, Null, Partial, Temporary, Whole
+from guests.operation import TeeError
+from guests.parameters import MemoryResult, Null, Partial, Temporary, Whole
 from guests.workloads.applications import RANDOM
 from guests.workloads.applications import Random as RandomCommand
 from guests.workloads.refusals import try_refusals

@@ -11,7 +11,7 @@ from typing import Any, Final
 import trio
 
 from guests import Guest, Value
-from guests.parameters import Direction
+from guests.client_memory import Direction
 from guests.workloads.applications import EXERCISE, HELLO_WORLD, Exercise, HelloWorld
 from mediator.board import Board
 from mediator.core.policy import FlowPolicy, Policy

@@ -8,7 +8,8 @@ import pytest
 import trio
 
 import guests
-from guests.parameters import Direction, MemoryResult, Null, Partial, Temporary, Value, Values
+from guests.client_memory import Direction
+from guests.parameters import MemoryResult, Null, Partial, Temporary, Value, Values
 from guests.workloads.applications import AES, EXERCISE, HELLO_WORLD, RANDOM, Exercise, HelloWorld
 from guests.workloads.applications import Random as RandomCommand
 from mediator.policies import load_policy
