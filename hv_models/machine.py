@@ -105,11 +105,18 @@ class Machine:
         vcpus: int = DEFAULT_VCPUS,
         *,
         domain: int | None = None,
+        build: bool = True,
     ) -> XenVm:
-        """Make a Xen domain; its client id is the domain id + 1. Raises ValueError."""
+        """Make a Xen domain; its client id is the domain id + 1. Without `build`, `XenVm.build` is still to be done.
+
+        Raises ValueError.
+        """
         number = self._client_id(None if domain is None else domain + 1)
         vm = XenVm(name, number, self.memory, self._stage2(), vcpus, self._release)
         self._start(vm, ram, XEN_GIC_IPA)
+        if build:
+            for _ in vm.build():
+                pass
         return vm
 
     def add_ram(self, vm: VirtualMachine, block: RamBlock) -> Region:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import numpy as np
@@ -53,6 +53,10 @@ class VirtualMachine(GuestMemory):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}, client id {self.client_id}>"
+
+    def build(self) -> Iterator[None]:
+        """Do what the hypervisor does before the VM runs; at each pause who builds may do something else."""
+        return iter(())
 
     def touch(self, ipa: int, size: int, *, write: bool = False) -> None:
         """Do what the guest's own access to a range does to the tables. Raises Stage2Fault.

@@ -116,9 +116,18 @@ class MediatedMachine:
         if flavour == "kvm":
             vm = self.machine.create_kvm(name, ram, vcpus, client_id=client_id)
         else:
-            vm = self.machine.create_xen(name, ram, vcpus, domain=None if client_id is None else client_id - 1)
-        if not await self.service.add(vm):
-            self.machine.destroy(vm)
+            domain = None if client_id is None else client_id - 1
+            vm = self.machine.create_xen(name, ram, vcpus, domain=domain, build=False)
+        known = False
+        try:
+            for _ in vm.build():
+                await trio.lowlevel.checkpoint()
+            with trio.CancelScope(shield=True):
+                known = await self.service.add(vm)
+        finally:
+            if not known:
+                self.machine.destroy(vm)
+        if not known:
             raise BoardError(f"OP-TEE has no room for {vm.name}{self.split}")
         self.clients.add(vm.client_id)
         return vm

@@ -53,7 +53,7 @@ async def _be_guest(batches: int, echo: int, link: int, idle: list[int]) -> None
         for flavour in Flavour:
             await _line()
             for number in range(share):
-                await _boot(stack, idle.pop(), f"idle-{number}", flavour)
+                await _boot(stack, idle.pop(), f"idle-{flavour.name}-{number}", flavour)
             print("idle", flush=True)
         await _line()
     bare.close()

@@ -77,11 +77,10 @@ class Control:
         return {"error": "unknown request"}
 
     def _find(self, name: str) -> ServedGuest | None:
-        """The running guest with that name or client id."""
-        for guest in reversed(self._bench.guests):
-            if guest.vm is not None and name in (guest.name, str(guest.vm.client_id)):
-                return guest
-        return None
+        """The running guest with that client id or name: an id first, since strangers choose their names."""
+        running = {guest.vm.client_id: guest for guest in self._bench.guests if guest.vm is not None}
+        by_id = next((guest for client, guest in running.items() if str(client) == name), None)
+        return by_id or next((guest for guest in running.values() if guest.name == name), None)
 
     def _status(self) -> dict[str, Any]:
         bench = self._bench

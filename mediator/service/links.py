@@ -135,6 +135,8 @@ class Link:
         """Make the VM, and tell OP-TEE."""
         client = self._client_id
         if client is None:
+            if any(vm.name == name for vm in self._board.machine.vms.values()):
+                raise LinkError(f"START: a VM {name} runs already")
             client = next((n for n in range(1, MAX_CLIENT_ID + 1) if n not in self._board.machine.vms), 0)
         try:
             self.vm = await self._board.create(flavour.name.lower(), name, ram=blocks, vcpus=vcpus, client_id=client)
@@ -218,5 +220,6 @@ def _attach(message: Message, regions: list[MemoryRegion]) -> list[RamBlock]:
         for block in blocks:
             if block.store is not None:
                 block.store.close()
-        raise LinkError(f"SET_MEM_TABLE: {error}") from None
+        why = f"the file cannot be mapped: {error.strerror}" if isinstance(error, OSError) else error
+        raise LinkError(f"SET_MEM_TABLE: {why}") from None
     return blocks

@@ -129,7 +129,8 @@ class SecureDoor:
             store = PageStore.attach(fd, offset=region.offset, pages=pages)
         except (ValueError, OSError) as error:
             os.close(fd)
-            raise LinkError(f"ADD_MEM_REG: {error}") from None
+            why = f"the file cannot be mapped: {error.strerror}" if isinstance(error, OSError) else error
+            raise LinkError(f"ADD_MEM_REG: {why}") from None
         bank = Bank("normal world", store, Frames(region.base, pages, region.stride, region.permutation))
         self.memory.add(bank)
         self._banks[region.base] = bank

@@ -82,8 +82,8 @@ class Peer:
         await self.socket.sendmsg([record], link.rights(fds))
         link.close_all(fds)
 
-    async def hello(self, upto: int = len(HELLO)) -> None:
-        for record, count in HELLO[:upto]:
+    async def hello(self, upto: int = len(HELLO), name: str = "stranger") -> None:
+        for record, count in (*HELLO[:2], (pack(Request.SET_VM, link.vm(Flavour.KVM, 2, name)), 0), *HELLO[3:])[:upto]:
             await self.send(record, tuple(memfd() for _ in range(count)))
             answer = await self.socket.recv(MAX_RECORD)
             assert answer[:8] == struct.pack("<2I", struct.unpack_from("<I", record)[0], 1 | 4)
@@ -223,9 +223,9 @@ async def test_a_bad_memory_table_is_refused_and_its_files_are_closed(bad: str, 
 async def test_one_vms_memory_is_not_anothers(nursery: trio.Nursery) -> None:
     async with Board() as board, bystander(board, nursery):
         shared = memfd()
-        for words in ("", "this memory is that of stranger"):
+        for name, words in (("first", ""), ("second", "this memory is that of first")):
             peer = Peer(board, nursery)
-            await peer.hello(3)
+            await peer.hello(3, name)
             await peer.send(HELLO[3][0], (os.dup(shared),))
             await peer.socket.recv(MAX_RECORD)
             await peer.send(HELLO[4][0])
@@ -234,6 +234,56 @@ async def test_one_vms_memory_is_not_anothers(nursery: trio.Nursery) -> None:
             else:
                 await peer.socket.recv(MAX_RECORD)
         os.close(shared)
+
+
+async def test_a_name_is_that_of_one_vm_at_a_time(nursery: trio.Nursery) -> None:
+    """Policies and `mediator ctl` go by it."""
+    async with Board() as board, bystander(board, nursery):
+        peers = [Peer(board, nursery) for _ in range(3)]
+        await peers[0].hello()
+        await peers[1].hello(4)
+        await peers[1].send(HELLO[4][0])
+        assert await peers[1].refusal() == "START: a VM stranger runs already"
+        peers[0].socket.close()
+        await trio.testing.wait_all_tasks_blocked()
+        await peers[2].hello()
+
+
+async def test_others_go_on_while_a_large_domain_is_built(nursery: trio.Nursery) -> None:
+    gib = 1 << 30
+    async with Board() as board, bystander(board, nursery) as other:
+        peer = Peer(board, nursery)
+        await peer.hello(2)
+        await peer.send(pack(Request.SET_VM, link.vm(Flavour.XEN, 1, "large")))
+        await peer.send(pack(Request.SET_MEM_TABLE, regions((gib, 3 * gib, 0))), (memfd(3 * gib),))
+        for _ in range(2):
+            await peer.socket.recv(MAX_RECORD)
+        await peer.send(HELLO[4][0])
+        calls = 0
+        while not (peer.link.vm or peer.endings):
+            assert (await other.call(0, CALLS_UID))[:4] == API_UID
+            calls += 1
+        assert peer.link.vm is not None and calls >= 2
+        await peer.socket.recv(MAX_RECORD)
+        vm = peer.link.vm
+        assert vm.stage2.walk(gib).pa and vm.stage2.walk(4 * gib - 1).pa and not vm.stage2.walk(4 * gib).pa
+
+
+@pytest.mark.parametrize("portions", [0, 1])
+async def test_a_domain_that_is_given_up_while_it_is_built_leaves_nothing(portions: int, nursery: trio.Nursery) -> None:
+    gib = 1 << 30
+    async with Board() as board:
+        with trio.CancelScope() as scope:
+            nursery.start_soon(_cancel_after, portions, scope)
+            await board.create("xen", "large", ram=3 * gib)
+        assert scope.cancelled_caught and not board.machine.vms
+        assert not board.machine.tables.allocated and board.left() == NOTHING_LEFT
+
+
+async def _cancel_after(steps: int, scope: trio.CancelScope) -> None:
+    for _ in range(steps):
+        await trio.lowlevel.checkpoint()
+    scope.cancel()
 
 
 @pytest.mark.parametrize("stage", [*range(len(HELLO)), len(HELLO)])
