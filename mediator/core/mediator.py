@@ -4,35 +4,25 @@ No clock, no socket, no log: requests go in, steps come out, and the shell aroun
 `mediator.core.steps` for the steps and `mediator.core.ports` for the two ports.
 """
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Final
 
-from mediator.core import fast, rpc, yielding
+from mediator.core import fast, lifecycle, rpc, yielding
 from mediator.core.faults import SecureWorldFault
 from mediator.core.flow import Flow, Stand
-from mediator.core.ledger import Ledger, Limits, OverLimit
-from mediator.core.limits import bounds, change, check_same
-from mediator.core.policy import ANY_GUEST, Policy, PolicyLimits, Word, Words
+from mediator.core.ledger import Ledger, Limits
+from mediator.core.lifecycle import Lifecycle
+from mediator.core.limits import change, check_same
+from mediator.core.policy import Policy, PolicyLimits, Word, Words
 from mediator.core.pool import Pool
 from mediator.core.ports import GuestMemory, SecureWorld
 from mediator.core.records import Call, Guest
-from mediator.core.sharing import PAGES_PER_STEP, release_argument, release_buffer
-from mediator.core.states import (
-    GUEST_TABLE,
-    CallEvent,
-    GuestEvent,
-    GuestState,
-    advance,
-)
+from mediator.core.states import GUEST_TABLE, CallEvent, GuestEvent, GuestState, advance
 from mediator.core.steps import (
     CALL_ADMITTED,
     CALL_DENIED,
-    GUEST_CREATED,
-    GUEST_DESTROYED,
     GUEST_ISOLATED,
-    GUEST_QUARANTINED,
-    GUEST_REFUSED,
     SECURE_WORLD_FAULT,
     Event,
     Forward,
@@ -44,17 +34,13 @@ from mediator.core.steps import (
     Ticket,
 )
 from optee.abi.message import HEADER_SIZE, PARAM_SIZE
-from optee.abi.smc import API_UID, HYPERVISOR_CLIENT_ID, Function, ReturnCode, RpcReturn, ThreadId, VmId
+from optee.abi.smc import Function, ReturnCode, RpcReturn, ThreadId, VmId
 
 LOW: Final = 0xFFFFFFFF
 NOT_HANDLED: Final = 0xFFFFFFFFFFFFFFFF
 """x0 of a call that nobody handles: all 64 bits set (R2)."""
-MAX_VM: Final = 65535
-"""OP-TEE looks at 16 bits of a client id."""
 DEFAULT_RPC_PARAMS: Final = 4
 """Parameters of an RPC argument behind a message until OP-TEE has said it (EXCHANGE_CAPABILITIES a3)."""
-SMALLEST_RELEASE: Final = 512
-"""Pages that the release of any buffer counts for: records cost time too."""
 
 _YIELDING: Final = frozenset({Function.CALL_WITH_ARG, Function.CALL_WITH_RPC_ARG, Function.CALL_WITH_REGD_ARG})
 HANDLED: Final = _YIELDING | fast.FORWARDED | fast.LOCAL | {Function.RETURN_FROM_RPC}
@@ -65,19 +51,6 @@ _LIVE: Final = GuestState.LIVE
 _SERVED: Final = (GuestState.LIVE, GuestState.PAUSED)
 _RETURN: Final = Function.RETURN_FROM_RPC
 _UNKNOWN: Final = int(ReturnCode.UNKNOWN_FUNCTION)
-
-
-class Lifecycle(Ticket):
-    """A request of the host: probe, create, destroy or reset."""
-
-    __slots__ = ("again", "guest", "stage", "threads", "work")
-
-    def __init__(self, guest: Guest | None = None, *, again: bool = False) -> None:
-        self.guest = guest
-        self.stage = 0
-        self.threads = 0
-        self.again = again
-        self.work: Generator[None, None, Step] | None = None
 
 
 class Mediator:
@@ -98,7 +71,7 @@ class Mediator:
         self.tracing = False
         """Whether events of level "debug" are wanted: which pages were pinned for what."""
         self.rpc_argument_size = 0
-        self._ledger = ledger
+        self.new_ledger = ledger
         self.pool = Pool(policy.pool_pages)
         self.flow = None if policy.flow is None else Flow(policy.flow)
         """Which calls wait, and for what; None without flow control."""
@@ -127,7 +100,7 @@ class Mediator:
 
         Ends in a `Reply`: a0 is OK or ENOTAVAIL. Nothing else may be asked before it ended well.
         """
-        return Forward((int(Function.CALLS_UID), 0, 0, 0, 0, 0, 0, HYPERVISOR_CLIENT_ID), Lifecycle())
+        return lifecycle.probe()
 
     def create(self, vm: VmId, memory: GuestMemory, limits: PolicyLimits | None = None, *, rpmb: bool = False) -> Step:
         """Announce a VM (R24). Ends in a `Reply`: a0 is OK, or ENOTAVAIL and there is no such guest.
@@ -136,22 +109,7 @@ class Mediator:
         or not enough in the host's pool for what is reserved for it. rpmb: the policy says that the RPMB device is this
         guest's; it has it unless another guest that lives does.
         """
-        if not self.threads or not 0 < vm <= MAX_VM or vm in self._guests:
-            return self._host_reply(
-                ReturnCode.ENOTAVAIL, Event(GUEST_REFUSED, "info", vm, {"why": "id in use or out of range"})
-            )
-        limits = limits or self.policy.limits
-        try:
-            ledger = self._ledger(bounds(limits, self.threads))
-            self.pool.join(ledger)
-        except OverLimit as over:
-            why = "no memory for another guest" if over.resource == "memory" else f"the host's pool: {over}"
-            return self._host_reply(ReturnCode.ENOMEM, Event(GUEST_REFUSED, "info", vm, {"why": why}))
-        owned = any(other.rpmb for other in self._guests.values())
-        rpmb = self.policy.rpmb_owner == ANY_GUEST or (rpmb and not owned)
-        guest = Guest(vm, memory, ledger, limits, rpmb=rpmb)
-        self._guests[vm] = guest
-        return self._announce(Function.VM_CREATED, Lifecycle(guest))
+        return lifecycle.create(self, vm, memory, limits, rpmb=rpmb)
 
     def change_limits(self, limits: Mapping[VmId, PolicyLimits], pool_pages: int | None) -> tuple[Event, ...]:
         """Give guests other limits, and the pool another size, all at once; say what has changed.
@@ -180,39 +138,15 @@ class Mediator:
 
         A `Queue` asks to come again when the calls that are with OP-TEE have returned.
         """
-        return self._destroy(vm, again=False)
+        return lifecycle.destroy(self, vm, again=False)
 
     def reset(self, vm: VmId) -> Step:
         """The VM starts anew with the same memory: everything of the old one is released (R28)."""
-        return self._destroy(vm, again=True)
-
-    def _destroy(self, vm: VmId, *, again: bool) -> Step:
-        guest = self._guests.get(vm)
-        if guest is None:
-            return self._host_reply(ReturnCode.OK)
-        if guest.state is GuestState.CREATING:
-            return Queue("the guest is created")
-        if guest.state is GuestState.QUARANTINED and guest.in_flight:
-            return Queue("the guest is released")
-        if guest.state is not GuestState.DYING:
-            advance(guest, GuestEvent.DESTROY, GUEST_TABLE)
-            self._drop(guest)
-        if guest.in_flight:
-            return Queue("the calls that are with OP-TEE have returned")
-        guest.in_flight += 1
-        return self._announce(Function.VM_DESTROYED, Lifecycle(guest, again=again))
+        return lifecycle.destroy(self, vm, again=True)
 
     def abandon(self, vm: VmId) -> Step:
         """The host's word that OP-TEE no longer touches a quarantined guest's memory: release it (R24)."""
-        guest = self._guests.get(vm)
-        if guest is None or guest.state is not GuestState.QUARANTINED:
-            return self._host_reply(ReturnCode.ENOTAVAIL)
-        if guest.in_flight:
-            return Queue("the guest is released")
-        guest.in_flight += 1
-        ticket = Lifecycle(guest)
-        ticket.work = self._release(ticket, guest, GuestEvent.ABANDON)
-        return self.proceed(ticket)
+        return lifecycle.abandon(self, vm)
 
     def pause(self, vm: VmId) -> bool:
         """Let the guest's calls wait (R28); False if it is not live."""
@@ -298,7 +232,7 @@ class Mediator:
                 step = Reply((NOT_HANDLED, *ticket.regs[1:]))
         else:
             assert isinstance(ticket, Lifecycle)
-            return self._lifecycle_returned(ticket, answer)
+            return lifecycle.returned(self, ticket, answer)
         if guest.events:
             _tell(guest, step)
         return step
@@ -306,9 +240,7 @@ class Mediator:
     def lost(self, ticket: Ticket, why: str) -> Step:
         """OP-TEE died of a `Forward`, or cannot be reached any more: a fault of the secure world (R25)."""
         if isinstance(ticket, Lifecycle):
-            if ticket.guest is not None and ticket.guest.state is not GuestState.CREATING:
-                return self._not_released(ticket.guest, f"{why}: pins are kept")
-            return self._lifecycle_returned(ticket, (int(ReturnCode.ENOTAVAIL), 0, 0, 0))
+            return lifecycle.lost(self, ticket, why)
         assert isinstance(ticket, Call | fast.FastCall)
         guest = ticket.guest
         guest.in_flight -= 1
@@ -429,6 +361,20 @@ class Mediator:
             return Reply((int(code), *regs[1:]))
         return _reply(self._words["local"], regs, (int(code), 0, 0, 0))
 
+    def drop(self, guest: Guest) -> None:
+        """None of the guest's calls waits any more."""
+        if self.flow is not None:
+            self.flow.drop(guest.lane)
+
+    def enroll(self, guest: Guest) -> None:
+        """A client id is in use from now on; what is reserved for it is in the pool already."""
+        self._guests[guest.vm] = guest
+
+    def forget(self, guest: Guest) -> None:
+        """A client id is free again, and so is what the pool kept for it."""
+        del self._guests[guest.vm]
+        self.pool.leave(guest.ledger)
+
     # The rest
 
     def _call_returned(self, call: Call, answer: Regs) -> Step:
@@ -448,93 +394,10 @@ class Mediator:
 
     def _isolate(self, guest: Guest, regs: Regs, fault: SecureWorldFault) -> Step:
         advance(guest, GuestEvent.ISOLATE, GUEST_TABLE)
-        self._drop(guest)
+        self.drop(guest)
         guest.events.append(Event(SECURE_WORLD_FAULT, "error", guest.vm, {"why": str(fault)}))
         guest.events.append(Event(GUEST_ISOLATED, "error", guest.vm, {}))
         return Reply((NOT_HANDLED, *regs[1:]))
-
-    def _announce(self, function: Function, ticket: Lifecycle) -> Step:
-        assert ticket.guest is not None
-        return Forward((int(function), ticket.guest.vm, 0, 0, 0, 0, 0, HYPERVISOR_CLIENT_ID), ticket)
-
-    def _host_reply(self, code: ReturnCode, *events: Event) -> Reply:
-        reply = Reply((int(code), 0, 0, 0, 0, 0, 0, 0))
-        reply.events = events
-        return reply
-
-    def _lifecycle_returned(self, ticket: Lifecycle, answer: Regs) -> Step:
-        guest = ticket.guest
-        if guest is None:
-            return self._probe_returned(ticket, answer)
-        ok = answer[0] & LOW == 0
-        if guest.state is GuestState.CREATING:
-            advance(guest, GuestEvent.CREATED if ok else GuestEvent.REFUSED, GUEST_TABLE)
-            if ok:
-                return self._host_reply(ReturnCode.OK, Event(GUEST_CREATED, "info", guest.vm, {}))
-            self._forget(guest)
-            return self._host_reply(
-                ReturnCode.ENOTAVAIL,
-                Event(GUEST_REFUSED, "info", guest.vm, {"why": f"OP-TEE answered {answer[0] & LOW:#x}"}),
-            )
-        if not ok:
-            return self._not_released(guest, f"VM_DESTROYED was answered {answer[0] & LOW:#x}: pins are kept")
-        ticket.work = self._release(ticket, guest, GuestEvent.DESTROYED)
-        return self.proceed(ticket)
-
-    def _not_released(self, guest: Guest, why: str) -> Step:
-        """OP-TEE did not let go of a guest (R24)."""
-        guest.in_flight -= 1
-        advance(guest, GuestEvent.DESTROY_REFUSED, GUEST_TABLE)
-        return self._host_reply(
-            ReturnCode.EBUSY,
-            Event(SECURE_WORLD_FAULT, "error", guest.vm, {"why": why}),
-            Event(GUEST_QUARANTINED, "error", guest.vm, guest.ledger.sums()),
-        )
-
-    def _release(self, ticket: Lifecycle, guest: Guest, event: GuestEvent) -> Generator[None, None, Step]:
-        """OP-TEE has let go of the guest: release all it held, a bounded number of buffers at a time."""
-        for call in list(guest.calls.values()):
-            yielding.end(self, call, CallEvent.ABORT)
-        for argument in list(guest.arguments.values()):
-            release_argument(self.world, guest, argument)
-        done = 0
-        for buffer in list(guest.buffers.values()):
-            if done and done + buffer.pages > PAGES_PER_STEP:
-                yield
-                done = 0
-            release_buffer(self, guest, buffer)
-            done += max(buffer.pages, SMALLEST_RELEASE)
-        guest.in_flight -= 1
-        advance(guest, event, GUEST_TABLE)
-        self._forget(guest)
-        guest.events.append(Event(GUEST_DESTROYED, "info", guest.vm, guest.ledger.sums()))
-        if ticket.again:
-            return self.create(guest.vm, guest.memory, guest.limits, rpmb=guest.rpmb)
-        return self._host_reply(ReturnCode.OK)
-
-    def _drop(self, guest: Guest) -> None:
-        """None of the guest's calls waits any more."""
-        if self.flow is not None:
-            self.flow.drop(guest.lane)
-
-    def _forget(self, guest: Guest) -> None:
-        del self._guests[guest.vm]
-        self.pool.leave(guest.ledger)
-
-    def _probe_returned(self, ticket: Lifecycle, answer: Regs) -> Step:
-        ticket.stage += 1
-        words = tuple(word & LOW for word in answer)
-        if ticket.stage == 1 and words[:4] == API_UID:
-            return Forward((int(Function.GET_THREAD_COUNT), 0, 0, 0, 0, 0, 0, HYPERVISOR_CLIENT_ID), ticket)
-        if ticket.stage == 2 and words[0] == 0 and words[1]:
-            ticket.threads = words[1]
-            return Forward((int(Function.VM_DESTROYED), 0, 0, 0, 0, 0, 0, HYPERVISOR_CLIENT_ID), ticket)
-        if ticket.stage == 3 and words[0] != _UNKNOWN:
-            self.threads = ticket.threads
-            if self.flow is not None:
-                self.flow.threads = self.threads
-            return self._host_reply(ReturnCode.OK)
-        return self._host_reply(ReturnCode.ENOTAVAIL)
 
 
 def _reply(words: tuple[Words, bool], regs: Regs, answer: Regs) -> Reply:

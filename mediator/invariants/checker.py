@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import Final, TypeVar
 
 from mediator.core.flow import Flow
-from mediator.core.mediator import Lifecycle, Mediator
+from mediator.core.lifecycle import Lifecycle
+from mediator.core.mediator import Mediator
 from mediator.core.policy import Policy, PolicyLimits
 from mediator.core.ports import GuestMemory
 from mediator.core.records import Guest

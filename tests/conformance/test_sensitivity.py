@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mediator.conformance import compare as comparing
-from mediator.core.mediator import Lifecycle, Mediator
+from mediator.core import lifecycle
 from mediator.core.steps import Forward
 from mediator.core.steps import Step as Step_
 from optee.abi.smc import Function
@@ -448,17 +448,17 @@ def test_a_vm_is_destroyed_at_optee_under_its_own_id(
     registers: dict[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exactly one VM_DESTROYED with the client id; without any change nothing is reported."""
-    announce = Mediator._announce
+    ask = lifecycle._ask
 
-    def announced(self: Mediator, function: Function, ticket: Lifecycle) -> Step_:
-        step = announce(self, function, ticket)
+    def asked(function: Function, ticket: lifecycle.Lifecycle) -> Step_:
+        step = ask(function, ticket)
         assert isinstance(step, Forward)
         if function == Function.VM_DESTROYED:
             words = [registers.get(at, word) for at, word in enumerate(step.regs)]
             return Forward(tuple(words), step.ticket)
         return step
 
-    monkeypatch.setattr(Mediator, "_announce", announced)
+    monkeypatch.setattr(lifecycle, "_ask", asked)
     described = visible("relinquish_with_state")
     report = compared(described)
     assert bool(report.differ) == bool(registers)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hv_models.memory import PAGE_SIZE
 from hv_models.stage2 import PageKind
-from mediator.core.mediator import Lifecycle
+from mediator.core.lifecycle import Lifecycle
 from mediator.core.records import Call
 from mediator.core.rpc import OWN_THREADS
 from mediator.core.states import GuestState
