@@ -180,6 +180,14 @@ class MediatedMachine:
         if released and vm.alive:
             self.machine.destroy(vm, force=force)
 
+    async def abandon(self, vm: VirtualMachine) -> bool:
+        """Give back the memory of a VM of which OP-TEE did not let go; False if there is no such VM (R24)."""
+        with trio.CancelScope(shield=True):
+            abandoned = await self.service.abandon(vm)
+        if abandoned:
+            self.machine.destroy(vm, force=True)
+        return abandoned
+
     async def __aenter__(self) -> Self:
         if not await self.service.start(self.probed):
             raise BoardError("OP-TEE does not know virtualization")
@@ -200,7 +208,8 @@ class Board(MediatedMachine):
     policy: what the mediator allows, or the name of a built-in policy. config: how OP-TEE was built. check: look at
     every step with the invariant checker, whose findings are `violations`; thorough: at all invariants, not the
     cheap ones only. on_event: told what happens in the mediator. world: what stands before OP-TEE's model, if it is
-    more than a counter of calls. modelled: False if some answers are not the model's, so that its threads say nothing.
+    more than a counter of calls. threads_held: what the checker asks for the threads that OP-TEE has for a client, if
+    some answers are not the model's, so that its threads say nothing.
     costs: what takes how long in virtual time; None: nothing takes any.
     """
 
@@ -215,7 +224,7 @@ class Board(MediatedMachine):
         thorough: bool = True,
         on_event: Callable[[Event], None] = lambda event: None,
         world: Callable[[Machine, SecureWorld], LocalSecureWorld] = LocalSecureWorld,
-        modelled: bool = True,
+        threads_held: Callable[[int], int] | None = None,
         costs: Costs | None = None,
     ) -> None:
         machine = Machine()
@@ -224,7 +233,7 @@ class Board(MediatedMachine):
         super().__init__(
             end,
             policy,
-            threads_held=self.model.threads_held if modelled else None,
+            threads_held=threads_held or self.model.threads_held,
             check=check,
             thorough=thorough,
             on_event=on_event,

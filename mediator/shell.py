@@ -179,6 +179,12 @@ class Service:
         self._changed.unpark_all()
         return reply[0] == ReturnCode.OK
 
+    async def abandon(self, vm: VirtualMachine) -> bool:
+        """Release a VM of which OP-TEE did not let go, on the host's word (R24); False if there is no such VM."""
+        reply = await self._ask(lambda: self.mediator.abandon(vm.client_id))
+        self._changed.unpark_all()
+        return reply[0] == ReturnCode.OK
+
     async def reset(self, vm: VirtualMachine) -> bool:
         """A VM starts anew with the same memory (R28); False if OP-TEE did not let go of it, or not take it again."""
         reply = await self._ask(lambda: self.mediator.reset(vm.client_id))

@@ -9,7 +9,7 @@ from mediator.core.records import Counters
 from mediator.scenario.driver import Smc
 from mediator.scenario.expectations import StateExpectation
 from mediator.scenario.language import Machine, OpteeSpec, Scenario, all_steps
-from mediator.scenario.world import DirtyLogging, Fail, Flip, Kexec, Pause, Quota, Resume, Stage2
+from mediator.scenario.world import Abandon, DirtyLogging, Fail, Flip, Kexec, Pause, Quota, Resume, Stage2
 from optee.abi.smc import Function, SecCapability
 
 UNSEEN: Final[Mapping[str, str]] = {
@@ -24,6 +24,8 @@ UNSEEN: Final[Mapping[str, str]] = {
     "faults": "faults inside the mediator and between two of its reads cannot be caused",
     "reset": "the door has no word for a reset",
     "pause": "the door has no word for a pause",
+    "quarantine": "the door has no word for what OP-TEE did not let go of",
+    "time": "answers that take virtual time are not given there",
 }
 """Needs that nobody outside can meet, and why."""
 CAPABILITIES: Final = ("RPC_ARG", "ASYNC_NOTIF", "MEMREF_NULL")
@@ -37,6 +39,7 @@ _STEPS: Final = {
     Pause: "pause",
     Resume: "pause",
     DirtyLogging: "dirty-log",
+    Abandon: "quarantine",
 }
 _FUNCTIONS: Final = {
     Function.CALL_WITH_RPC_ARG: "RPC_ARG",
@@ -54,6 +57,8 @@ def needs_of(case: Scenario) -> set[str]:
         found.add("policy")
     if machine.optee != OpteeSpec() or machine.interrupts:
         found.add("optee")
+    if case.answers_take_time:
+        found.add("time")
     for step in all_steps(case.steps):
         found.update(need for kind, need in _STEPS.items() if isinstance(step, kind))
         if isinstance(step, Smc):

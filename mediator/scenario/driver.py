@@ -200,9 +200,9 @@ class ListStep(Step):
         else:
             entries = [actor.number(entry) for entry in self.entries]
         count = max(-(-len(entries) // ENTRIES_PER_PAGE), 1)
-        places = [int(page) for page in guest.allocator.run(count)]
-        if self.at is not None:
-            places[0] = actor.number(self.at)
+        given = [] if self.at is None else [actor.number(self.at)]
+        wanted = count - len(given)
+        places = given + ([int(page) for page in guest.allocator.run(wanted)] if wanted else [])
         for number, place in enumerate(places):
             part = entries[number * ENTRIES_PER_PAGE : (number + 1) * ENTRIES_PER_PAGE]
             write_ram(actor, place, struct.pack(f"<{len(part)}Q", *part))

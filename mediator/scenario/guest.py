@@ -301,8 +301,27 @@ class ScenarioGuest:
         self._forget_kernel()
         self._vm = None
         await self._end_vm(vm, in_order=in_order)
-        self.run.by_client.pop(vm.client_id, None)
-        self.destroyed.set()
+        self._ended(vm)
+
+    def _ended(self, vm: VirtualMachine) -> None:
+        """The VM is gone; or it stays, in quarantine, until it is ended once more, or abandoned."""
+        ended = self.destroyed
+        if vm.alive:
+            self._vm, self.destroyed = vm, trio.Event()
+            self.note("in quarantine")
+        else:
+            self.run.by_client.pop(vm.client_id, None)
+        ended.set()
+
+    async def abandon(self) -> bool:
+        """Have all released that a VM in quarantine holds; False if it is not in quarantine."""
+        vm = self.vm
+        if not await self.run.board.abandon(vm):
+            return False
+        self.note("abandoned")
+        self._vm = None
+        self._ended(vm)
+        return True
 
     # What its steps do
 

@@ -296,6 +296,12 @@ class Scenario(Strict):
     machine: Machine = Machine()
     steps: Annotated[list[AnyStep], Field(min_length=1)]
 
+    @model_validator(mode="after")
+    def _timed_once(self) -> Self:
+        if self.machine.costs and self.answers_take_time:
+            raise ValueError("takes: with costs the table says what takes how long")
+        return self
+
     @property
     def parametrised(self) -> bool:
         """Whether it is written for any number of guests."""
@@ -306,6 +312,12 @@ class Scenario(Strict):
         """The guest whose the steps are that do not say it; None where there are several."""
         specs = self.machine.specs(None)
         return next(iter(specs)) if len(specs) == 1 and not self.parametrised else None
+
+    @property
+    def answers_take_time(self) -> bool:
+        """Whether some scripted answer does."""
+        scripts = (step for step in all_steps(self.steps) if isinstance(step, world.SecureWorld))
+        return any(answer.takes for step in scripts for answer in step.answers)
 
     def scripts_the_secure_world(self) -> bool:
         """Whether some answers are not OP-TEE's own."""

@@ -35,7 +35,7 @@ from mediator.scenario.flips import FlippingMemory
 from mediator.scenario.flow import Flow, side_by_side
 from mediator.scenario.guest import GuestDied, ScenarioGuest
 from mediator.scenario.language import EVERY, Scenario
-from mediator.scenario.secure_side import ScriptedWorld, SecureSide
+from mediator.scenario.secure_side import PatientWorld, ScriptedWorld, SecureSide
 from mediator.scenario.steps import Step, StepFailed
 from mediator.scenario.witness import Witness
 from mediator.service.recording import Recordings
@@ -213,7 +213,7 @@ class Run:
             _policy(self.scenario),
             config,
             world=self._make_world,
-            modelled=not self.scenario.scripts_the_secure_world(),
+            threads_held=self._threads_held if self.scenario.scripts_the_secure_world() else None,
             on_event=self._told,
             costs=Costs() if machine.costs else None,
         )
@@ -225,11 +225,15 @@ class Run:
         board.model.clock = lambda: round((trio.current_time() - self.began) * 1000)
         return board
 
+    def _threads_held(self, client: int) -> int:
+        return self.world.threads_held(client)
+
     def _note_fault(self, why: str) -> None:
         self._died = why
 
     def _make_world(self, machine: Machine, model: SecureWorld) -> ScriptedWorld:
-        self._world = ScriptedWorld(machine, model, self.witness)
+        kind = PatientWorld if self.scenario.answers_take_time else ScriptedWorld
+        self._world = kind(machine, model, self.witness)
         return self._world
 
     def _make_memory(self, vm: VirtualMachine) -> GuestMemoryCount:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
+import trio
+
 from hv_models.machine import Machine
 from hv_models.memory import PAGE_SIZE, PhysicalFault, PhysicalMemory
 from mediator.core.ledger import Ledger, Limits
@@ -69,7 +71,10 @@ class Forwarded:
 
 
 class Script(Protocol):
-    """An answer that waits for its call."""
+    """An answer that waits for its call. takes: virtual seconds from the call to the answer."""
+
+    @property
+    def takes(self) -> float: ...
 
     def fits(self, regs: Regs) -> bool:
         """Whether it is meant for this call."""
@@ -105,6 +110,16 @@ class Inbox:
     """What the last call was, and its answer, in words; whoever logs it takes it away."""
 
 
+@dataclass(frozen=True)
+class UnderWay:
+    """A call that has come in and is not answered yet."""
+
+    regs: Regs
+    inbox: Inbox
+    conversation: Conversation | None
+    script: Script | None
+
+
 class SecureSide:
     """Stands before OP-TEE's model, wherever that is: counts what passes, answers by script where there is one.
 
@@ -121,23 +136,35 @@ class SecureSide:
 
     def call(self, regs: Regs) -> Regs:
         """Execute one SMC, or answer it by script."""
-        client = regs[7] or regs[1]
-        inbox = self.inboxes[client]
+        return self.end(self.begin(regs))
+
+    def begin(self, regs: Regs) -> UnderWay:
+        """An SMC comes in; the script that is its answer is taken."""
+        inbox = self.inboxes[regs[7] or regs[1]]
         function = regs[0] & _LOW
         conversation = self._conversation(inbox, function, regs)
         inbox.total += 1
         inbox.forwarded.append(self._seen(inbox, function, regs, conversation))
         script = next((script for script in inbox.scripts[:1] if script.fits(regs)), None)
-        if script is None:
-            answer = self._model(regs)
-        else:
+        if script is not None:
             inbox.scripts.remove(script)
-            answer = script(regs, conversation)
-        inbox.said = self._words(inbox, function, conversation, answer)
+        return UnderWay(regs, inbox, conversation, script)
+
+    def end(self, call: UnderWay) -> Regs:
+        """Answer it, by its script or by the model."""
+        regs, inbox, conversation = call.regs, call.inbox, call.conversation
+        answer = self._model(regs) if call.script is None else call.script(regs, conversation)
+        inbox.said = self._words(inbox, regs[0] & _LOW, conversation, answer)
+        if regs[0] & _LOW == Function.VM_DESTROYED and answer[0] & _LOW == ReturnCode.OK:
+            inbox.conversations.clear()
         if self.witness is not None:
             request = None if conversation is None else conversation.request
-            self.witness.forwarded(client, inbox.forwarded[-1], answer, request)
+            self.witness.forwarded(regs[7] or regs[1], inbox.forwarded[-1], answer, request)
         return answer
+
+    def threads_held(self, client: int) -> int:
+        """Calls of a client that are suspended."""
+        return len(self.inboxes[client].conversations)
 
     def _words(self, inbox: Inbox, function: int, conversation: Conversation | None, answer: Regs) -> str:
         """A call and its answer in words, for whoever reads what happened; counts RPCs."""
@@ -276,5 +303,20 @@ class ScriptedWorld(LocalSecureWorld):
         """Execute one SMC, or answer it by script."""
         self.note_call(regs)
         answer = self.side.call(regs)
+        self.note_answer(regs, answer)
+        return answer
+
+
+class PatientWorld(ScriptedWorld):
+    """The same where scripted answers may take virtual time; others have their turn meanwhile."""
+
+    async def forward(self, regs: Regs) -> Regs:
+        """See `DistantSecureWorld`."""
+        self.note_call(regs)
+        call = self.side.begin(regs)
+        if call.script is not None and call.script.takes:
+            with trio.CancelScope(shield=True):
+                await trio.sleep(call.script.takes)
+        answer = self.side.end(call)
         self.note_answer(regs, answer)
         return answer

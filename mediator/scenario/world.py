@@ -107,6 +107,18 @@ class Destroy(OnGuest):
         await self.target(actor).guest.shut_down()
 
 
+class Abandon(OnGuest):
+    """Release what a guest holds whom OP-TEE did not let go of when it was ended: the host knows better."""
+
+    verb = "abandon"
+    abandon: Name
+
+    async def run(self, actor: Actor) -> None:
+        """See `Step`."""
+        if not await self.target(actor).guest.abandon():
+            raise StepFailed("abandon", "a guest in quarantine", "one that is not")
+
+
 class Kexec(OnGuest):
     """A new kernel starts in the same VM without a word to OP-TEE, and the hypervisor resets the VM."""
 
@@ -321,6 +333,7 @@ class ScriptedAnswer(Strict):
 
     to: only to calls of this function. after: so many such calls are answered by the model before. message, argument:
     what it writes first into the call's message, and into the call's RPC argument. a3: that of the call unless given.
+    takes: time until it writes and answers, in which others have their turn.
     """
 
     to: FunctionId | None = None
@@ -332,6 +345,7 @@ class ScriptedAnswer(Strict):
     a1_a2: Annotated[Number | None, Field(alias="a1:a2")] = None
     message: ScriptedMessage | None = None
     argument: ScriptedMessage | None = None
+    takes: Seconds = 0.0
 
 
 class SecureWorld(Step):
@@ -359,6 +373,7 @@ class _Scripted:
         self._actor = actor
         self._client = actor.guest.client
         self._after = 0 if answer.after is None else actor.number(answer.after)
+        self.takes = answer.takes
 
     def fits(self, regs: Regs) -> bool:
         """Whether it is meant for this call."""
@@ -405,6 +420,7 @@ STEPS: Final = (
     Create,
     Kill,
     Destroy,
+    Abandon,
     Kexec,
     Pause,
     Resume,
