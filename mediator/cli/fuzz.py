@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mediator.cli.options import Json, PolicyName
-from mediator.cli.output import emit_json, heading, note, on_terminal, policy_of, show, table, verdict
+from mediator.cli.output import BadInput, emit_json, heading, note, on_terminal, policy_of, show, table, verdict
 
 if TYPE_CHECKING:
     from mediator.fuzz.engine import FuzzReport
@@ -22,38 +22,44 @@ def fuzz(
     calls: Annotated[int | None, typer.Option(min=1, metavar="N", help="SMCs of guests. Default: 20000.")] = None,
     seconds: Annotated[float | None, typer.Option(min=0.1, metavar="S", help="Stop after so much time.")] = None,
     guests: Annotated[int, typer.Option(min=1, max=64, metavar="N", help="VMs, KVM and Xen mixed.")] = 4,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where a failure is written.")] = Path(),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where a failure is written, as a scenario.")] = Path(),
     policy: PolicyName = "default",
     unguided: Annotated[bool, typer.Option("--unguided", help="Learn nothing of earlier episodes.")] = False,
-    again: Annotated[
-        Path | None, typer.Option("--reproduce", metavar="FILE", help="Make the moves of a written failure.")
-    ] = None,
     json: Json = False,
 ) -> int:
     """Attack the core with guests and a secure world that mean harm, looking at all invariants."""
+    from mediator.documents import read_document
     from mediator.fuzz.engine import fuzz as search
-    from mediator.fuzz.engine import reproduce, save
+    from mediator.fuzz.engine import save
+    from mediator.policies import BUILT_IN
 
-    if again is not None:
-        report = reproduce(again)
-    else:
-        if calls is None and seconds is None:
-            calls = DEFAULT_CALLS
-        report = search(
-            policy_of(policy),
-            seed=seed,
-            calls=calls,
-            seconds=seconds,
-            guests=guests,
-            guided=not unguided,
-            advance=_progress if on_terminal(sys.stderr) else lambda report: None,
-        )
-        if on_terminal(sys.stderr):
-            print(file=sys.stderr)
-        if report.failure is not None:
-            note(f"written to {save(report, out)}")
+    if calls is None and seconds is None:
+        calls = DEFAULT_CALLS
+    try:  # now, and not when there is something to write
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{out}: {error.strerror or error}") from None
+    report = search(
+        policy_of(policy),
+        seed=seed,
+        calls=calls,
+        seconds=seconds,
+        guests=guests,
+        guided=not unguided,
+        policy_text="" if policy in BUILT_IN else read_document(Path(policy)),
+        advance=_progress if on_terminal(sys.stderr) else lambda report: None,
+    )
+    if on_terminal(sys.stderr):
+        print(file=sys.stderr)
+    written = ""
+    if report.failure is not None:
+        try:
+            written = str(save(report, out))
+        except OSError as error:
+            raise BadInput(f"{out}: {error.strerror or error}") from None
+        note(f"written to {written}: mediator run {written}")
     if json:
-        emit_json(report.as_data())
+        emit_json(report.as_data() | {"written": written or None})
     else:
         _show(report)
     return verdict(report.failure is None)

@@ -1,22 +1,28 @@
 """Where a fuzz run happens: guests, the core under the checker, and a secure world that may break its contract."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from random import Random
 from typing import Final
 
 from hv_models.machine import RAM_BASE, Machine, RamBlock
 from hv_models.stage2 import PageKind
+from hv_models.vm import VirtualMachine
 from mediator.core.mediator import Mediator
 from mediator.core.policy import Policy
-from mediator.core.records import Call
 from mediator.core.states import GuestState
 from mediator.core.steps import Forward, Preempt, Queue, Regs, Reply, Step
+from mediator.fuzz.journal import Journal, Writes
 from mediator.fuzz.moves import (
+    ENDLESS,
     FUNCTIONS,
+    LISTS,
     PAGES,
     RPC_COOKIES,
     YIELDING,
     Move,
+    endless_list,
+    first_lists,
     message,
     page_list,
     reply,
@@ -43,6 +49,11 @@ _FAST: Final[dict[int, Regs]] = {
 _KINDS: Final = (PageKind.RAM_RW, PageKind.RAM_RW, PageKind.RAM_RO, PageKind.MMIO, PageKind.NONE)
 
 
+def flavour(number: int) -> str:
+    """Whose VM the guest with this number is."""
+    return ("xen", "kvm")[number % 2]
+
+
 class Talk:
     """A call as the secure world knows it."""
 
@@ -56,16 +67,20 @@ class Talk:
 
 
 class Arena(Host):
-    """One run. `calls` counts the SMCs of guests; `items` are the ABI's parts that were seen."""
+    """One run. `calls` counts the SMCs of guests; `items` are the ABI's parts that were seen.
 
-    def __init__(self, policy: Policy, guests: int) -> None:
+    journal: told everything that happens, if there is one.
+    """
+
+    def __init__(self, policy: Policy, guests: int, journal: Journal | None = None) -> None:
         super().__init__(Machine())
+        self.journal = journal
         self.mediator = Mediator(policy, self)
         self.checker = Checker(self.mediator, self, self.threads_held)
         self.calls = 0
         self.items: set[tuple[str, int]] = set()
         self.vms = [
-            (self.machine.create_kvm if number % 2 else self.machine.create_xen)(
+            (self.machine.create_kvm if flavour(number) == "kvm" else self.machine.create_xen)(
                 f"guest-{number}", [RamBlock(RAM_BASE, PAGES * 4096)]
             )
             for number in range(guests)
@@ -75,10 +90,10 @@ class Arena(Host):
         self._held: list[Forward | Preempt] = []
         self._choose = Random(0)
         self._refusing = False
-        for number, vm in enumerate(self.vms):
-            base = vm.ram[0].base
-            for page in range(8, 16):
-                self._write(number, base + page * 4096, page_list(self._choose, base, hostile=False))
+        self._changed: defaultdict[int, set[int]] = defaultdict(set)
+        self._writes: Writes = []
+        for vm in self.vms:
+            self._furnish(vm)
         self._finish(self.checker.probe())
         for vm in self.vms:
             self._finish(self.checker.create(vm.client_id, vm))
@@ -96,35 +111,36 @@ class Arena(Host):
         guest = self.mediator.guests.get(client)
         if move.what == "call":
             at = base + choose.randrange(8) * 4096
-            self._write(move.guest, at, message(choose, base, hostile=hostile))
-            self._write(move.guest, base + choose.randrange(8, 16) * 4096, page_list(choose, base, hostile=hostile))
+            self._write(vm, at, message(choose, base, hostile=hostile))
+            self._write_list(vm, choose, hostile=hostile)
             function = choose.choice(YIELDING)
             operands = to_pair(at)
             if function is Function.CALL_WITH_REGD_ARG:
                 operands = (0, choose.randrange(1, 6))
             elif hostile and choose.random() < 0.1:
                 operands = to_pair(choose.choice((at + 8, 0, 1 << 45, base - 4096)))
-            self._submit(client, (int(function), *operands, 0, 0, 0, 0, choose.choice((0, 7))))
+            self._submit(vm, (int(function), *operands, 0, 0, 0, 0, choose.choice((0, 7))))
         elif move.what == "resume":
-            self._resume(move.guest, client, base, hostile=hostile)
+            self._resume(vm, hostile=hostile)
         elif move.what == "answer" and self._held:
             self._go_on(self._held.pop(choose.randrange(len(self._held))))
         elif move.what == "fast":
             function_id = choose.choice(FUNCTIONS) if choose.random() < 0.95 else choose.getrandbits(32)
-            self._submit(client, (function_id, *(choose.choice((0, 1, 0xC0, 1 << 40)) for _ in range(7))))
+            self._submit(vm, (function_id, *(choose.choice((0, 1, 0xC0, 1 << 40)) for _ in range(7))))
         elif move.what == "page":
-            vm.set_kind(base + choose.randrange(PAGES) * 4096, choose.choice(_KINDS))
+            ipa, kind = base + choose.randrange(PAGES) * 4096, choose.choice(_KINDS)
+            vm.set_kind(ipa, kind)
+            self._changed[client].add(ipa)
+            if self.journal is not None:
+                self.journal.changed(vm.name, ipa, kind)
         elif move.what == "pause" and guest is not None:
-            if not self.checker.pause(client):
-                self.checker.resume(client)
+            done = "pause" if self.checker.pause(client) else "resume" if self.checker.resume(client) else ""
+            if self.journal is not None and done:
+                self.journal.asked(vm.name, done)
         elif move.what in ("destroy", "reset") and choose.random() < 0.3:
             self._refusing = choose.random() < REFUSED
-            self._end(client, again=move.what == "reset")
+            self._end(vm, again=move.what == "reset")
             self._refusing = False
-        elif move.what == "give-back":
-            for step in [step for step in self._held if isinstance(step, Preempt) and isinstance(step.ticket, Call)]:
-                self._held.remove(step)
-                self._keep(client, self.checker.give_back(step.ticket))
 
     def finish(self) -> None:
         """Let everything come to its end; what is left then is somebody's mistake."""
@@ -132,8 +148,9 @@ class Arena(Host):
         while self._held:
             self._go_on(self._held.pop(), plain=True)
         self.checker.finish()
+        self.journal = None  # a scenario's guests end by themselves
         for vm in self.vms:
-            self._end(vm.client_id, again=False)
+            self._end(vm, again=False)
         if self.machine.pages.allocated:
             self.checker.report(2, None, "no mediator page in use", str(self.machine.pages.allocated))
 
@@ -143,16 +160,32 @@ class Arena(Host):
 
     # Guests
 
-    def _write(self, guest: int, at: int, data: bytes) -> None:
-        self.vms[guest % len(self.vms)].ram[0].write(at, data)
+    def _furnish(self, vm: VirtualMachine) -> None:
+        """A VM as it begins: page lists, and one that has no end."""
+        base = vm.ram[0].base
+        for page, entries in zip(LISTS, first_lists(base), strict=True):
+            self._write(vm, base + page * 4096, entries)
+        self._write(vm, base + ENDLESS * 4096, endless_list(base))
 
-    def _submit(self, client: VmId, regs: Regs) -> None:
+    def _write(self, vm: VirtualMachine, at: int, data: bytes) -> None:
+        vm.ram[0].write(at, data)
+        if self.journal is not None:
+            self.journal.wrote(vm.name, at, data)
+
+    def _write_list(self, vm: VirtualMachine, choose: Random, *, hostile: bool) -> None:
+        base = vm.ram[0].base
+        self._write(vm, base + choose.choice(LISTS) * 4096, page_list(choose, base, hostile=hostile))
+
+    def _submit(self, vm: VirtualMachine, regs: Regs) -> None:
         self.calls += 1
         self.items.add(("function", regs[0] & 0xFFFFFFFF if regs[0] & 0xFFFFFFFF in FUNCTIONS else -1))
-        self._keep(client, self.checker.submit(client, 0, regs))
+        step = self.checker.submit(vm.client_id, 0, regs)
+        if self.journal is not None and not isinstance(step, Queue):  # of a paused guest, who tries again later
+            self.journal.called(vm.name, regs, step)
+        self._keep(vm.client_id, step)
 
-    def _resume(self, number: int, client: VmId, base: int, *, hostile: bool) -> None:
-        choose = self._choose
+    def _resume(self, vm: VirtualMachine, *, hostile: bool) -> None:
+        choose, client, base = self._choose, vm.client_id, vm.ram[0].base
         told = self._told[client]
         thread = (
             told.pop(choose.randrange(len(told))) if told and choose.random() < 0.95 else choose.choice((0, 9, 1 << 30))
@@ -165,12 +198,12 @@ class Arena(Host):
             place = call.argument.ipa if call.argument is not None else call.ipa + call.rpc_offset
             words = (call.rpc_words[0] & 0xFFFFFFFF, call.rpc_words[1] & 0xFFFFFFFF)
             if base <= place < base + (PAGES - 1) * 4096:
-                asked = self.vms[number % len(self.vms)].ram[0].read(place, 160)
-                self._write(number, place, reply(choose, asked, base, hostile=hostile))
-                self._write(number, base + choose.randrange(8, 16) * 4096, page_list(choose, base, hostile=hostile))
+                asked = vm.ram[0].read(place, 160)
+                self._write(vm, place, reply(choose, asked, base, hostile=hostile))
+                self._write_list(vm, choose, hostile=hostile)
         if hostile and choose.random() < 0.2:
             words = (choose.getrandbits(32), choose.getrandbits(32))
-        self._submit(client, (int(Function.RETURN_FROM_RPC), *words, thread, *to_pair(cookie), 0, 0))
+        self._submit(vm, (int(Function.RETURN_FROM_RPC), *words, thread, *to_pair(cookie), 0, 0))
 
     def _keep(self, client: int, step: Step) -> None:
         """Do what a step says, or let it lie for a while."""
@@ -196,15 +229,26 @@ class Arena(Host):
 
     def _next(self, step: Forward | Preempt, *, plain: bool) -> Step:
         if isinstance(step, Preempt):
-            return self.checker.proceed(step.ticket)
-        return self.checker.returned(step.ticket, self._answer(step.regs, plain=plain))
+            then = self.checker.proceed(step.ticket)
+        else:
+            self._writes = []
+            answer = self._answer(step.regs, plain=plain)
+            if self.journal is not None:
+                self.journal.answered(step, answer, self._writes)
+            then = self.checker.returned(step.ticket, answer)
+        if self.journal is not None:
+            self.journal.went_on(step.ticket, then)
+        return then
 
     def _finish(self, step: Step) -> None:
         while isinstance(step, Forward | Preempt):
             step = self._next(step, plain=True)
 
-    def _end(self, client: VmId, *, again: bool) -> None:
+    def _end(self, vm: VirtualMachine, *, again: bool) -> None:
         """End a VM, or begin it anew; what waits for OP-TEE comes back first."""
+        client = vm.client_id
+        if self.journal is not None:
+            self.journal.asked(vm.name, "kexec" if again else "kill", refused=self._refusing)
         request_again = self.checker.reset if again else self.checker.destroy
         step = request_again(client)
         while isinstance(step, Queue):
@@ -213,17 +257,32 @@ class Arena(Host):
         self._finish(step)
         guest = self.mediator.guests.get(client)
         if guest is not None and guest.state is GuestState.QUARANTINED:
-            self._finish(self.checker.abandon(client) if self._choose.random() < 0.5 else self.checker.destroy(client))
+            abandoned = self._choose.random() < 0.5
+            if self.journal is not None:
+                self.journal.asked(vm.name, "abandon" if abandoned else "kill")
+            self._finish(self.checker.abandon(client) if abandoned else self.checker.destroy(client))
         self._told[client].clear()
         if client not in self.mediator.guests:
-            for key in [key for key in self._talks if key[0] == client]:
-                del self._talks[key]
-            vm = next(vm for vm in self.vms if vm.client_id == client)
-            self._refusing = self._refusing or self._choose.random() < REFUSED
+            self._begin_anew(vm, ended=not again)
+
+    def _begin_anew(self, vm: VirtualMachine, *, ended: bool) -> None:
+        """Create a VM that is gone, with memory as it was when it began. ended: its VM was taken away, too."""
+        client = vm.client_id
+        for key in [key for key in self._talks if key[0] == client]:
+            del self._talks[key]
+        if self.journal is not None:
+            if not ended:
+                self.journal.asked(vm.name, "kill")
+            self.journal.asked(vm.name, "create")
+        vm.ram[0].store.view[:] = bytes(PAGES * 4096)
+        for ipa in self._changed.pop(client, ()):
+            vm.set_kind(ipa, PageKind.RAM_RW)
+        self._furnish(vm)
+        self._refusing = self._refusing or self._choose.random() < REFUSED
+        self._finish(self.checker.create(client, vm))
+        self._refusing = False
+        if client not in self.mediator.guests:
             self._finish(self.checker.create(client, vm))
-            self._refusing = False
-            if client not in self.mediator.guests:
-                self._finish(self.checker.create(client, vm))
 
     # The secure world
 
@@ -260,8 +319,7 @@ class Arena(Host):
                 return self._suspend(talk, vm, free[0], RpcReturn.FREE, talk.cookies.popitem()[0])
             if choose.random() < 0.1:
                 return (4, 0, 0, 0)
-            frame = self.machine.memory.frame(talk.pa)
-            frame[20:28] = choose.choice((0, 0, 0, 0xFFFF0006)).to_bytes(4, "little") + b"\3\0\0\0"
+            self._say("message", talk.pa, 20, choose.choice((0, 0, 0, 0xFFFF0006)).to_bytes(4, "little") + b"\3\0\0\0")
             return (0, 0, 0, 0)
         thread = choose.choice((*self._told[VmId(vm)], 1 << 30, 0xFFFFFFFF)) if broken else free[0]
         if kind == "cmd" and (talk.behind or talk.cookies):
@@ -269,7 +327,7 @@ class Arena(Host):
             place = talk.pa + self._behind(talk.pa) if talk.behind else talk.cookies[cookie]
             data = request(choose)
             if place % 4096 + len(data) <= 4096:
-                self.machine.memory.write(place, data)
+                self._say("argument", place, 0, data)
             if broken:
                 cookie = choose.getrandbits(64)
             return self._suspend(talk, vm, thread, RpcReturn.CMD, cookie)
@@ -277,6 +335,10 @@ class Arena(Host):
             return self._suspend(talk, vm, thread, RpcReturn.ALLOC, 160 << 32)
         code = 0xFFFF0000 | choose.getrandbits(16) if broken else int(RpcReturn.FOREIGN_INTR)
         return self._suspend(talk, vm, thread, code if code != 0xFFFFFFFF else 0xFFFF0004, 0)
+
+    def _say(self, where: str, pa: int, offset: int, data: bytes) -> None:
+        self.machine.memory.write(pa + offset, data)
+        self._writes.append((where, offset, data))
 
     def _suspend(self, talk: Talk, vm: int, thread: int, rpc: int, pair: int) -> Regs:
         talk.rpc = int(rpc)

@@ -1,6 +1,5 @@
 """The search: episodes of moves, those that show something new are begun from again, and a failure is made short."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,51 +7,26 @@ from random import Random
 from time import monotonic
 from typing import Any, Final
 
-from hv_models.memory import PhysicalFault
-from hv_models.stage2 import Stage2Fault
-from mediator.core.faults import MediatorBug
 from mediator.core.policy import Policy
-from mediator.documents import DocumentError
-from mediator.fuzz.arena import Arena
-from mediator.fuzz.moves import KINDS, Move, draw
+from mediator.fuzz.arena import THREADS, Arena, flavour
+from mediator.fuzz.failure import LOUD, Failure, kinds_of, make_short, shrink
+from mediator.fuzz.journal import Journal
+from mediator.fuzz.moves import Move, draw
+from mediator.fuzz.story import Story
 from mediator.invariants import Violation
 from mediator.invariants.lifecycles import ARGUMENT_EDGES, BUFFER_EDGES, CALL_EDGES, GUEST_EDGES, NEW
-from mediator.policies import load_policy
 
-FORMAT: Final = "mediator-fuzz-case/1"
 EPISODE: Final = 400
 """Moves from the birth of the guests to their end. Long enough for quotas to fill; short enough to be made short."""
 FROM_CORPUS: Final = 0.6
 """How often an episode begins as one that showed something new did."""
-SHRINK_RUNS: Final = 600
 EDGES: Final = {
     "guest": GUEST_EDGES,
     "call": CALL_EDGES,
     "buffer": BUFFER_EDGES,
     "RPC argument": ARGUMENT_EDGES,
 }
-_LOUD: Final = (
-    MediatorBug,
-    PhysicalFault,
-    Stage2Fault,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-"""What leaves a broken core, or a model that was led by one to an address that is none."""
 Advance = Callable[["FuzzReport"], None]
-
-
-@dataclass(slots=True)
-class Failure:
-    """Moves that lead to a violation, or to an exception that leaves the core."""
-
-    moves: list[Move]
-    why: list[str]
-    shrunk_from: int
 
 
 @dataclass(slots=True)
@@ -95,6 +69,7 @@ class FuzzReport:
             "items": len(self.items),
             "features": len(self.features),
             "violations": [] if self.failure is None else self.failure.why,
+            "reproduced": None if self.failure is None else self.failure.reproduced,
         }
 
 
@@ -106,10 +81,14 @@ def fuzz(
     calls: int | None = None,
     seconds: float | None = None,
     guided: bool = True,
-    shrink: bool = True,
+    shrink_it: bool = True,
+    policy_text: str = "",
     advance: Advance = lambda report: None,
 ) -> FuzzReport:
-    """Search until so many calls are made, so much time is over, or something fails. The same seed is the same run."""
+    """Search until so many calls are made, so much time is over, or something fails. The same seed is the same run.
+
+    policy_text: the policy as YAML, for the scenario of a failure, if it is not built in.
+    """
     report = FuzzReport(seed, policy.name, guests, guided)
     choose = Random(seed)
     corpus: list[list[Move]] = []
@@ -125,8 +104,8 @@ def fuzz(
         report.seconds = monotonic() - started
         advance(report)
         if why:
-            shrunk = _shrink(policy, guests, moves, why) if shrink else moves
-            report.failure = Failure(shrunk, _play(policy, guests, shrunk, None) or why, len(moves))
+            whole = Failure(moves, why, len(moves))
+            report.failure = _failure(policy, report, moves, why, policy_text) if shrink_it else whole
             break
     return report
 
@@ -142,9 +121,11 @@ def _episode(choose: Random, corpus: list[list[Move]], guests: int) -> list[Move
     return moves + [draw(choose, guests) for _ in range(EPISODE - len(moves))]
 
 
-def _play(policy: Policy, guests: int, moves: list[Move], report: FuzzReport | None) -> list[str]:
+def _play(
+    policy: Policy, guests: int, moves: list[Move], report: FuzzReport | None, journal: Journal | None = None
+) -> list[str]:
     """Make the moves; what is wrong then."""
-    arena = Arena(policy, guests)
+    arena = Arena(policy, guests, journal)
     found: list[Violation] = arena.checker.violations
     features = set() if report is None else report.features
     try:
@@ -157,7 +138,7 @@ def _play(policy: Policy, guests: int, moves: list[Move], report: FuzzReport | N
                 break
         if not found:
             arena.finish()
-    except _LOUD as error:
+    except LOUD as error:
         return [f"{type(error).__name__} left the core: {error}", *map(str, found)]
     finally:
         if report is not None:
@@ -169,58 +150,33 @@ def _play(policy: Policy, guests: int, moves: list[Move], report: FuzzReport | N
     return list(map(str, found))
 
 
-def _shrink(policy: Policy, guests: int, moves: list[Move], why: list[str]) -> list[Move]:
-    """Leave out what is not needed to fail, in ever smaller pieces."""
-    runs, size = 0, max(len(moves) // 2, 1)
-    while size and runs < SHRINK_RUNS:
-        at, changed = 0, False
-        while at < len(moves) and runs < SHRINK_RUNS:
-            shorter = moves[:at] + moves[at + size :]
-            runs += 1
-            if _play(policy, guests, shorter, None):
-                moves, changed = shorter, True
-            else:
-                at += size
-        size = size if changed and size == 1 else size // 2
-        if size == 1 and not changed:
-            break
-    return moves
+def _failure(policy: Policy, report: FuzzReport, moves: list[Move], why: list[str], policy_text: str) -> Failure:
+    """Make a failure short, and a scenario of it."""
+    kinds = kinds_of(why)
+    shrunk = shrink(moves, lambda shorter: bool(kinds_of(_play(policy, report.guests, shorter, None)) & kinds))
+    journal = Journal()
+    why = _play(policy, report.guests, shrunk, None, journal) or why
+    story = Story(
+        f"fuzz-{report.seed}-{report.calls}",
+        f"What mediator fuzz found with seed {report.seed}.",
+        policy_text or policy.name,
+        {f"guest-{number}": {"hypervisor": flavour(number)} for number in range(report.guests)},
+        THREADS,
+    )
+    journal.close()
+    story.tell(journal)
+    reproduced = make_short(story, kinds)
+    story.comment = [
+        f"mediator fuzz --seed {report.seed} --guests {report.guests}, after {report.calls} calls:",
+        *why[:1],
+        *([] if reproduced else ["This scenario does not show it: it hangs on an order of events that none can say."]),
+    ]
+    return Failure(shrunk, why, len(moves), story.text(), reproduced=reproduced)
 
 
 def save(report: FuzzReport, directory: Path) -> Path:
-    """Write a failure where `reproduce` can take it. Raises OSError."""
+    """Write a failure as a scenario, for `mediator run`. Raises OSError."""
     assert report.failure is not None
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"seed-{report.seed}-calls-{report.calls}.json"
-    document = {
-        "format": FORMAT,
-        "policy": report.policy,
-        "guests": report.guests,
-        "why": report.failure.why,
-        "moves": [list(move) for move in report.failure.moves],
-    }
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    path = directory / f"fuzz-{report.seed}-{report.calls}.yaml"
+    path.write_text(report.failure.scenario, encoding="utf-8")
     return path
-
-
-def reproduce(path: Path) -> FuzzReport:
-    """Make the moves of a file. Raises DocumentError, OSError."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if document["format"] != FORMAT:
-            raise ValueError(f"format {document['format']!r} is not {FORMAT}")
-        moves = [
-            Move(str(what), int(guest), int(choice), int(detail)) for what, guest, choice, detail in document["moves"]
-        ]
-        guests = int(document["guests"])
-        unknown = {move.what for move in moves} - set(KINDS)
-        if unknown or not 0 < guests <= 64:
-            raise ValueError(f"unknown moves {', '.join(sorted(unknown))}" if unknown else f"{guests} guests")
-        policy = load_policy(str(document["policy"]))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DocumentError([f"{path}: no case of mediator fuzz: {error}"]) from None
-    report = FuzzReport(0, policy.name, guests, guided=False, episodes=1)
-    why = _play(policy, guests, moves, report)
-    if why:
-        report.failure = Failure(moves, why, len(moves))
-    return report

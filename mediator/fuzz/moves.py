@@ -4,10 +4,11 @@ A move is four small numbers: what, who, and two that decide the rest. So a run 
 same run, and a shorter list is a run as well.
 """
 
+from functools import cache
 from random import Random
 from typing import Final, NamedTuple
 
-from optee.abi.message import HEADER, MAX_PARAMS, NONCONTIG, PARAM, Command, ParamType
+from optee.abi.message import ENTRIES_PER_PAGE, HEADER, MAX_PARAMS, NONCONTIG, PARAM, Command, ParamType
 from optee.abi.rpc import RpcCommand
 from optee.abi.smc import Function
 
@@ -23,7 +24,7 @@ class Move(NamedTuple):
 
 KINDS: Final = (
     "call", "call", "call", "call", "call", "call", "resume", "resume", "resume", "resume", "resume", "answer",
-    "answer", "fast", "fast", "fast", "page", "pause", "destroy", "reset", "give-back",
+    "answer", "fast", "fast", "fast", "page", "pause", "destroy", "reset",
 )  # fmt: skip
 """Moves by how often they are made."""
 
@@ -31,6 +32,12 @@ FUNCTIONS: Final = tuple(int(function) for function in Function)
 YIELDING: Final = (Function.CALL_WITH_ARG,) * 2 + (Function.CALL_WITH_RPC_ARG, Function.CALL_WITH_REGD_ARG)
 PAGES: Final = 64
 """Pages of a guest: 0-7 messages, 8-15 lists, 16-23 RPC arguments, the rest data."""
+LISTS: Final = range(8, 15)
+ENDLESS: Final = 15
+"""A page list that names itself as the next page: as long as somebody says it is."""
+LONG: Final = 0.004
+"""How often a buffer is so long that its list takes more than one step."""
+LONG_SIZES: Final = (600 * 4096, 16384 * 4096, 16385 * 4096)
 COOKIES: Final = (1, 2, 3, 4, 5, 0, (1 << 64) - 1)
 RPC_COOKIES: Final = (0xC0, 0xC1, 0xC2)
 SIZES: Final = (1, 4096, 4097, 3 * 4096, 5 * 4096, 0, 1 << 32, (1 << 44) + 4096, 1 << 63, (1 << 64) - 1)
@@ -71,7 +78,9 @@ def parameter(choose: Random, base: int, *, hostile: bool) -> tuple[int, int, in
 
 def temporary(choose: Random, base: int, *, hostile: bool, kind: int) -> tuple[int, int, int, int]:
     """Draw a parameter with a page list."""
-    pointer = base + choose.randrange(8, 16) * 4096
+    if choose.random() < LONG:
+        return kind, base + ENDLESS * 4096, choose.choice(LONG_SIZES), choose.choice(COOKIES[:5])
+    pointer = base + choose.choice(LISTS) * 4096
     size = choose.choice(SIZES[:5])
     if hostile:
         pointer += choose.choice((0, 0, 8, 4095))
@@ -89,6 +98,20 @@ def page_list(choose: Random, base: int, *, hostile: bool) -> bytes:
             (0, base + 24 * 4096 + 8, 1 << 45, base, base + 8 * 4096, (1 << 64) - 1)
         )
     return b"".join(entry.to_bytes(8, "little") for entry in entries)
+
+
+@cache
+def endless_list(base: int) -> bytes:
+    """A list page that names a data page as often as it can, and itself as the next one."""
+    entries = [base + 24 * 4096] * ENTRIES_PER_PAGE
+    return b"".join(word.to_bytes(8, "little") for word in (*entries, base + ENDLESS * 4096))
+
+
+@cache
+def first_lists(base: int) -> list[bytes]:
+    """The page lists with which a guest begins."""
+    choose = Random(0)
+    return [page_list(choose, base, hostile=False) for _ in LISTS]
 
 
 def request(choose: Random) -> bytes:

@@ -6,6 +6,7 @@ there, or a state that was assigned past the tables, is seen in what an object w
 
 from collections.abc import Iterable, Iterator
 from enum import Enum
+from functools import cache
 from typing import Final, NamedTuple, Protocol
 
 NEW: Final = "(new)"
@@ -156,6 +157,7 @@ class LifeCycle:
             self._seen[thing] = thing.state
 
 
+@cache
 def _closure(edges: Edges) -> Edges:
     """Every way of one edge or more."""
     ways = set(edges)

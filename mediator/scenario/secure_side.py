@@ -71,10 +71,12 @@ class Forwarded:
 
 
 class Script(Protocol):
-    """An answer that waits for its call. takes: virtual seconds from the call to the answer."""
+    """An answer that waits for its call."""
 
     @property
-    def takes(self) -> float: ...
+    def takes(self) -> float:
+        """Virtual seconds from the call to the answer."""
+        ...
 
     def fits(self, regs: Regs) -> bool:
         """Whether it is meant for this call."""
@@ -227,7 +229,9 @@ class SecureSide:
         thread = regs[3] & _LOW
         if thread in inbox.asked_for_page:
             inbox.asked_for_page.discard(thread)
-            inbox.pages[from_pair(regs[4], regs[5])] = from_pair(regs[1], regs[2])
+            page = from_pair(regs[1], regs[2])
+            if page:
+                inbox.pages[from_pair(regs[4], regs[5])] = page
         return inbox.conversations.pop(thread, None)
 
     def _note(self, inbox: Inbox, conversation: Conversation, answer: Regs) -> str:

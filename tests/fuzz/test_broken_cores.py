@@ -99,7 +99,7 @@ def broken(fault: Fault) -> Iterator[None]:
 
 def found_by_fuzz() -> bool:
     """Whether the fuzzer finds something wrong."""
-    return fuzz(load_policy("default"), seed=0, seconds=SECONDS, shrink=False).failure is not None
+    return fuzz(load_policy("default"), seed=0, seconds=SECONDS, shrink_it=False).failure is not None
 
 
 def found_when_exhausted() -> bool:

@@ -199,3 +199,53 @@ def test_pins_that_are_never_taken_back_are_violations_and_end_the_run(
     assert run(["run", "hello"]) == 1
     out, err = capsys.readouterr()
     assert "invariant 1" in out and err == ""
+
+
+def test_others_have_their_turn_while_op_tee_takes_its_time() -> None:
+    """The guest dies while its call is with OP-TEE: its end waits for the answer, and nothing is left."""
+    outcome = play(
+        "machine: {each: {driver: none}, guests: {slow: , other: }}\n"
+        "steps:\n"
+        "- {guest: slow, message: CLOSE_SESSION}\n"
+        "- {guest: slow, secure_world: [{a0: OK, takes: 5}]}\n"
+        "- parallel:\n"
+        "  - {guest: slow, smc: CALL_WITH_ARG, a1:a2: $message}\n"
+        "  - sequence:\n"
+        "    - {advance: 1}\n"
+        "    - {guest: slow, expect: {ledger: {calls: 1}}}\n"
+        "    - {guest: other, smc: GET_OS_REVISION, expect: {a0: 4}}\n"
+        "    - {kill: slow}\n"
+    )
+    assert outcome.good, outcome.as_data()
+    assert outcome.seconds == 5.0
+
+
+@pytest.mark.parametrize("step", ["kill", "destroy", "abandon"])
+def test_a_guest_of_which_op_tee_does_not_let_go_stays_until_it_is_ended_again(step: str) -> None:
+    body = (
+        "machine: {each: {driver: none}, guests: {alice: {vcpus: 1}}, optee: {guests: 4}}\n"
+        "steps:\n"
+        "- {pages: 1, as: buffer}\n- {list: $buffer}\n"
+        "- {message: REGISTER_SHM, params: [{attr: TMEM_OUTPUT | NONCONTIG, buf_ptr: $list, size: 4096, shm_ref: 7}]}\n"
+        "- {smc: CALL_WITH_ARG, a1:a2: $message, expect: {a0: OK, message: {ret: SUCCESS}}}\n"
+        "- {secure_world: [{to: VM_DESTROYED, a0: EBUSY}]}\n"
+        "- {kill: alice}\n"
+        "- {expect: {pins: [{at: $buffer, count: 1}]}}\n"
+        "- {smc: GET_OS_REVISION, expect: {a0: UNKNOWN_FUNCTION}}\n"
+    )
+    assert play(body).good  # its end is tried again when the scenario ends
+    outcome = play(f"{body}- {{{step}: alice}}\n- {{create: alice}}\n- {{smc: GET_OS_REVISION, expect: {{a0: 4}}}}\n")
+    assert outcome.failure is None and not outcome.violations
+    assert outcome.left == ({"buffers": 1} if step == "abandon" else {})  # nobody told OP-TEE of that end
+
+
+def test_only_a_guest_in_quarantine_is_abandoned() -> None:
+    outcome = play("machine: {each: {driver: none}}\nsteps:\n- {abandon: kvm-1}\n")
+    assert outcome.failure is not None and outcome.failure.got == "one that is not"
+
+
+def test_a_core_that_breaks_down_after_a_violation_is_told_by_the_violation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mediator.core.sharing.release_argument", lambda world, guest, argument: None)
+    monkeypatch.setattr("mediator.core.yielding.release_buffer", lambda core, guest, buffer: None)
+    outcome = play("steps:\n- {open: hello_world}\n- {invoke: INC_VALUE, params: [{value: 1}]}\n- {allocate: 4096}\n")
+    assert outcome.violations and outcome.failure is not None and outcome.failure.what.startswith("invariant")
