@@ -254,6 +254,17 @@ class Open(ClientStep):
         return session.outputs
 
 
+def _living_session(name: Expression, actor: Actor) -> tuple[Session, UUID]:
+    """A session of the guest's present kernel, and its TA. Raises EvaluationError."""
+    thing = actor.thing(name, "session").thing
+    assert isinstance(thing, tuple)
+    session, uuid, driver = thing
+    assert isinstance(session, Session) and isinstance(uuid, UUID)
+    if driver is not actor.guest.driver:
+        raise EvaluationError(f"{name.text} ended with the kernel that opened it")
+    return session, uuid
+
+
 class SessionStep(ClientStep):
     """A step in a session: the one called `session` unless named."""
 
@@ -261,13 +272,7 @@ class SessionStep(ClientStep):
 
     def in_session(self, actor: Actor) -> tuple[Session, UUID]:
         """The session, and its TA. Raises EvaluationError."""
-        thing = actor.thing(self.session, "session").thing
-        assert isinstance(thing, tuple)
-        session, uuid, driver = thing
-        assert isinstance(session, Session) and isinstance(uuid, UUID)
-        if driver is not actor.guest.driver:
-            raise EvaluationError(f"{self.session.text} ended with the kernel that opened it")
-        return session, uuid
+        return _living_session(self.session, actor)
 
 
 class Invoke(SessionStep):
@@ -307,9 +312,8 @@ class Cancel(ClientStep):
 
     async def call(self, actor: Actor) -> Sequence[Output]:
         """See `ClientStep`."""
-        thing = actor.thing(self.cancel, "session").thing
-        assert isinstance(thing, tuple)
-        await thing[0].request_cancellation()
+        session, _ = _living_session(self.cancel, actor)
+        await session.request_cancellation()
         return ()
 
 
@@ -321,9 +325,8 @@ class Close(ClientStep):
 
     async def call(self, actor: Actor) -> Sequence[Output]:
         """See `ClientStep`."""
-        thing = actor.thing(self.close, "session").thing
-        assert isinstance(thing, tuple)
-        await thing[0].close()
+        session, _ = _living_session(self.close, actor)
+        await session.close()
         return ()
 
 

@@ -160,6 +160,14 @@ def test_one_of_several_contents() -> None:
     assert outcome.failure is not None and outcome.failure.expected == "one of 2 contents"
 
 
+@pytest.mark.parametrize("step", ["{close: $session}", "{cancel: $session}", "{invoke: 0}"])
+def test_a_session_ends_with_its_kernel(step: str) -> None:
+    outcome = play(
+        "steps:\n- {open: hello_world}\n- {cut_power: [{open: hello_world, as: other}], at_call: 1}\n- " + step + "\n"
+    )
+    assert outcome.failure is not None and "$session ended with the kernel that opened it" in str(outcome.failure)
+
+
 def test_a_guest_is_created_once() -> None:
     outcome = play("machine: {guests: {vm: {created: false}}}\nsteps:\n- sequence: [{create: vm}, {create: vm}]\n")
     assert outcome.failure is not None and "alive already" in outcome.failure.got
