@@ -59,12 +59,14 @@ def read_bytes(path: FilePath) -> bytes:
 
 
 def read_document(path: FilePath) -> str:
-    """The text of a document, as far as one may be long. Raises DocumentError."""
+    """The text of a document. Raises DocumentError, with file:line:column where it is no UTF-8."""
+    data = read_bytes(path)
     try:
-        with path.open(encoding="utf-8") as file:
-            return file.read(MAX_SIZE + 1)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DocumentError([f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}"]) from None
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        before = data[: error.start].decode("utf-8")
+        line, column = _place(before)
+        raise DocumentError([f"{path}:{line + 1}:{column + 1}: not UTF-8 text"]) from None
 
 
 class _Loader(yaml.CSafeLoader):
@@ -186,7 +188,7 @@ def load_located(model: type[M], text: str, name: str) -> tuple[M, Places]:
         raise DocumentError([reader.at(error.problem_mark, str(error.problem or error.context))]) from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         first = str(error).splitlines()[0]
-        raise DocumentError([reader.at(None, f"not YAML: {first}")]) from None
+        raise DocumentError([reader.at(_unreadable(text), f"not YAML: {first}")]) from None
     if node is None:
         raise DocumentError([reader.at(None, "empty")])
     data = reader.read(node, (), 0)
@@ -202,6 +204,20 @@ def load_located(model: type[M], text: str, name: str) -> tuple[M, Places]:
     if reader.errors:
         raise DocumentError(reader.errors)
     return document, Places(reader)
+
+
+def _unreadable(text: str) -> yaml.Mark | None:
+    """Where the first character stands that YAML does not allow, if there is one."""
+    found = yaml.reader.Reader.NON_PRINTABLE.search(text)
+    if found is None:
+        return None
+    return yaml.Mark(None, found.start(), *_place(text[: found.start()]), None, None)
+
+
+def _place(before: str) -> tuple[int, int]:
+    """Line and column, counted from 0, of what comes after this text."""
+    lines = before.splitlines(keepends=True) or [""]
+    return (len(lines), 0) if lines[-1].endswith(("\n", "\r")) else (len(lines) - 1, len(lines[-1]))
 
 
 def _path(location: Path, data: Data) -> Path:

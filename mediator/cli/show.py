@@ -66,6 +66,13 @@ def schema(
             """Sizes and names are shown as they are written."""
             return super().encode_default(dft.text if isinstance(dft, Expression) else dft)
 
+        def dict_schema(self, schema: Any) -> dict[str, Any]:
+            """A key that has not the pattern of the keys is none."""
+            made = super().dict_schema(schema)
+            if "patternProperties" in made:
+                made["additionalProperties"] = False
+            return made
+
         def enum_schema(self, schema: Any) -> dict[str, Any]:
             made = super().enum_schema(schema)
             if all(isinstance(member, int) for member in schema["members"]):

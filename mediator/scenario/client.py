@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal, Self
 from uuid import UUID
 
 import trio
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from guests import Direction, MemoryResult, Null, Partial, Session, SharedMemory, TeeError, Temporary, Values, Whole
 from guests import Value as ValueParameter
@@ -52,16 +52,16 @@ COMMANDS: Final[Mapping[UUID, Mapping[str, int]]] = {
     ta.uuid: {entry.function.__name__.upper(): number for number, entry in ta.commands.items()} for ta in BUILT_IN
 }
 """Their commands by name."""
+_UUID: Final = r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
 _ALL_COMMANDS: Final = frozenset(name for commands in COMMANDS.values() for name in commands)
 
 
 def _known_ta(value: str) -> str:
     if value in TAS:
         return value
-    try:
+    if re.fullmatch(_UUID, value):
         return str(UUID(value))
-    except ValueError:
-        raise ValueError(f"{value!r} is no UUID and none of {', '.join(TAS)}") from None
+    raise ValueError(f"{value!r} is no UUID and none of {', '.join(TAS)}")
 
 
 def _known_command(value: object) -> object:
@@ -70,8 +70,16 @@ def _known_command(value: object) -> object:
     return value
 
 
-TaName = Annotated[str, AfterValidator(_known_ta)]
-CommandName = Annotated[str | int, BeforeValidator(_known_command)]
+TaName = Annotated[
+    str, AfterValidator(_known_ta), WithJsonSchema({"type": "string", "pattern": f"^({'|'.join(TAS)}|{_UUID})$"})
+]
+CommandName = Annotated[
+    str | int,
+    BeforeValidator(_known_command),
+    WithJsonSchema(
+        {"anyOf": [{"type": "integer"}, {"enum": sorted(_ALL_COMMANDS)}, {"type": "string", "pattern": r"^\$"}]}
+    ),
+]
 
 
 def ta_uuid(name: str) -> UUID:

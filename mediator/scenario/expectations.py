@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, WithJsonSchema, model_validator
 
 from guests import SharedMemory
 from mediator.core import steps
@@ -91,17 +91,18 @@ TRAFFIC: Final = frozenset(
 """Messages and RPCs by the name under which they are counted."""
 
 
-def _known(names: frozenset[str]) -> AfterValidator:
+def _one_of(names: frozenset[str]) -> tuple[AfterValidator, WithJsonSchema]:
     def check(name: str) -> str:
         if name not in names:
             raise ValueError(f"{name!r} is none of {', '.join(sorted(names))}")
         return name
 
-    return AfterValidator(check)
+    pattern = "|".join(sorted(names)).replace(".", r"\.")
+    return AfterValidator(check), WithJsonSchema({"type": "string", "pattern": f"^({pattern})$"})
 
 
-EventName = Annotated[str, _known(EVENTS)]
-TrafficName = Annotated[str, _known(TRAFFIC)]
+EventName = Annotated[str, *_one_of(EVENTS)]
+TrafficName = Annotated[str, *_one_of(TRAFFIC)]
 
 Codes = Annotated[
     Annotated[list[ResultCode], Tag("<list>")] | Annotated[ResultCode, Tag("<code>")],

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Protocol
 
-from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
+from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
 from optee.abi.message import META, NONCONTIG, Command, Login, ParamType
 from optee.abi.registers import Named
@@ -22,6 +22,10 @@ from optee.abi.smc import Function, NsecCapability, ReturnCode, RpcReturn, SecCa
 WORD: Final = 1 << 64
 _LISTED: Final = 16
 """Names of an enumeration that an error message lists; longer ones are in `mediator show abi`."""
+MAX_TEXT: Final = 1000
+"""Characters of one expression: stops products from growing for ever."""
+MAX_SECONDS: Final = 1e9
+"""Of virtual time: more than thirty years."""
 _UNITS: Final = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "page": 4096, "pages": 4096}
 _SECONDS: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}
 _TOKEN: Final = re.compile(
@@ -30,7 +34,7 @@ _TOKEN: Final = re.compile(
     r"|(?P<name>[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)?)"
     r"|(?P<operator>[-+*|&]))"
 )
-_DURATION: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(us|ms|s|min|h)\Z")
+_DURATION: Final = re.compile(r"^([0-9]+(?:\.[0-9]+)?)\s*(us|ms|s|min|h)\Z")
 _QUALIFIED: Final[Mapping[str, Any]] = {
     kind.__name__: kind
     for kind in (
@@ -60,7 +64,7 @@ _OPERATORS: Final[Mapping[str, Callable[[int, int], int]]] = {
 }
 
 
-class EvaluationError(Exception):
+class EvaluationError(ValueError):
     """A name that does not exist (yet), or stands for something else than what is wanted."""
 
 
@@ -99,11 +103,15 @@ class Expression:
         self.references: list[tuple[str, ...]] = []
         self.names: list[str] = []
         if isinstance(source, int) and not isinstance(source, bool):
+            if not -WORD // 2 <= source < WORD:
+                raise ValueError(f"{source:#x} is more than 64 bits")
             self._first: int | tuple[str, ...] = source
             self._rest: list[tuple[str, int | tuple[str, ...]]] = []
             return
         if not isinstance(source, str):
             raise ValueError(f"a number, a name or $name is wanted, not {source!r}")
+        if len(source) > MAX_TEXT:
+            raise ValueError(f"{len(source)} characters, where a number or a name is wanted")
         terms, operators = self._scan(source, names)
         self._first, self._rest = terms[0], list(zip(operators, terms[1:], strict=True))
         self.references = [term for term in terms if isinstance(term, tuple)]
@@ -189,13 +197,34 @@ def as_number(value: Value, text: str) -> int:
     return value
 
 
-def _reader(*kinds: type[Named], **more: int) -> BeforeValidator:
+_TEXT: Final = PlainSerializer(str, return_type=str)
+
+
+def _number_schema(names: Mapping[str, int]) -> WithJsonSchema:
+    """For editors: what an expression looks like, with the names that it may have."""
+    named = "|".join([*names, rf"({'|'.join(_QUALIFIED)})\.\w+"])
+    number = r"(0x[0-9a-fA-F_]+|[0-9][0-9_]*)(\s*(KiB|MiB|GiB|pages?))?"
+    term = rf"({number}|\$[A-Za-z_][\w-]*(\.\w[\w-]*)*|{named})"
+    pattern = rf"^\s*{term}(\s*[-+*|&]\s*{term})*\s*$"
+    return WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": -WORD // 2, "maximum": WORD - 1},
+                {"type": "string", "maxLength": MAX_TEXT, "pattern": pattern},
+            ]
+        },
+        mode="validation",
+    )
+
+
+def _expression(*kinds: type[Named], **more: int) -> tuple[BeforeValidator, WithJsonSchema, PlainSerializer]:
+    """What makes an `Expression` of a piece of a document, with the names of these enumerations, and `more`."""
     names = {member.name: int(member) for kind in kinds for member in kind} | more
 
     def read(source: object) -> Expression:
         return source if isinstance(source, Expression) else Expression(source, names)
 
-    return BeforeValidator(read)
+    return BeforeValidator(read), _number_schema(names), _TEXT
 
 
 def _as_seconds(value: object) -> object:
@@ -207,20 +236,25 @@ def _as_seconds(value: object) -> object:
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-_SCHEMA: Final = WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "string"}]}, mode="validation")
-_TEXT: Final = PlainSerializer(str, return_type=str)
-
-Number = Annotated[Expression, _reader(), _SCHEMA, _TEXT]
+Number = Annotated[Expression, *_expression()]
 """Any number; names of the ABI are written with their kind here, such as `RpcCommand.SHM_ALLOC`."""
-FunctionId = Annotated[Expression, _reader(Function), _SCHEMA, _TEXT]
-Status = Annotated[Expression, _reader(ReturnCode, RpcReturn), _SCHEMA, _TEXT]
-ResultCode = Annotated[Expression, _reader(Result), _SCHEMA, _TEXT]
-OriginCode = Annotated[Expression, _reader(Origin), _SCHEMA, _TEXT]
-MessageCommand = Annotated[Expression, _reader(Command, RpcCommand), _SCHEMA, _TEXT]
-Attribute = Annotated[Expression, _reader(ParamType, META=META, NONCONTIG=NONCONTIG), _SCHEMA, _TEXT]
+FunctionId = Annotated[Expression, *_expression(Function)]
+Status = Annotated[Expression, *_expression(ReturnCode, RpcReturn)]
+ResultCode = Annotated[Expression, *_expression(Result)]
+OriginCode = Annotated[Expression, *_expression(Origin)]
+MessageCommand = Annotated[Expression, *_expression(Command, RpcCommand)]
+Attribute = Annotated[Expression, *_expression(ParamType, META=META, NONCONTIG=NONCONTIG)]
 Seconds = Annotated[
     float,
     BeforeValidator(_as_seconds),
-    WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "string"}]}),
+    Field(ge=0, le=MAX_SECONDS),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "number", "minimum": 0, "maximum": MAX_SECONDS},
+                {"type": "string", "pattern": _DURATION.pattern.replace(r"\Z", "$")},
+            ]
+        }
+    ),
 ]
 """Virtual time: a number of seconds, or text such as `500 ms`."""

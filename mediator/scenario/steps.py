@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, WithJsonSchema, model_validator
 
 from mediator.scenario.expressions import Expression, Number
 
@@ -80,7 +80,7 @@ class Step(Strict):
 class Content(Strict):
     """Bytes: exactly one of the keys, but that `fill` goes with `size`."""
 
-    hex: str | None = None
+    hex: Annotated[str, WithJsonSchema({"type": "string", "pattern": r"^(\s*[0-9a-fA-F]{2})*\s*$"})] | None = None
     """Hexadecimal digits, two for a byte."""
     text: str | None = None
     random: Number | None = None

@@ -1,15 +1,26 @@
 """Each kind of mistake in a scenario file has its line and column; all of a file are told at once."""
 
+import contextlib
+import io
 import json
+import re
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import RootModel
 
 from mediator.cli import run
-from mediator.documents import MAX_ALIASES, MAX_DEPTH, DocumentError
-from mediator.scenario import load_scenario
+from mediator.documents import MAX_ALIASES, MAX_DEPTH, DocumentError, load_document
+from mediator.scenario import library, load_scenario
+from mediator.scenario.catalogue import scenario_text
 from mediator.scenario.language import VERBS
 from tests.docs.pages import DOCS, rows
+from tests.scenarios.json_schema import accepts
 
 HEAD = "scenario: x\npurpose: p\n"
 STEP = "steps:\n- open: hello_world\n"
@@ -66,6 +77,12 @@ MISTAKES = [
     ("steps: " + "[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1) + "\n", "3:40", "nested deeper"),
     ("steps: &a [1]\nb: [" + "*a, " * (MAX_ALIASES + 1) + "]\n", "3:8", "aliases"),
     ("steps: [\n", "4:1", "expected node content"),
+    ("steps:\n- {advance: \x07}\n", "4:13", "control characters"),
+    ("steps:\n- {advance: -1}\n", "4:13", "greater than or equal to 0"),
+    ("steps:\n- {advance: 1.0e999}\n", "4:13", "less than or equal to"),
+    ("steps:\n- {pages: " + "9 * " * 300 + "9}\n", "4:11", "1201 characters"),
+    ("machine: {each: {ram: -99999999999999999999}}\n" + STEP, "3:23", "more than 64 bits"),
+    ("steps:\n- {open: '{8aaaf200-2450-11e4-abe2-0002a5d5c51b}'}\n", "4:10", "no UUID"),
 ]
 
 
@@ -88,13 +105,14 @@ def test_the_command_line_says_it_and_exits_with_two(tmp_path: Path, capsys: pyt
     file.write_text(HEAD + "steps:\n- {opn: 1}\n", encoding="utf-8")
     assert run(["run", str(file)]) == 2
     assert capsys.readouterr().err.startswith(f"error: {file}:4:3: ")
-    file.write_bytes(b"\xff\xfe")
+    file.write_bytes("scenario: x\npurpose: \u00e9 ".encode() + b"\xff\xfe")
     assert run(["run", str(file)]) == 2
+    assert capsys.readouterr().err == f"error: {file}:2:12: not UTF-8 text\n"
     assert run(["run", str(tmp_path / "absent.yaml")]) == 2
     assert run(["run", "no-such-scenario"]) == 2
     assert run(["run", "hello", "--guests", "3"]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 4 and all(line.startswith("error: ") for line in lines)
+    assert len(lines) == 3 and all(line.startswith("error: ") for line in lines)
 
 
 def _keys(verb: str) -> set[str]:
@@ -111,8 +129,96 @@ def test_the_reference_has_every_step_with_its_keys() -> None:
         assert all(f"`{key}`" in cell for key in _keys(verb)), (verb, _keys(verb), cell)
 
 
-def test_the_schema_knows_every_step(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["show", "schema", "scenario"]) == 0
-    schema = json.loads(capsys.readouterr().out)
-    verbs = {key for definition in schema["$defs"].values() for key in definition.get("required", ())}
+@cache
+def schema() -> Any:
+    """What `mediator show schema scenario` prints."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert run(["show", "schema", "scenario"]) == 0
+    return json.loads(out.getvalue())
+
+
+class Plain(RootModel[Any]):
+    """Any document that is strict YAML."""
+
+
+def data(text: str) -> Any:
+    return load_document(Plain, text, "f.yaml").root
+
+
+def test_the_schema_knows_every_step() -> None:
+    verbs = {key for definition in schema()["$defs"].values() for key in definition.get("required", ())}
     assert set(VERBS) <= verbs
+
+
+def test_the_schema_accepts_the_library() -> None:
+    assert [name for name in library() if not accepts(schema(), data(scenario_text(name)))] == []
+
+
+BEYOND = (
+    *("defined nowhere", "no guest of this machine", "guest is missing", "no name for a guest", "has no driver"),
+    *("two numbers", "a parameter is one of", "the same register", "whole pages", "fill and size", "bytes are one of"),
+    *("the same word", "beside that step", "give the bytes a name"),
+)
+"""Words of mistakes that no schema can tell: about names, and about keys that go together."""
+
+
+@pytest.mark.parametrize(("body", "place", "words"), MISTAKES, ids=[body.strip() for body, _, _ in MISTAKES])
+def test_the_schema_rejects_the_same_mistakes(body: str, place: str, words: str) -> None:
+    try:
+        given = data(HEAD + body)
+    except DocumentError:
+        return  # no YAML of ours
+    assert accepts(schema(), given) is any(beyond in words for beyond in BEYOND)
+
+
+VALUES = (
+    *("0", "-1", "[]", "{}", "[1, 2]", "{a: 1}", "null", "true", "''", "'x'", "$x", "$guest", "1.5", "1e3", "no"),
+    *("99999999999999999999", "-99999999999999999999", "{text: a}", "{hex: 'zz'}", "4 KiB", "-5 KiB", "0x", "1 +"),
+    *("$a.b.c", "-1 s", "1.0e999", "{at_least: x}", "[[[[]]]]", "*a", "&a 1", "!!int 3", "'\x00'", "\x85", "\x00"),
+    *("kvm", "| 3", "2 * " * 999),
+)
+LINE = re.compile(r"f\.yaml:[1-9][0-9]*:[1-9][0-9]*: [^\n]+")
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> str:
+    """A file of the library with a bit flipped, a line gone or twice, a value or a key that is another."""
+    text = scenario_text(draw(st.sampled_from(library())))
+    for _ in range(draw(st.integers(1, 3))):
+        lines = text.splitlines(keepends=True) or ["\n"]
+        match draw(st.sampled_from(["bit", "gone", "twice", "value", "value", "key"])):
+            case "bit":
+                data = bytearray(text.encode())
+                data[draw(st.integers(0, len(data) - 1))] ^= 1 << draw(st.integers(0, 7))
+                text = data.decode(errors="replace")
+            case "gone":
+                del lines[draw(st.integers(0, len(lines) - 1))]
+                text = "".join(lines) or "\n"
+            case "twice":
+                lines.insert(draw(st.integers(0, len(lines))), draw(st.sampled_from(lines)))
+                text = "".join(lines)
+            case "value":
+                text = _replaced(draw, text, r": ?([^,{}\[\]\n]+)", VALUES)
+            case "key":
+                keys = re.findall(r"([a-z_]+):", text)
+                text = _replaced(draw, text, r"([a-z_]+):", keys)
+    return text
+
+
+def _replaced(draw: st.DrawFn, text: str, pattern: str, words: Sequence[str]) -> str:
+    found = list(re.finditer(pattern, text))
+    if not found:
+        return text
+    one = draw(st.sampled_from(found))
+    return text[: one.start(1)] + draw(st.sampled_from(words)) + text[one.end(1) :]
+
+
+@given(damaged())
+def test_a_damaged_file_is_a_scenario_or_each_mistake_has_its_line(text: str) -> None:
+    try:
+        load_scenario(text, "f.yaml")
+    except DocumentError as error:
+        assert error.lines and all(LINE.fullmatch(line) for line in error.lines), error.lines
+    else:
+        assert accepts(schema(), data(text)), "the schema says no to what is right"
