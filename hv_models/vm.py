@@ -116,12 +116,15 @@ class VirtualMachine(GuestMemory):
 
         `page` maps that page of the first region (and those that follow); otherwise what is mapped keeps
         its frames, and what is not mapped gets those that belong to its place in RAM. Raises ValueError
-        where nothing is mapped and no RAM lies.
+        where nothing is mapped and no RAM lies, and for a page that the region has not.
         """
         if kind is PageKind.NONE:
             self.stage2.unmap(ipa, pages)
         elif page is not None:
-            self.stage2.map(ipa, self.regions[0].bank.frames.addresses(np.arange(page, page + pages)), kind)
+            bank = self.regions[0].bank
+            if page + pages > bank.store.pages:
+                raise ValueError(f"{self.name} has {bank.store.pages} pages, none with the number {page + pages - 1}")
+            self.stage2.map(ipa, bank.frames.addresses(np.arange(page, page + pages)), kind)
         else:
             for at in range(ipa, ipa + (pages << PAGE_SHIFT), PAGE_SIZE):
                 if self.stage2.walk(at).fault:

@@ -142,8 +142,10 @@ class _Reader:
         return text
 
     def at(self, mark: yaml.Mark | None, text: str) -> str:
-        where = "" if mark is None else f"{mark.line + 1}:{mark.column + 1}: "
-        return f"{self.name}:{where or ' '}{text}"
+        return f"{self.name}: {text}" if mark is None else self.at_place(mark.line, mark.column, text)
+
+    def at_place(self, line: int, column: int, text: str) -> str:
+        return f"{self.name}:{line + 1}:{column + 1}: {text}"
 
     def nearest(self, path: Path) -> yaml.Mark | None:
         while path and path not in self.places:
@@ -181,16 +183,18 @@ def load_located(model: type[M], text: str, name: str) -> tuple[M, Places]:
     """The same, with the places of its pieces. Raises DocumentError."""
     reader = _Reader(name)
     if len(text) > MAX_SIZE:
-        raise DocumentError([reader.at(None, f"larger than {MAX_SIZE >> 20} MiB")])
+        raise DocumentError([reader.at_place(0, 0, f"larger than {MAX_SIZE >> 20} MiB")])
     try:
         node = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         raise DocumentError([reader.at(error.problem_mark, str(error.problem or error.context))]) from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         first = str(error).splitlines()[0]
-        raise DocumentError([reader.at(_unreadable(text), f"not YAML: {first}")]) from None
+        found = yaml.reader.Reader.NON_PRINTABLE.search(text)
+        where = (0, 0) if found is None else _place(text[: found.start()])
+        raise DocumentError([reader.at_place(*where, f"not YAML: {first}")]) from None
     if node is None:
-        raise DocumentError([reader.at(None, "empty")])
+        raise DocumentError([reader.at_place(0, 0, "empty")])
     data = reader.read(node, (), 0)
     try:
         document = model.model_validate(data)
@@ -204,14 +208,6 @@ def load_located(model: type[M], text: str, name: str) -> tuple[M, Places]:
     if reader.errors:
         raise DocumentError(reader.errors)
     return document, Places(reader)
-
-
-def _unreadable(text: str) -> yaml.Mark | None:
-    """Where the first character stands that YAML does not allow, if there is one."""
-    found = yaml.reader.Reader.NON_PRINTABLE.search(text)
-    if found is None:
-        return None
-    return yaml.Mark(None, found.start(), *_place(text[: found.start()]), None, None)
 
 
 def _place(before: str) -> tuple[int, int]:

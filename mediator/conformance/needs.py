@@ -8,7 +8,8 @@ from typing import Final
 from mediator.core.records import Counters
 from mediator.scenario.driver import Smc
 from mediator.scenario.expectations import StateExpectation
-from mediator.scenario.language import Machine, OpteeSpec, Scenario, all_steps
+from mediator.scenario.language import Scenario, all_steps
+from mediator.scenario.machine import Machine, OpteeSpec
 from mediator.scenario.world import Abandon, DirtyLogging, Fail, Flip, Kexec, Pause, Quota, Resume, Stage2
 from optee.abi.smc import Function, SecCapability
 

@@ -67,18 +67,19 @@ def _known_ta(value: str) -> str:
 def _known_command(value: object) -> object:
     if isinstance(value, str) and value not in _ALL_COMMANDS and not value.startswith("$"):
         raise ValueError(f"{value!r} is no command of a known TA, and no number")
+    if isinstance(value, int) and not 0 <= value < 1 << 32:
+        raise ValueError(f"{value} is no command: it has 32 bits")
     return value
 
 
+_U32: Final = {"type": "integer", "minimum": 0, "maximum": (1 << 32) - 1}
 TaName = Annotated[
     str, AfterValidator(_known_ta), WithJsonSchema({"type": "string", "pattern": f"^({'|'.join(TAS)}|{_UUID})$"})
 ]
 CommandName = Annotated[
     str | int,
     BeforeValidator(_known_command),
-    WithJsonSchema(
-        {"anyOf": [{"type": "integer"}, {"enum": sorted(_ALL_COMMANDS)}, {"type": "string", "pattern": r"^\$"}]}
-    ),
+    WithJsonSchema({"anyOf": [_U32, {"enum": sorted(_ALL_COMMANDS)}, {"type": "string", "pattern": r"^\$"}]}),
 ]
 
 

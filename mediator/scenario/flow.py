@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar, Final
+from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Self
 
 import trio
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mediator.scenario.expectations import StateExpectation
 from mediator.scenario.expressions import EvaluationError, Expression, Number, Seconds, Value
@@ -100,20 +100,25 @@ class ForEach(Flow):
     at_once: bool = False
     do: list[AnyStep]
 
+    @model_validator(mode="after")
+    def _of_something(self) -> Self:
+        if (self.values is None) is (self.last is None) or (self.values is not None and self.first is not None):
+            raise ValueError("for_each: either in, or to (and from), is wanted")
+        return self
+
     async def run(self, actor: Actor) -> None:
         """See `Step`."""
         if self.values is not None:
             values = [
                 actor.value(value) if isinstance(value, Expression) else octets(value, actor) for value in self.values
             ]
-        elif self.last is not None:
+        else:
+            assert self.last is not None
             first = 1 if self.first is None else actor.number(self.first)
             last = actor.number(self.last)
             if last - first >= MAX_TURNS:
                 raise EvaluationError(f"for_each: more than {MAX_TURNS} turns")
             values = list(range(first, last + 1))
-        else:
-            raise EvaluationError("for_each: in, or from and to, are missing")
         if not self.at_once:
             for value in values:
                 actor.define(self.for_each, value)

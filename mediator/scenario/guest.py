@@ -21,7 +21,7 @@ from optee.abi.smc import Function, Registers, ReturnCode, RpcReturn, is_rpc
 
 if TYPE_CHECKING:
     from mediator.scenario.flips import FlippingMemory
-    from mediator.scenario.language import GuestSpec
+    from mediator.scenario.machine import GuestSpec
     from mediator.scenario.run import Run
 
 SHOWN_EVENTS: Final = 12

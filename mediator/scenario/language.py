@@ -7,29 +7,18 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Self
 
-from pydantic import AfterValidator, Discriminator, Field, GetCoreSchemaHandler, Tag, model_validator
+from pydantic import Field, GetCoreSchemaHandler, model_validator
 from pydantic_core import CoreSchema, core_schema
 
-from hv_models.machine import RAM_BASE, RamBlock
 from mediator.documents import DocumentError, Path, Places, load_located
 from mediator.invariants import TITLES
-from mediator.policies import FlowDocument, PolicyDocument
 from mediator.scenario import client, driver, flow, load, storage, world
-from mediator.scenario.client import TaName, ta_uuid
-from mediator.scenario.expressions import EvaluationError, Expression, Number, Seconds, Value
-from mediator.scenario.guest import SUPPLICANTS
-from mediator.scenario.steps import Name, Step, Strict
-from optee.config import DEFAULT, Config
-from optee.memory.boards import BOARDS
-from optee.storage.options import StorageOptions
-from optee.tas.catalogue import BUILT_IN
-from optee.trusted_application import TrustedApplication
+from mediator.scenario.expressions import Expression, Seconds
+from mediator.scenario.machine import Machine
+from mediator.scenario.steps import Step, Strict
 
-MAX_GUESTS: Final = 1000
-"""VMs of one machine: stops a file from filling memory."""
 EVERY: Final = "every"
 """The name that stands for each guest of the machine."""
 STEPS: Final[tuple[type[Step], ...]] = (
@@ -83,194 +72,6 @@ def _one_verb(given: object) -> object:
 AnyStep = Annotated[Step, _AnyStep()]
 for _step in (*flow.STEPS, *storage.STEPS):
     _step.model_rebuild(_types_namespace={"AnyStep": AnyStep})
-
-
-class GuestSpec(Strict):
-    """A guest: its VM, and what runs in it."""
-
-    hypervisor: Literal["kvm", "xen", "mixed"] = "kvm"
-    """mixed: KVM and Xen in turn."""
-    ram: Number = Expression("32 MiB", {})
-    ram_base: Number = Expression(RAM_BASE, {})
-    """IPA at which RAM begins."""
-    vcpus: Annotated[int, Field(ge=1, le=64)] = 2
-    driver: Literal["linux", "none"] = "linux"
-    """none: the guest makes raw SMCs only."""
-    supplicant: Annotated[str, Field(json_schema_extra={"enum": list(SUPPLICANTS)})] = "usual"
-    supplicant_delay: Seconds = 0.01
-    """For `slow`: time that each request takes."""
-    quotas: dict[world.QuotaName, Number] = Field(default={})
-    created: bool = True
-    """false: the step `create` makes it."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.supplicant not in SUPPLICANTS:
-            raise ValueError(f"supplicant: {self.supplicant!r} is none of {', '.join(SUPPLICANTS)}")
-        if self.ram.references or self.ram_base.references:
-            raise ValueError("ram: a size such as 32 MiB is wanted")
-        base = self.ram_base.number(_NOTHING)
-        if base % 4096 or base >= 1 << 39:
-            raise ValueError("ram_base: a whole page below 512 GiB is wanted")
-        size = self.ram.number(_NOTHING)
-        if size % 4096 or not 64 << 10 <= size <= 16 << 30:
-            raise ValueError("ram: whole pages, 64 KiB to 16 GiB")
-        return self
-
-    @property
-    def ram_bytes(self) -> int:
-        """Bytes of RAM."""
-        return self.ram.number(_NOTHING)
-
-    @property
-    def ram_blocks(self) -> list[RamBlock]:
-        """RAM as the machine is told."""
-        return [RamBlock(self.ram_base.number(_NOTHING), self.ram_bytes)]
-
-    @property
-    def has_driver(self) -> bool:
-        """Whether a Linux driver is booted."""
-        return self.driver == "linux"
-
-    def flavour(self, number: int) -> str:
-        """Hypervisor of the guest with this number, counted from 1."""
-        return ("xen", "kvm")[number % 2] if self.hypervisor == "mixed" else self.hypervisor
-
-    def over(self, common: GuestSpec) -> GuestSpec:
-        """What it says itself, and for the rest what is common to all guests."""
-        return common.model_copy(update={name: getattr(self, name) for name in self.model_fields_set})
-
-
-class _Nothing:
-    """No names."""
-
-    def look_up(self, name: str) -> Value:
-        raise EvaluationError(f"${name} is not known here")
-
-
-_NOTHING: Final = _Nothing()
-
-
-class TaSizes(Strict):
-    """Sizes of a TA; what is not given stays as it is."""
-
-    stack: Number | None = None
-    """TA_STACK_SIZE."""
-    heap: Number | None = None
-    """TA_DATA_SIZE."""
-    code: Number | None = None
-    """Code and constants."""
-
-    def over(self, name: str) -> type[TrustedApplication]:
-        """The TA of that name with these sizes."""
-        uuid = ta_uuid(name)
-        known = next((ta for ta in BUILT_IN if ta.uuid == uuid and not ta.is_pseudo), None)
-        if known is None:
-            raise EvaluationError(f"{name} is no user TA of the model")
-        given = {"stack_size": self.stack, "data_size": self.heap, "code_size": self.code}
-        sizes = {key: size.number(_NOTHING) for key, size in given.items() if size is not None}
-        return type(known.__name__, (known,), sizes)
-
-
-def _storage_options(options: dict[str, str | int]) -> dict[str, str | int]:
-    StorageOptions.parse(options)
-    return options
-
-
-class OpteeSpec(Strict):
-    """How OP-TEE is built, by its own options; see `optee.config.Config`."""
-
-    threads: Annotated[int, Field(ge=1, le=256)] = DEFAULT.threads
-    """CFG_NUM_THREADS, for each guest."""
-    guests: Annotated[int, Field(ge=1, le=MAX_GUESTS)] | None = None
-    """Guests for whom there is room; as many as the machine has if not given."""
-    early_tas: list[TaName] | Literal["all"] = "all"
-    """User TAs inside OP-TEE's image; the others come from each guest's tee-supplicant."""
-    board: Literal["qemu_armv8a", "hikey", "hikey960", "rk3399", "rk322x"] | None = None
-    """A board of `mediator size`, with its build; what stands here beside it goes first. None: a roomy one."""
-    core_heap: Number | None = None
-    """CFG_CORE_HEAP_SIZE."""
-    rpmb: bool = False
-    """CFG_RPMB_FS and CFG_RPMB_WRITE_KEY: a storage in RPMB."""
-    anchor: bool = False
-    """CFG_REE_FS_INTEGRITY_RPMB: the files of guests are anchored in RPMB."""
-    guest_storage_keys: bool = False
-    """Ours, not OP-TEE's: guests have storage keys of their own."""
-    storage: Annotated[dict[str, str | int], AfterValidator(_storage_options)] = Field(default={})
-    """Ours, not OP-TEE's: `memory: managed` and the sizes of the memory manager, see `optee.storage.options`."""
-    secure_ram: Number | None = None
-    """CFG_TZDRAM_SIZE."""
-    preallocated_tables: bool | None = None
-    """CFG_CORE_PREALLOC_EL0_TBLS."""
-    sizes: dict[TaName, TaSizes] = Field(default={})
-    """Other sizes for TAs of the model."""
-
-    def config(self, guests: int, seed: int) -> Config:
-        """The same as the model wants it, with room for so many guests."""
-        config = Config(guests=guests, threads=self.threads, seed=seed, leak_report=True, listed_primes=True)
-        if self.board is not None:
-            config = config.built(BOARDS[self.board].build)
-        more: dict[str, Any] = {
-            "threads": self.threads if "threads" in self.model_fields_set else None,
-            "guests": self.guests,
-            "core_heap_size": self._bytes(self.core_heap),
-            "tzdram_size": self._bytes(self.secure_ram),
-            "preallocated_tables": self.preallocated_tables,
-        }
-        return replace(
-            config,
-            early_tas=None if self.early_tas == "all" else frozenset(map(ta_uuid, self.early_tas)),
-            rpmb_fs=self.rpmb or self.anchor,
-            rpmb_write_key=True,
-            ree_fs_integrity_rpmb=self.anchor,
-            guest_storage_keys=self.guest_storage_keys,
-            storage=StorageOptions.parse(self.storage),
-            extra_tas=tuple(sizes.over(name) for name, sizes in self.sizes.items()),
-            **{name: value for name, value in more.items() if value is not None},
-        )
-
-    @staticmethod
-    def _bytes(size: Number | None) -> int | None:
-        return None if size is None else size.number(_NOTHING)
-
-
-class Machine(Strict):
-    """The machine: guests, policy, OP-TEE."""
-
-    guests: Annotated[
-        Annotated[int, Field(ge=1, le=MAX_GUESTS), Tag("<number>")]
-        | Annotated[dict[Name, GuestSpec | None], Tag("<names>")],
-        Discriminator(lambda given: "<names>" if isinstance(given, dict) else "<number>"),
-    ] = 1
-    """By name; or how many, which `--guests` may change: kvm-1, xen-2, ..."""
-    each: GuestSpec = GuestSpec()
-    """What is common to all guests."""
-    policy: Annotated[
-        Annotated[str, Tag("<name>")] | Annotated[PolicyDocument, Tag("<document>")],
-        Discriminator(lambda given: "<document>" if isinstance(given, dict) else "<name>"),
-    ] = "default"
-    rpmb_owner: Name | None = None
-    """The guest that the RPMB device belongs to, if not whom the policy says. Each VM has the one device."""
-    flow: FlowDocument | None = None
-    """Flow control, if it is not what the policy says."""
-    costs: bool = False
-    """Whether calls take virtual time, as the table of `mediator.costs` says; interrupts come by its tick then."""
-    optee: OpteeSpec = OpteeSpec()
-    interrupts: Annotated[float, Field(ge=0, le=0.9)] = 0.0
-    """Probability that an interrupt is pending at a moment at which secure code can be interrupted."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.costs and self.interrupts:
-            raise ValueError("interrupts: with costs they come by the table's tick")
-        return self
-
-    def specs(self, count: int | None) -> dict[str, GuestSpec]:
-        """The guests by name. count: as many, where only their number is given."""
-        if isinstance(self.guests, dict):
-            return {name: self.each if spec is None else spec.over(self.each) for name, spec in self.guests.items()}
-        numbers = range(1, (self.guests if count is None else count) + 1)
-        return {f"{self.each.flavour(number)}-{number}": self.each for number in numbers}
 
 
 class Scenario(Strict):
@@ -363,14 +164,40 @@ class _Check:
 
     def errors(self) -> Iterator[str]:
         """One line for each thing that is wrong."""
+        self._scenario.machine.stand_at(self._places.line(("machine",)))
         for name in self._specs:
             if name in _RESERVED:
                 yield self._places.error(("machine", "guests", name), f"{name!r} is no name for a guest")
+        yield from self._machine()
         self._steps(self._scenario.steps, ("steps",), self._scenario.only_guest or "")
         yield from self._errors
         for path, reference in self._references:
             if reference[0] not in self._defined and reference[0] not in {*self._specs, "guest"}:
                 yield self._places.error(path, f"${reference[0]} is defined nowhere")
+
+    def _machine(self) -> Iterator[str]:
+        """What the machine's description refers to, and what only fits together with the policy."""
+        machine = self._scenario.machine
+        if machine.rpmb_owner is not None and machine.rpmb_owner not in self._specs:
+            names = ", ".join(self._specs)
+            yield self._places.error(
+                ("machine", "rpmb_owner"), f"{machine.rpmb_owner!r} is no guest of this machine: {names}"
+            )
+        try:
+            policy = machine.load_policy()
+        except DocumentError as error:
+            for line in error.lines:
+                yield self._places.error(("machine", "policy"), line)
+            return
+        for name, spec in self._specs.items():
+            try:
+                spec.limits(policy, name)
+            except ValueError as error:
+                own = isinstance(machine.guests, dict) and machine.guests[name] is not None
+                path = ("machine", "guests", name, "quotas") if own else ("machine", "each", "quotas")
+                yield self._places.error(path, f"quotas of {name}: {error}")
+                if not own:
+                    return
 
     def _steps(self, steps: list[Step], path: Path, guest: str) -> None:
         for index, step in enumerate(steps):

@@ -7,8 +7,8 @@ The same seed makes the same run on any machine; another seed makes another inte
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -24,12 +24,14 @@ from hv_models.machine import Machine
 from hv_models.stage2 import Stage2Fault
 from hv_models.vm import VirtualMachine
 from mediator.board import NOTHING_LEFT, Board, BoardError, images
-from mediator.core.policy import Policy
+from mediator.core.ledger import OverLimit
+from mediator.core.policy import PolicyLimits
 from mediator.core.steps import Event
 from mediator.costs import Costs
+from mediator.documents import DocumentError
 from mediator.interleaving import run as run_seeded
 from mediator.invariants import Violation
-from mediator.policies import QuotaDocument, load_policy
+from mediator.policies import read_quota
 from mediator.scenario.actor import WORLD, Actor, Scope
 from mediator.scenario.expressions import EvaluationError
 from mediator.scenario.flips import FlippingMemory
@@ -213,7 +215,7 @@ class Run:
         machine = self.scenario.machine
         config = machine.optee.config(len(self.guests), self.seed)
         self._board = board = Board(
-            _policy(self.scenario),
+            machine.load_policy(),
             config,
             world=self._make_world,
             threads_held=self._threads_held if self.scenario.scripts_the_secure_world() else None,
@@ -261,19 +263,35 @@ class Run:
             scopes = {name: Scope() for name in (WORLD, *self.guests)}
             only = self.scenario.only_guest
             actor = Actor(self, scopes, None if only is None else self.guests[only])
-            with suppress(GuestDied):
-                await actor.run_steps(self.scenario.steps)
+            await self._do_all(actor)
             self._look_at_all()
             async with trio.open_nursery() as ends:
                 for guest in self.guests.values():
                     ends.start_soon(guest.shut_down)
 
+    async def _do_all(self, actor: Actor) -> None:
+        """Do the steps of the scenario. A guest's death ends its branch, but must not end the whole unnoticed."""
+        steps = self.scenario.steps
+        for number, step in enumerate(steps, 1):
+            living = {name for name, guest in self.guests.items() if guest.alive}
+            try:
+                await self.do(step, actor)
+            except GuestDied as died:
+                if number == len(steps) and str(died) in living:
+                    return
+                self.abort()
+                failed = StepFailed("this step and those after it", "done", f"{died} is dead, which ends the sequence")
+                failed.place, failed.step, failed.guest = step.place, step.words(), str(died)
+                raise failed from None
+
     async def create(self, guest: ScenarioGuest) -> None:
-        """Make a guest's VM. Raises StepFailed if OP-TEE has no room for it."""
+        """Make a guest's VM. Raises StepFailed if there is no room for it, at OP-TEE or in the pool."""
         try:
             await guest.create()
-        except BoardError as error:
-            raise StepFailed(f"create {guest.name}", "a VM", str(error)) from None
+        except (BoardError, OverLimit) as error:
+            failed = StepFailed("its VM", "created", str(error))
+            failed.place, failed.step, failed.guest = self.scenario.machine.place, "machine", guest.name
+            raise failed from None
 
     async def do(self, step: Step, actor: Actor) -> None:
         """Do a step as whoever it names. Raises StepFailed, GuestDied."""
@@ -359,16 +377,21 @@ class Run:
 
     def limit(self, guest: ScenarioGuest) -> None:
         """Give a new guest the quotas that its description says. Raises OverLimit."""
-        names = _NoNames()
-        self.set_limits(guest, {name: value.number(names) for name, value in guest.spec.quotas.items()})
+        self._change(guest, guest.spec.limits(self.board.core.policy, guest.name), self.board.core.pool.capacity)
 
     def set_limits(self, guest: ScenarioGuest, given: Mapping[str, int]) -> None:
         """Change what a guest may hold, and the host's pool (R21, R22). Raises OverLimit, ValueError."""
         core, client = self.board.core, guest.vm.client_id
         quotas = dict(given)
         pool = quotas.pop("pool_pages", core.pool.capacity)
-        limits = QuotaDocument.model_validate(quotas).apply(core.guests[client].limits)
-        for event in core.change_limits({client: limits}, pool):
+        try:
+            limits = read_quota(quotas).apply(core.guests[client].limits)
+        except DocumentError as error:
+            raise ValueError("; ".join(error.lines)) from None
+        self._change(guest, limits, pool)
+
+    def _change(self, guest: ScenarioGuest, limits: PolicyLimits, pool: int | None) -> None:
+        for event in self.board.core.change_limits({guest.vm.client_id: limits}, pool):
             self._told(event)
 
     def _failure(self, group: BaseExceptionGroup[Exception]) -> StepFailed:
@@ -400,25 +423,10 @@ class _Blaming:
             self._check()
 
 
-class _NoNames:
-    """Sizes in the machine's description refer to nothing."""
-
-    def look_up(self, name: str) -> Any:
-        raise EvaluationError(f"${name} is not known here")
-
-
 @cache
 def _images() -> Mapping[UUID, bytes]:
     """Images of all user TAs that the model knows."""
     return images(*EXAMPLES, *EXERCISES)
-
-
-def _policy(scenario: Scenario) -> Policy:
-    machine = scenario.machine
-    policy = load_policy(machine.policy) if isinstance(machine.policy, str) else machine.policy.policy()
-    if machine.flow is not None:
-        policy = replace(policy, flow=machine.flow.flow())
-    return policy if machine.rpmb_owner is None else replace(policy, rpmb_owner=machine.rpmb_owner)
 
 
 def run_scenario(scenario: Scenario, seed: int = 1, guests: int | None = None, record: Path | None = None) -> Outcome:

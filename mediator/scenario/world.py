@@ -35,10 +35,9 @@ if TYPE_CHECKING:
     from mediator.scenario.actor import Actor
 
 _LOW: Final = 0xFFFFFFFF
-QuotaName = Literal[
-    "pages", "reserved_pages", "buffers", "pages_per_buffer", "rpc_arguments", "calls", "memory_kib", "pool_pages"
-]
+LimitName = Literal["pages", "reserved_pages", "buffers", "pages_per_buffer", "rpc_arguments", "calls", "memory_kib"]
 """What `mediator ctl quota` and policy files call it."""
+QuotaName = LimitName | Literal["pool_pages"]
 
 
 class OnGuest(Step):

@@ -12,7 +12,8 @@ from mediator.conformance.catalogue import catalogue, find_case
 from mediator.core import rpc
 from mediator.interleaving import run as run_seeded
 from mediator.scenario.flow import InOrder
-from mediator.scenario.language import EVERY, GuestSpec, Scenario
+from mediator.scenario.language import EVERY, Scenario
+from mediator.scenario.machine import GuestSpec
 from mediator.scenario.run import Outcome, Run
 
 SEEDS = range(1, 21) if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else (1,)

@@ -82,6 +82,20 @@ MISTAKES = [
     ("steps:\n- {advance: 1.0e999}\n", "4:13", "less than or equal to"),
     ("steps:\n- {pages: " + "9 * " * 300 + "9}\n", "4:11", "1201 characters"),
     ("machine: {each: {ram: -99999999999999999999}}\n" + STEP, "3:23", "more than 64 bits"),
+    ("machine: {each: {ram: 16 GiB, ram_base: 511 GiB}}\n" + STEP, "3:17", "beyond 512 GiB"),
+    ("machine: {each: {quotas: {calls: 0}}}\n" + STEP, "3:26", "quota: calls: Input"),
+    ("machine: {each: {quotas: {pages: $x}}}\n" + STEP, "3:26", "$x is not known here"),
+    ("machine: {each: {quotas: {pages: 5, reserved_pages: 9}}}\n" + STEP, "3:26", "9 of at most 5 pages"),
+    ("machine: {each: {quotas: {pool_pages: 5}}}\n" + STEP, "3:39", "'pages', 'reserved_pages'"),
+    ("machine: {policy: lax}\n" + STEP, "3:19", "none of default, xen, minimal"),
+    ("machine: {rpmb_owner: zoe}\n" + STEP, "3:23", "no guest of this machine"),
+    ("machine: {flow: {queue: 0}}\n" + STEP, "3:25", "greater than or equal to 1"),
+    ("machine: {optee: {core_heap: $x}}\n" + STEP, "3:30", "a size such as"),
+    ("machine: {optee: {early_tas: [nobody]}}\n" + STEP, "3:31", "early_tas.0: 'nobody' is no UUID"),
+    ("machine: {optee: {sizes: {exercise: {heap: 2000000 MiB}}}}\n" + STEP, "3:44", "more than 1 TiB"),
+    ("machine: {optee: {sizes: {invoke_tests: {heap: 1 MiB}}}}\n" + STEP, "3:41", "no user TA"),
+    ("steps:\n- {open: hello_world}\n- {invoke: -1}\n", "5:12", "it has 32 bits"),
+    ("steps:\n- {for_each: x, do: []}\n", "4:3", "either in, or to"),
     ("steps:\n- {open: '{8aaaf200-2450-11e4-abe2-0002a5d5c51b}'}\n", "4:10", "no UUID"),
 ]
 
@@ -158,9 +172,17 @@ def test_the_schema_accepts_the_library() -> None:
 BEYOND = (
     *("defined nowhere", "no guest of this machine", "guest is missing", "no name for a guest", "has no driver"),
     *("two numbers", "a parameter is one of", "the same register", "whole pages", "fill and size", "bytes are one of"),
-    *("the same word", "beside that step", "give the bytes a name"),
+    *(
+        "the same word",
+        "beside that step",
+        "give the bytes a name",
+        "beyond 512 GiB",
+        "not known here",
+        "a size such as",
+    ),
+    *("at most 5 pages", "more than 1 TiB", "no user TA", "quota: calls", "none of default", "either in, or to"),
 )
-"""Words of mistakes that no schema can tell: about names, and about keys that go together."""
+"""Words of mistakes that no schema can tell: about names, sizes as text, and keys that go together."""
 
 
 @pytest.mark.parametrize(("body", "place", "words"), MISTAKES, ids=[body.strip() for body, _, _ in MISTAKES])

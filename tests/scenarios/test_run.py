@@ -103,6 +103,30 @@ def test_a_guest_that_dies_ends_its_branch_and_nothing_is_left() -> None:
     assert outcome.seconds < 5
 
 
+@pytest.mark.parametrize(
+    ("steps", "place"),
+    [
+        ("- {kill: a, at_call: 1}\n- {guest: a, open: exercise}\n- {guest: b, open: exercise}\n", "f.yaml:6"),
+        ("- {kill: a}\n- {guest: a, open: exercise}\n", "f.yaml:6"),
+    ],
+)
+def test_a_death_ends_the_scenario_only_where_nothing_was_to_come(steps: str, place: str) -> None:
+    outcome = play("machine: {guests: {a: , b: }}\nsteps:\n" + steps)
+    assert outcome.failure is not None and (outcome.failure.place, outcome.failure.guest) == (place, "a")
+    assert play(
+        "machine: {guests: {a: , b: }}\nsteps:\n" + "- {kill: a, at_call: 1}\n- {guest: a, open: exercise}\n"
+    ).good
+
+
+def test_a_machine_that_cannot_be_has_its_line() -> None:
+    for machine, words in (
+        ("{optee: {guests: 1}, guests: {a: , b: }}", "no room for b"),
+        ("{optee: {secure_ram: 4 KiB}, guests: {a: }}", "no room for a"),
+    ):
+        outcome = play(f"machine: {machine}\nsteps:\n- {{guest: every, open: exercise}}\n")
+        assert outcome.failure is not None and outcome.failure.place == "f.yaml:3" and words in outcome.failure.got
+
+
 def test_what_a_scripted_secure_world_breaks_is_noticed() -> None:
     """OP-TEE names a thread that is already suspended: the guest is isolated."""
     outcome = play(
