@@ -233,3 +233,25 @@ def test_a_guest_has_the_limits_under_its_name():
     own = replace(policy.limits, pages=7)
     named = replace(policy, guests={"kvm-1": own})
     assert named.limits_of("kvm-1") is own and named.limits_of("kvm-2") is policy.limits
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_without_dynamic_shared_memory_a_guest_keeps_its_registers(make, name):
+    """As if there were no OP-TEE: a0 says so, and the rest is what it was."""
+    guest = make(name).guest()
+    guest.pair.world.fast[Function.EXCHANGE_CAPABILITIES] = (0, 1, 0x42, 4)
+    regs = guest.pair.drive(guest.submit((int(Function.EXCHANGE_CAPABILITIES), *HOSTILE)))
+    assert regs == (ReturnCode.ENOTAVAIL, *HOSTILE)
+    guest.pair.world.fast[Function.EXCHANGE_CAPABILITIES] = (0, 4, 0x42, 4)
+    local = guest.smc(Function.GET_SHM_CONFIG)
+    assert local[0] == ReturnCode.ENOTAVAIL
+
+
+def test_op_tee_says_how_long_rpc_arguments_are(make):
+    """EXCHANGE_CAPABILITIES a3: in its low byte the number of parameters that every RPC argument has room for."""
+    pair = make()
+    guest = pair.guest()
+    assert pair.mediator.rpc_argument_size == 32 + 4 * 32
+    pair.world.fast[Function.EXCHANGE_CAPABILITIES] = (0, 0xFD, 0x42, 0xAB06)
+    guest.smc(Function.EXCHANGE_CAPABILITIES)
+    assert pair.mediator.rpc_argument_size == 32 + 6 * 32

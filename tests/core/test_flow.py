@@ -23,6 +23,7 @@ from tests.core.pair import (
     COMMS,
     NOT_HANDLED,
     RMEM_IN,
+    TMEM_INOUT,
     VALUE_OUT,
     ask_alloc,
     interrupt,
@@ -623,3 +624,48 @@ def test_how_flow_control_is_set_can_be_changed_but_not_whether_there_is_any(mak
     assert core.policy is other
     with pytest.raises(ValueError, match="flow cannot change"):
         make().mediator.adopt(controlled(), {})
+
+
+def test_the_cost_of_a_call_is_what_its_message_wants_to_share(make):
+    """One, and one more for each 512 pages, of which no buffer counts for more than it may have."""
+    pair = make(replace(controlled(secure_cores=1), limits=policy_of("default", pages_per_buffer=600).limits))
+    guest, other = pair.guest(), pair.guest()
+    holder = other.submit(smc(Function.CALL_WITH_ARG, *to_pair(other.write(invoke()))))
+    page = guest.page()
+    for sizes, cost in (
+        ((), 1),
+        ((511,), 1),
+        ((512,), 2),
+        ((511, 1), 2),
+        ((600,), 2),
+        ((9999, 424), 3),
+        ((424, 599), 2),
+    ):
+        step, _ = waiting(guest, invoke(*[Param(TMEM_INOUT, page | 8, n * 4096 - 8, 1) for n in sizes]))
+        assert step.ticket.turn.cost == cost
+        assert not step.ticket.turn.urgent
+        pair.drive(pair.checker.reset(guest.id))
+        pair.records.append(guest.record)
+        assert pair.checker.turns(0) == [step.ticket]
+        pair.drive(pair.checker.proceed(step.ticket))
+    assert pair.drive(holder)[0] == 0
+
+
+def test_what_waits_is_counted(make):
+    pair = make(controlled(calls=1, queue=3))
+    guest = pair.guest()
+    lane = guest.record.lane
+    pair.world.script.append(interrupt())
+    guest.call(invoke())
+    assert (lane.admitted, lane.queued, lane.peak, lane.waiting, lane.returns, lane.outside) == (1, 0, 0, 0, 1, 1)
+    steps = [waiting(guest, invoke())[0] for _ in range(3)]
+    assert (lane.queued, lane.peak, lane.waiting) == (3, 3, 3)
+    assert guest.call(invoke())[0][0] == ReturnCode.ETHREAD_LIMIT
+    assert (lane.queued, lane.peak, lane.waiting) == (3, 3, 3)
+    guest.resume()
+    assert (lane.returns, lane.outside) == (1, 0)
+    assert turn(pair, steps[0], 7_000)[0] == 0
+    assert (lane.admitted, lane.waiting, lane.waited, lane.waited_longest) == (3, 2, 7_000, 7_000)
+    assert turn(pair, steps[1], 9_000)[0] == turn(pair, steps[2], 9_000)[0] == 0
+    assert (lane.waited, lane.waited_longest, lane.waits[:6]) == (25_000, 9_000, [2, 0, 0, 1, 2, 0])
+    assert guest.record.ledger.peaks()["calls"] == 1

@@ -640,3 +640,56 @@ def test_a_guest_that_dies_while_its_call_is_lost_is_answered_all_the_same(make)
     assert isinstance(reply, Reply) and reply.regs[0] == NOT_HANDLED
     assert pair.destroy(guest)[0] == 0  # OP-TEE is back, and lets go of it
     assert guest.pins() == 0
+
+
+OWN_WORDS = tuple(0x1111 * n for n in range(1, 8))
+"""x1..x7 of a guest, of which an answer -1 changes none."""
+
+
+@pytest.mark.parametrize("kind", ["fast", "yielding", "RPC", "fault", "lost", "lost fast", "long", "long, given back"])
+def test_what_is_not_handled_any_more_leaves_the_guests_registers_alone(make, kind):
+    """R2: a guest that dies or is isolated in the middle of a call sees -1 there and nothing else."""
+    pair = make()
+    pair.errors_expected = True
+    guest = pair.guest(ram=16 << 20)
+    message = invoke(*[guest.tmem(16384, cookie=n) for n in (1, 2)]) if kind.startswith("long") else invoke()
+    words = OWN_WORDS if kind.endswith("fast") else (*to_pair(guest.write(message)), *OWN_WORDS[2:])
+    function = Function.CALLS_UID if kind.endswith("fast") else Function.CALL_WITH_ARG
+    step = guest.submit((int(function), *words), 1)
+    answers = {"RPC": interrupt(), "fault": raw(int(RpcReturn.FOREIGN_INTR), 0, 0, 0xFFFFFFFF)}
+    pair.world.script.extend([answers[kind]] if kind in answers else [])
+    if kind.startswith("long"):
+        assert isinstance(step, Preempt)
+        ending = pair.checker.destroy(guest.id)
+        given_back = kind == "long, given back"
+        reply = pair.checker.give_back(step.ticket) if given_back else pair.checker.proceed(step.ticket)
+        pair.drive(ending)
+    elif kind == "fault":
+        reply = pair.returned(step.ticket, pair.answer(step))
+        assert guest.record.state is GuestState.ISOLATED
+    else:
+        assert isinstance(pair.checker.destroy(guest.id), Queue)
+        if kind.startswith("lost"):
+            reply = pair.note(pair.checker.lost(step.ticket, "it is gone"))
+        else:
+            reply = pair.returned(step.ticket, pair.answer(step))
+        assert pair.destroy(guest)[0] == 0
+    assert isinstance(reply, Reply) and reply.regs == (NOT_HANDLED, *words)
+    after = guest.submit((int(Function.CALLS_UID), *OWN_WORDS))
+    assert isinstance(after, Reply) and after.regs == (NOT_HANDLED, *OWN_WORDS)
+
+
+def test_a_lost_call_leaves_the_registers_of_its_guest_alone(make):
+    pair = make()
+    pair.errors_expected = True
+    guest = pair.guest()
+    step = guest.submit((int(Function.CALLS_UID), *OWN_WORDS))
+    assert pair.note(pair.checker.lost(step.ticket, "it is gone")).regs == (NOT_HANDLED, *OWN_WORDS)
+
+
+def test_a_host_without_an_answer_to_its_probe_has_no_op_tee():
+    pair = Pair()
+    mediator = Mediator(policy_of(), CountedHost(pair.machine))
+    step = mediator.lost(mediator.probe().ticket, "it is gone")
+    assert isinstance(step, Reply) and step.regs[0] == ReturnCode.ENOTAVAIL and not mediator.threads
+    pair.close()

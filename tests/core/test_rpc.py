@@ -7,6 +7,7 @@ import pytest
 
 from hv_models.memory import PAGE_SIZE
 from hv_models.stage2 import PageKind
+from mediator.core.policy import FlowPolicy
 from mediator.core.rpc import MAX_UNDELIVERED, OWN_THREADS
 from mediator.core.states import GuestState
 from mediator.core.steps import Forward, Preempt, Reply
@@ -905,3 +906,52 @@ def test_tracing_tells_which_pages_are_pinned_for_what(make):
     assert [(event.level, event.vm, event.detail["cookie"], event.detail["pages"]) for event in pinned] == [
         ("debug", guest.id, 5, 2)
     ] * 2
+
+
+def test_a_guest_that_is_only_given_its_vcpu_back_answers_with_nothing(make):
+    """After too many requests that the policy is against: x1 and x2 are 0 both ways, x4 to x7 the guest's."""
+    pair = make()
+    guest = pair.guest()
+    request = Message(RpcCommand.RPMB, ret=GENERIC)
+    pair.world.script += [ask(request, thread=5)] * (MAX_UNDELIVERED + 1)
+    ipa = guest.write(invoke())
+    regs = guest.smc(Function.CALL_WITH_RPC_ARG, *to_pair(ipa), 0, 44, 55, 66, 77)
+    assert regs == (RpcReturn.FOREIGN_INTR, 0, 0, 5, 44, 55, 66, 77)
+    resumed = [regs for regs in pair.world.inbox if regs[0] == Function.RETURN_FROM_RPC]
+    assert resumed == [(Function.RETURN_FROM_RPC, 0, 0, 5, 0, 0, 0, guest.id)] * MAX_UNDELIVERED
+    assert guest.smc(Function.RETURN_FROM_RPC, 8, 9, 5, 45, 56, 67, 78) == (0, 0, 0, 0, 45, 56, 67, 78)
+    assert pair.world.inbox[-1] == (Function.RETURN_FROM_RPC, 0, 0, 5, 0, 0, 0, guest.id)
+
+
+@BEHIND
+def test_the_guest_is_asked_to_free_in_its_own_words(make, behind):
+    """R19: the request is a SHM_FREE of the type that was asked for, with the reply's header otherwise."""
+    pair = make()
+    guest = pair.guest()
+    at, _ = suspended_in_command(guest, shm_alloc(kind=ShmType.KERNEL), behind=behind, thread=6)
+    bad = Param(TMEM_OUT, guest.page_list([8]), 77, 0xB0)
+    guest.write(Message(RpcCommand.SHM_ALLOC, 1, 2, 3, 4, 0, 6, [bad]), at)
+    words = resume_words(behind)
+    regs = guest.smc(Function.RETURN_FROM_RPC, 8, 9, 6, 44, 55, 66, 77)
+    assert regs == (RpcReturn.CMD, *words, 6, 44, 55, 66, 77)
+    expected = Message(RpcCommand.SHM_FREE, 1, 2, 3, 4, GENERIC, 6, [Param(VALUE_IN, ShmType.KERNEL, 0xB0, 0xB0)])
+    assert guest.read(at) == expected
+    replies = []
+    pair.world.script.append(reading(replies))
+    guest.write(Message(RpcCommand.SHM_FREE, ret=0), at)
+    assert guest.resume(6)[0] == 0
+    assert pair.world.inbox[-1] == (Function.RETURN_FROM_RPC, 0, 0, 6, 0, 0, 0, guest.id)
+    assert replies == [replace(expected, params=[])]
+
+
+@pytest.mark.parametrize("flow", [False, True])
+def test_the_first_thread_of_the_mediators_own_is_one(make, flow):
+    policy = policy_of()
+    pair = make(replace(policy, flow=FlowPolicy(queue=4)) if flow else policy)
+    guest = pair.guest(ram=16 << 20)
+    guest.record.next_call = OWN_THREADS - 1
+    step, ipa = long_call(guest)
+    regs = pair.checker.give_back(step.ticket).regs
+    assert regs == (RpcReturn.FOREIGN_INTR, 0, 0, OWN_THREADS, 14, 15, 16, 17)
+    assert guest.resume(OWN_THREADS)[0] == 0
+    assert guest.read(ipa).ret == 0
