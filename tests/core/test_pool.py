@@ -10,9 +10,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
-from mediator.core.ledger import OverLimit
+from mediator.core.ledger import Ledger, Limits, OverLimit
 from mediator.core.policy import PolicyLimits
-from mediator.core.pool import borrowed
+from mediator.core.pool import Pool, PoolStatus, borrowed
 from mediator.core.steps import CALL_REFUSED, GUEST_REFUSED, LIMITS_CHANGED, POOL_CHANGED
 from optee.abi.message import Param
 from optee.abi.smc import ReturnCode, VmId
@@ -270,3 +270,66 @@ def test_a_policy_is_adopted_whole_or_not_at_all(make):
     vm = pair.machine.create_kvm("third", 1 << 20)
     assert pair.drive(pair.checker.create(vm.client_id, vm))[0] == ReturnCode.ENOMEM
     assert core.adopt(other, {}) == ()
+
+
+def refused(request):
+    """What an OverLimit says: its text, and its parts."""
+    with pytest.raises(OverLimit) as caught:
+        request()
+    over = caught.value
+    return str(over), (over.rule, over.resource, over.asked, over.held, over.limit)
+
+
+def test_what_the_pool_cannot_give_is_named(make):
+    """To the operator who asks for a reservation, and in the event of a guest that asks for pages."""
+    pair = make()
+    first, second = pair.guest(), pair.guest()
+    core = pair.mediator
+    core.change_limits({first.id: limits(20, 6), second.id: limits(20, 0)}, 10)
+    assert refused(lambda: core.change_limits({second.id: limits(20, 5)}, 10)) == (
+        "11 reserved_pages, 10 are allowed",
+        ("R22", "reserved_pages", 11, None, 10),
+    )
+    assert second.register(second.tmem(3, cookie=1)).ret == 0
+    assert refused(lambda: core.change_limits({first.id: limits(20, 8)}, 10)) == (
+        "2 reserved_pages beside 9, 10 are allowed",
+        ("R22", "reserved_pages", 2, 9, 10),
+    )
+    assert first.register(first.tmem(8, cookie=1)).ret == OUT_OF_MEMORY
+    detail = first.record.counters.last_refusal
+    assert [detail[key] for key in ("rule", "resource", "asked", "held", "limit", "why")] == [
+        "R22", "host_pages", 2, 9, 10, "2 host_pages beside 9, 10 are allowed",
+    ]  # fmt: skip
+    assert core.pool.status() == PoolStatus(10, 3, 6, 3)
+    assert first.register(first.tmem(7, cookie=1)).ret == 0
+    assert core.pool.status() == PoolStatus(10, 10, 6, 4)
+    assert first.unregister(1).ret == 0
+    assert core.change_limits({first.id: limits(20, 7)}, 10)
+    assert pair.destroy(first)[0] == 0
+    assert core.pool.status() == PoolStatus(10, 3, 0, 3)
+    assert second.register(second.tmem(7, cookie=2)).ret == 0
+    assert second.register(second.tmem(1, cookie=3)).ret == OUT_OF_MEMORY
+
+
+def test_a_pool_of_exactly_what_is_reserved_is_enough():
+    pool = Pool(10)
+    ledgers = [Ledger(Limits(20, 9, 9, 9, 9, 9, reserved)) for reserved in (6, 4, 0, 1)]
+    for ledger in ledgers[:3]:
+        pool.join(ledger)
+    assert refused(lambda: pool.join(ledgers[3])) == (
+        "1 reserved_pages beside 10, 10 are allowed",
+        ("R22", "reserved_pages", 1, 10, 10),
+    )
+    assert ledgers[3].lender is None
+    charge = ledgers[0].charge(pages=6)
+    assert refused(lambda: ledgers[2].charge(pages=1))[1] == ("R22", "host_pages", 1, 10, 10)
+    charge.refund()
+    pool.change(None, {})
+    assert [ledger.lender for ledger in ledgers] == [None] * 4 and pool.status() == PoolStatus(None, 0, 10, 0)
+    ledgers[2].charge(pages=20)
+    pool.change(10, {})  # it is lowered over loans that are out, and below which nobody can go
+    assert ledgers[2].lender is pool and pool.status() == PoolStatus(10, 20, 10, 20)
+    assert refused(lambda: ledgers[1].charge(pages=5))[1] == ("R22", "host_pages", 1, 30, 10)
+    ledgers[1].charge(pages=4)
+    pool.leave(ledgers[2])
+    assert ledgers[2].lender is None and pool.status() == PoolStatus(10, 4, 10, 0)
