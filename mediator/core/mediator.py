@@ -70,7 +70,6 @@ class Mediator:
         self.threads = 0
         self.tracing = False
         """Whether events of level "debug" are wanted: which pages were pinned for what."""
-        self.rpc_argument_size = 0
         self.new_ledger = ledger
         self.pool = Pool(policy.pool_pages)
         self.flow = None if policy.flow is None else Flow(policy.flow)

@@ -204,8 +204,10 @@ def test_capabilities_can_be_exchanged_again_and_are_not_remembered_against_a_gu
 def test_a_policy_with_a_function_that_nobody_handles_is_refused():
     machine = Machine()
     policy = policy_of()
-    with pytest.raises(ValueError, match="L2CC_MUTEX"):
-        Mediator(replace(policy, functions=policy.functions | {Function.L2CC_MUTEX}), Host(machine))
+    functions = policy.functions | {Function.VM_CREATED, Function.L2CC_MUTEX}
+    with pytest.raises(ValueError) as caught:
+        Mediator(replace(policy, functions=functions), Host(machine))
+    assert str(caught.value) == "policy default: the mediator does not handle L2CC_MUTEX, VM_CREATED"
     machine.close()
 
 

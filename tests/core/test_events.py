@@ -160,6 +160,12 @@ IN_A0: list[tuple[In, int, Function, int | None, str, dict[str, Any]]] = [
     (lambda g: g.call(Message(99)), EBADCMD, ARG, 1, "command 0x63 is not forwarded", {}),
     (lambda g: g.smc(REGD_ARG, 0, 9, 0), EBADADDR, REGD_ARG, 1, "no registered buffer has this cookie", {}),
     (lambda g: in_a_buffer(g, 4), EBADADDR, REGD_ARG, 2, "the message does not lie in its buffer, 8-byte aligned", {}),
+    (lambda g: in_a_buffer(g, 8192 - 32), EBADADDR, REGD_ARG, 2,
+     "message and RPC argument do not lie in their buffer", {}),
+    (lambda g: (registered_pages(g), g.smc(REGD_ARG, 0, 9, 8192 - 24)), EBADADDR, REGD_ARG, 2,
+     "the message does not lie in its buffer, 8-byte aligned", {}),
+    (lambda g: (registered_pages(g), g.smc(REGD_ARG, 0, 9, 8192 + 4096)), EBADADDR, REGD_ARG, 2,
+     "the message does not lie in its buffer, 8-byte aligned", {}),
     (read_only_at_the_end, EBADADDR, ARG, 1, "IPA 0x40001008: read-only memory", {}),
     (lambda g: g.resume(3), ERESUME, RESUME, None, "no call of thread 0x3 waits", {}),
     (lambda g: give(g, FIRST + 8), EBADADDR, RESUME, 1, "the RPC argument is not page aligned", {}),
@@ -283,12 +289,15 @@ def with_count(request: Message, count: int) -> Any:
     return answer
 
 
-UNDELIVERED = [
+UNDELIVERED: list[tuple[Callable[..., Any], str]] = [
     (lambda: ask(Message(RpcCommand.BENCH_REG)), "an RPC command that carries a physical address"),
     (lambda: ask(Message(RpcCommand.SOCKET)), "RPC command 0xa is not for guests"),
     (lambda: ask(Message(RpcCommand.RPMB)), "the RPMB device is not this guest's"),
-    (lambda: ask(Message(RpcCommand.FS, params=[Param(VALUE_IN), Param(TMEM_IN & ~NONCONTIG, 1 << 41, 8, 1)])),
-     "a physical address in an RPC request"),
+    *[
+        (lambda kind=kind: ask(Message(RpcCommand.FS, params=[Param(VALUE_IN), Param(kind, 1 << 41, 8, 1)])),
+         "a physical address in an RPC request")
+        for kind in (9, 10, 11)
+    ],
     (lambda: with_count(Message(RpcCommand.FS), 5), "5 parameters do not fit the RPC argument"),
     (lambda: lambda w, n, r: (ask(TIME)(w, n, r), raw(int(RpcReturn.CMD), 0, 5, 0)(w, n, r))[1],
      "a cookie, though the RPC argument stands behind the message"),

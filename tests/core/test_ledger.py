@@ -305,6 +305,8 @@ def test_an_exhausted_page_pool_refuses_and_recovers(make):
 def test_counters_tell_denied_refused_and_rejected_apart(make):
     pair = make()
     guest = pair.guest()
+    fresh = {name: getattr(guest.record.counters, name) for name in guest.record.counters.__slots__}
+    assert fresh == dict.fromkeys(fresh, 0) | {"refusals": {}, "last_refusal": None}
     guest.smc(Function.VM_CREATED)
     guest.invoke(Param(TMEM_INOUT, guest.page(), 2**40, 1))
     message = guest.invoke(Param(TMEM_INOUT, 8, 1, 1))

@@ -263,8 +263,9 @@ def test_a_policy_is_adopted_whole_or_not_at_all(make):
     with pytest.raises(OverLimit):
         core.adopt(replace(other, pool_pages=5), {first.id: other.limits, second.id: other.limits})
     assert core.policy is old and first.limits.pages == 65536 and core.pool.capacity is None
-    with pytest.raises(ValueError, match="cookie_zero"):
-        core.adopt(replace(other, cookie_zero=True), {})
+    with pytest.raises(ValueError) as caught:
+        core.adopt(replace(other, cookie_zero=True, rpmb_owner="kvm-1"), {})
+    assert str(caught.value) == "policy default: cookie_zero, rpmb_owner cannot change while guests run"
     core.adopt(other, {first.id: other.limits, second.id: other.limits})
     assert (first.limits.pages, second.limits.reserved_pages, core.pool.capacity) == (9, 3, 7)
     vm = pair.machine.create_kvm("third", 1 << 20)

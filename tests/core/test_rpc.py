@@ -862,6 +862,7 @@ def test_several_buffers_can_be_offered_in_one_call(make, behind):
         pair.world.script.append(ask(shm_alloc(), 0 if behind else 0xC0))
         assert guest.resume()[0] == RpcReturn.CMD
     assert guest.sums()["buffers"] == 3
+    assert pair.machine.pages.allocated == 1 + 2 + (not behind)  # the shadow, the last one's lists, the argument
     offer(guest, at, Param(0), ret=0xFFFF_000C)
     assert guest.resume()[0] == 0
     assert guest.sums()["pages"] == 1800
@@ -955,3 +956,33 @@ def test_the_first_thread_of_the_mediators_own_is_one(make, flow):
     assert regs == (RpcReturn.FOREIGN_INTR, 0, 0, OWN_THREADS, 14, 15, 16, 17)
     assert guest.resume(OWN_THREADS)[0] == 0
     assert guest.read(ipa).ret == 0
+
+
+def test_each_resume_of_the_guest_begins_the_count_of_undelivered_requests_anew(make):
+    pair = make()
+    guest = pair.guest()
+    replies: list[Message] = []
+    request = Message(RpcCommand.RPMB, ret=GENERIC)
+    pair.world.script += [ask(request)] * (2 * (MAX_UNDELIVERED + 1) + MAX_UNDELIVERED) + [reading(replies)]
+    regs, _ = guest.call(invoke(), Function.CALL_WITH_RPC_ARG)
+    for _ in range(2):
+        assert regs[0] == RpcReturn.FOREIGN_INTR and not replies
+        regs = guest.resume()
+    assert regs[0] == 0 and replies
+
+
+@pytest.mark.parametrize("kind", [RMEM_IN, RMEM_OUT, RMEM_INOUT])
+def test_pages_that_op_tee_names_in_a_request_are_dirty(make, kind):
+    """R27: what the supplicant is to read there, OP-TEE has written; what it is to write there, it has itself."""
+    pair = make()
+    guest = pair.guest("kvm")
+    first = registered_pages(guest)
+    other = registered_pages(guest, cookie=10)
+    guest.vm.start_dirty_logging()
+    guest.vm.dirty_pages()
+    suspended_in_command(guest, Message(RpcCommand.FS, params=[Param(VALUE_IN), Param(kind, 0, 8, 9)]))
+    pages = {gfn << 12 for gfn in guest.vm.dirty_pages()}
+    assert {first, first + PAGE_SIZE} <= pages and not {other, other + PAGE_SIZE} & pages
+    guest.vm.stop_dirty_logging()
+    assert guest.resume()[0] == 0
+    assert guest.unregister(9).ret == guest.unregister(10).ret == 0
