@@ -184,10 +184,13 @@ def settle(guest: GuestSide) -> None:
         guest.resume(next(iter(guest.record.suspended)))
 
 
+@pytest.mark.parametrize("flow", [False, True])
 @pytest.mark.parametrize("case", range(len(IN_A0)), ids=[case[4] for case in IN_A0])
-def test_a_refusal_in_a0_says_why(make, case):
+def test_a_refusal_in_a0_says_why(make, case, flow):
     does, answer, function, call, why, limit = IN_A0[case]
-    pair = make()
+    if flow and answer == ETHREAD_LIMIT:
+        return  # such a call waits
+    pair = make(controlled() if flow else "default")
     guest = pair.guest("xen")
     does(guest)
     detail = {"call": call, "function": int(function), "answer": answer, "origin": None, "why": why, **limit}
@@ -561,7 +564,7 @@ def test_tracing_tells_who_waits_behind_how_many_and_how_long(make):
     pair.events.clear()
     guest.resume()
     for number, step in enumerate(steps, 2):
-        assert pair.checker.turns(number * 5_000_000) == [step.ticket]
+        assert pair.checker.turns(number * 5_000_000 + 999) == [step.ticket]
         assert pair.drive(pair.checker.proceed(step.ticket))[0] == 0
     assert events_of(pair, CALL_ADMITTED) == [
         Event(CALL_ADMITTED, "debug", guest.id, {"call": 2, "waited_us": 9000}),

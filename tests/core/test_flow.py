@@ -362,10 +362,10 @@ def test_thread_limit_only_while_another_call_of_the_guest_is_in_flight(make):
     mine, _ = waiting(other, invoke())
     assert busy.call(invoke())[0][0] == other.call(invoke())[0][0] == ReturnCode.ETHREAD_LIMIT
     refused = [event for event in pair.events if event.name == CALL_REFUSED][-1]
-    detail = {key: refused.detail[key] for key in ("rule", "resource", "asked", "held", "limit", "answer", "origin")}
-    assert detail == {
+    assert refused.detail == {
+        "call": 2, "function": int(Function.CALL_WITH_ARG), "answer": int(ReturnCode.ETHREAD_LIMIT), "origin": None,
         "rule": "R29", "resource": "queue", "asked": 1, "held": 1, "limit": 1,
-        "answer": int(ReturnCode.ETHREAD_LIMIT), "origin": None,
+        "why": "1 queue beside 1, 1 are allowed",
     }  # fmt: skip
     assert other.record.calls and other.record.counters.refusals == {"queue": 1}
     pair.drive(pair.returned(first.ticket, pair.answer(first)))
