@@ -24,6 +24,10 @@ def fuzz(
     guests: Annotated[int, typer.Option(min=1, max=64, metavar="N", help="VMs, KVM and Xen mixed.")] = 4,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where a failure is written, as a scenario.")] = Path(),
     policy: PolicyName = "default",
+    corpus: Annotated[
+        list[Path] | None,
+        typer.Option("--corpus", metavar="TRACE", help="Begin from the calls of this trace, too; may be repeated."),
+    ] = None,
     unguided: Annotated[bool, typer.Option("--unguided", help="Learn nothing of earlier episodes.")] = False,
     json: Json = False,
 ) -> int:
@@ -31,6 +35,7 @@ def fuzz(
     from mediator.documents import read_document
     from mediator.fuzz.engine import fuzz as search
     from mediator.fuzz.engine import save
+    from mediator.fuzz.seeds import read_seeds, shipped
     from mediator.policies import BUILT_IN
 
     if calls is None and seconds is None:
@@ -46,6 +51,7 @@ def fuzz(
         seconds=seconds,
         guests=guests,
         guided=not unguided,
+        recorded=[*shipped(), *(talk for path in corpus or () for talk in read_seeds(path))],
         policy_text="" if policy in BUILT_IN else read_document(Path(policy)),
         advance=_progress if on_terminal(sys.stderr) else lambda report: None,
     )
@@ -73,13 +79,18 @@ def _progress(report: "FuzzReport") -> None:
 
 def _show(report: "FuzzReport") -> None:
     data = report.as_data()
-    summary = table("calls", "calls/s", "episodes", "kept", "edges", "items", "features", "failures")
+    edges = table("state table", "edge", "moves that took it", right=("moves that took it",))
+    for what, edge, count in data["edges"]:
+        edges.add_row(what, edge, str(count))
+    for what, edge in data["edges_missing"]:
+        edges.add_row(what, edge, "not taken")
+    summary = table("calls", "calls/s", "episodes", "kept", "edges", "items", "depths", "failures")
     numbers = (data["calls"], data["calls_per_second"], data["episodes"], data["kept"], len(data["edges"]))
     failed = int(report.failure is not None)
-    summary.add_row(*map(str, (*numbers, data["items"], data["features"], failed)))
+    summary.add_row(*map(str, (*numbers, data["items"], data["depths"], failed)))
     title = heading(f"fuzz, seed {report.seed}, policy {report.policy}, {report.guests} guests")
-    lines = [f"not taken: {what} {edge}" for what, edge in data["edges_missing"]]
+    lines = []
     if report.failure is not None:
         lines.append(f"failed after {len(report.failure.moves)} moves, made short from {report.failure.shrunk_from}:")
         lines += report.failure.why[:_SHOWN]
-    show(title, summary, *lines)
+    show(title, edges, summary, *lines)

@@ -102,7 +102,6 @@ GUEST_TABLE = {
     GuestState.CREATING: {
         GuestEvent.CREATED: GuestState.LIVE,
         GuestEvent.REFUSED: GuestState.GONE,
-        GuestEvent.DESTROY: GuestState.DYING,
     },
     GuestState.LIVE: {
         GuestEvent.PAUSE: GuestState.PAUSED,

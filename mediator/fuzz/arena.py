@@ -1,5 +1,6 @@
 """Where a fuzz run happens: guests, the core under the checker, and a secure world that may break its contract."""
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from random import Random
@@ -25,12 +26,14 @@ from mediator.fuzz.moves import (
     first_lists,
     message,
     page_list,
+    relocated,
     reply,
     request,
 )
+from mediator.fuzz.seeds import Exchange
 from mediator.host import Host
 from mediator.invariants import Checker
-from optee.abi.message import HEADER, HEADER_SIZE, PARAM_SIZE
+from optee.abi.message import HEADER, HEADER_SIZE, MAX_PARAMS, PARAM, PARAM_SIZE, TYPE_MASK, ParamType
 from optee.abi.smc import API_UID, Function, RpcReturn, ThreadId, VmId, is_rpc, to_pair
 
 THREADS: Final = 4
@@ -38,9 +41,15 @@ HELD: Final = 12
 """Requests that OP-TEE or the shell may leave lying about."""
 HOSTILE_GUEST: Final = 0.4
 HOSTILE_WORLD: Final = 0.03
+LATE: Final = 0.25
+"""How often an answer of OP-TEE, or a next turn, lies about for a while."""
+EIGHTHS: Final = 8
 REFUSED: Final = 0.2
 """How often OP-TEE refuses to create or to forget a VM."""
 _WITH_MESSAGE: Final = (int(Function.CALL_WITH_ARG), int(Function.CALL_WITH_RPC_ARG))
+_TYPES: Final = frozenset(map(int, ParamType))
+_ASKED: Final = ("end", "end", "end", "cmd", "cmd", "cmd", "alloc", "alloc", "interrupt")
+_NUMBERS: Final = re.compile(r"0x[0-9a-f]+|[0-9]+")
 _FAST: Final[dict[int, Regs]] = {
     int(Function.CALLS_UID): API_UID,
     int(Function.EXCHANGE_CAPABILITIES): (0, 0xFD, 0x42, 4),
@@ -78,7 +87,7 @@ class Arena(Host):
         self.mediator = Mediator(policy, self)
         self.checker = Checker(self.mediator, self, self.threads_held)
         self.calls = 0
-        self.items: set[tuple[str, int]] = set()
+        self.items: set[tuple[str, int | str]] = set()
         self.vms = [
             (self.machine.create_kvm if flavour(number) == "kvm" else self.machine.create_xen)(
                 f"guest-{number}", [RamBlock(RAM_BASE, PAGES * 4096)]
@@ -92,6 +101,9 @@ class Arena(Host):
         self._refusing = False
         self._changed: defaultdict[int, set[int]] = defaultdict(set)
         self._writes: Writes = []
+        self._planned: Exchange | None = None
+        self.depths: set[tuple[str, int]] = set()
+        """Eighths of its quotas that a guest held."""
         for vm in self.vms:
             self._furnish(vm)
         self._finish(self.checker.probe())
@@ -109,11 +121,15 @@ class Arena(Host):
         client, base = vm.client_id, vm.ram[0].base
         hostile = choose.random() < HOSTILE_GUEST
         guest = self.mediator.guests.get(client)
+        recorded = self._planned = move.recorded
         if move.what == "call":
             at = base + choose.randrange(8) * 4096
-            self._write(vm, at, message(choose, base, hostile=hostile))
-            self._write_list(vm, choose, hostile=hostile)
-            function = choose.choice(YIELDING)
+            if recorded is not None:
+                self._write_recorded(vm, at, recorded)
+            else:
+                self._write(vm, at, message(choose, base, hostile=hostile))
+                self._write_list(vm, choose, hostile=hostile)
+            function = choose.choice(YIELDING) if recorded is None else recorded.function
             operands = to_pair(at)
             if function is Function.CALL_WITH_REGD_ARG:
                 operands = (0, choose.randrange(1, 6))
@@ -121,11 +137,13 @@ class Arena(Host):
                 operands = to_pair(choose.choice((at + 8, 0, 1 << 45, base - 4096)))
             self._submit(vm, (int(function), *operands, 0, 0, 0, 0, choose.choice((0, 7))))
         elif move.what == "resume":
-            self._resume(vm, hostile=hostile)
+            self._resume(vm, recorded, hostile=hostile)
         elif move.what == "answer" and self._held:
             self._go_on(self._held.pop(choose.randrange(len(self._held))))
         elif move.what == "fast":
             function_id = choose.choice(FUNCTIONS) if choose.random() < 0.95 else choose.getrandbits(32)
+            if recorded is not None:
+                function_id = recorded.function
             self._submit(vm, (function_id, *(choose.choice((0, 1, 0xC0, 1 << 40)) for _ in range(7))))
         elif move.what == "page":
             ipa, kind = base + choose.randrange(PAGES) * 4096, choose.choice(_KINDS)
@@ -137,10 +155,21 @@ class Arena(Host):
             done = "pause" if self.checker.pause(client) else "resume" if self.checker.resume(client) else ""
             if self.journal is not None and done:
                 self.journal.asked(vm.name, done)
-        elif move.what in ("destroy", "reset") and choose.random() < 0.3:
+        elif move.what in ("destroy", "reset"):
             self._refusing = choose.random() < REFUSED
             self._end(vm, again=move.what == "reset")
             self._refusing = False
+        self._planned = None
+        if guest is not None:
+            limits, ledger = guest.ledger.limits, guest.ledger
+            held = (
+                ("pages", EIGHTHS * ledger.pages // limits.pages),
+                ("buffers", EIGHTHS * ledger.buffers // limits.buffers),
+                ("RPC arguments", EIGHTHS * ledger.rpc_arguments // limits.rpc_arguments),
+                ("calls", EIGHTHS * ledger.calls // limits.calls),
+                ("memory", EIGHTHS * ledger.memory // limits.memory),
+            )
+            self.depths.update(held)
 
     def finish(self) -> None:
         """Let everything come to its end; what is left then is somebody's mistake."""
@@ -184,7 +213,14 @@ class Arena(Host):
             self.journal.called(vm.name, regs, step)
         self._keep(vm.client_id, step)
 
-    def _resume(self, vm: VirtualMachine, *, hostile: bool) -> None:
+    def _write_recorded(self, vm: VirtualMachine, at: int, recorded: Exchange) -> None:
+        base = vm.ram[0].base
+        data, lists = relocated(recorded.said, base)
+        self._write(vm, at, data)
+        for page, entries in lists.items():
+            self._write(vm, base + page * 4096, entries)
+
+    def _resume(self, vm: VirtualMachine, recorded: Exchange | None, *, hostile: bool) -> None:
         choose, client, base = self._choose, vm.client_id, vm.ram[0].base
         told = self._told[client]
         thread = (
@@ -198,23 +234,27 @@ class Arena(Host):
             place = call.argument.ipa if call.argument is not None else call.ipa + call.rpc_offset
             words = (call.rpc_words[0] & 0xFFFFFFFF, call.rpc_words[1] & 0xFFFFFFFF)
             if base <= place < base + (PAGES - 1) * 4096:
-                asked = vm.ram[0].read(place, 160)
-                self._write(vm, place, reply(choose, asked, base, hostile=hostile))
-                self._write_list(vm, choose, hostile=hostile)
+                if recorded is not None and recorded.said:
+                    self._write_recorded(vm, place, recorded)
+                else:
+                    asked = vm.ram[0].read(place, 160)
+                    self._write(vm, place, reply(choose, asked, base, hostile=hostile))
+                    self._write_list(vm, choose, hostile=hostile)
         if hostile and choose.random() < 0.2:
             words = (choose.getrandbits(32), choose.getrandbits(32))
         self._submit(vm, (int(Function.RETURN_FROM_RPC), *words, thread, *to_pair(cookie), 0, 0))
 
     def _keep(self, client: int, step: Step) -> None:
         """Do what a step says, or let it lie for a while."""
+        self._note(step)
         if isinstance(step, Reply):
             if is_rpc(step.regs[0]):
                 self._told[client].append(step.regs[3] & 0xFFFFFFFF)
-                self.items.add(("rpc", step.regs[0] & 0xFFFFFFFF))
+                self.items.add(("RPC", step.regs[0] & 0xFFFFFFFF))
             else:
                 self.items.add(("answer", min(step.regs[0] & 0xFFFFFFFF, 0x100)))
         elif isinstance(step, Forward | Preempt):
-            if len(self._held) < HELD and self._choose.random() < 0.25:
+            if len(self._held) < HELD and self._choose.random() < LATE:
                 self._held.append(step)
             else:
                 self._go_on(step)
@@ -243,6 +283,13 @@ class Arena(Host):
     def _finish(self, step: Step) -> None:
         while isinstance(step, Forward | Preempt):
             step = self._next(step, plain=True)
+        self._note(step)
+
+    def _note(self, step: Step) -> None:
+        """What the core says happened, and why, is part of what there is to be seen."""
+        for event in step.events:
+            why = str(event.detail.get("why", ""))
+            self.items.add((event.name, _NUMBERS.sub("n", why)))
 
     def _end(self, vm: VirtualMachine, *, again: bool) -> None:
         """End a VM, or begin it anew; what waits for OP-TEE comes back first."""
@@ -297,6 +344,11 @@ class Arena(Host):
             return (0, 0, 0, 0)
         if function in _WITH_MESSAGE:
             talk = Talk(regs[1] << 32 | regs[2], behind=function == Function.CALL_WITH_RPC_ARG)
+            frame = self.machine.memory.frame(talk.pa)
+            command, *_, count = HEADER.unpack_from(frame)
+            self.items.add(("command", command))
+            params = PARAM.iter_unpack(frame[HEADER_SIZE : HEADER_SIZE + PARAM_SIZE * min(count, MAX_PARAMS)])
+            self.items.update(("attribute", param[0] & TYPE_MASK) for param in params if param[0] & TYPE_MASK in _TYPES)
         elif function == Function.RETURN_FROM_RPC:
             found = self._talks.pop((vm, regs[3]), None)
             if found is None:
@@ -312,7 +364,9 @@ class Arena(Host):
 
     def _speak(self, choose: Random, talk: Talk, vm: int, *, plain: bool) -> Regs:
         free = [thread for thread in range(THREADS) if (vm, thread) not in self._talks]
-        kind = choose.choice(("end", "end", "end", "cmd", "cmd", "cmd", "alloc", "alloc", "interrupt"))
+        if self._planned is not None and free and not plain:
+            return self._repeat(talk, vm, free[0], self._planned)
+        kind = choose.choice(_ASKED)
         broken = choose.random() < HOSTILE_WORLD and not plain
         if plain or not free or kind == "end":
             if talk.cookies and free and not broken:
@@ -323,18 +377,36 @@ class Arena(Host):
             return (0, 0, 0, 0)
         thread = choose.choice((*self._told[VmId(vm)], 1 << 30, 0xFFFFFFFF)) if broken else free[0]
         if kind == "cmd" and (talk.behind or talk.cookies):
-            cookie = 0 if talk.behind else next(iter(talk.cookies))
-            place = talk.pa + self._behind(talk.pa) if talk.behind else talk.cookies[cookie]
-            data = request(choose)
-            if place % 4096 + len(data) <= 4096:
-                self._say("argument", place, 0, data)
-            if broken:
-                cookie = choose.getrandbits(64)
-            return self._suspend(talk, vm, thread, RpcReturn.CMD, cookie)
+            cookie = self._request(talk, request(choose))
+            return self._suspend(talk, vm, thread, RpcReturn.CMD, choose.getrandbits(64) if broken else cookie)
         if kind == "alloc" and not talk.behind:
             return self._suspend(talk, vm, thread, RpcReturn.ALLOC, 160 << 32)
         code = 0xFFFF0000 | choose.getrandbits(16) if broken else int(RpcReturn.FOREIGN_INTR)
         return self._suspend(talk, vm, thread, code if code != 0xFFFFFFFF else 0xFFFF0004, 0)
+
+    def _repeat(self, talk: Talk, vm: int, thread: int, recorded: Exchange) -> Regs:
+        """Answer what was recorded."""
+        code = recorded.answer
+        if not is_rpc(code):
+            if len(recorded.told) >= HEADER_SIZE:
+                self._say("message", talk.pa, 20, recorded.told[20:28])
+            return (code, 0, 0, 0)
+        if code == RpcReturn.CMD and (talk.behind or talk.cookies):
+            return self._suspend(talk, vm, thread, code, self._request(talk, recorded.told))
+        if code == RpcReturn.FREE and talk.cookies:
+            return self._suspend(talk, vm, thread, code, talk.cookies.popitem()[0])
+        if code in (RpcReturn.CMD, RpcReturn.FREE, RpcReturn.ALLOC) and not talk.behind:
+            return self._suspend(talk, vm, thread, RpcReturn.ALLOC, 160 << 32)
+        return self._suspend(talk, vm, thread, RpcReturn.FOREIGN_INTR, 0)
+
+    def _request(self, talk: Talk, data: bytes) -> int:
+        """Write the request of an RPC CMD into the call's argument, and give its cookie."""
+        self.items.add(("RPC command", HEADER.unpack_from(data)[0]))
+        cookie = 0 if talk.behind else next(iter(talk.cookies))
+        place = talk.pa + self._behind(talk.pa) if talk.behind else talk.cookies[cookie]
+        if place % 4096 + len(data) <= 4096:
+            self._say("argument", place, 0, data)
+        return cookie
 
     def _say(self, where: str, pa: int, offset: int, data: bytes) -> None:
         self.machine.memory.write(pa + offset, data)

@@ -1,6 +1,7 @@
-"""The search: episodes of moves, those that show something new are begun from again, and a failure is made short."""
+"""The search: episodes of moves; what shows something new is begun from again, and a failure is made short."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -9,29 +10,32 @@ from typing import Any, Final
 
 from mediator.core.policy import Policy
 from mediator.fuzz.arena import THREADS, Arena, flavour
+from mediator.fuzz.corpus import Corpus
 from mediator.fuzz.failure import LOUD, Failure, kinds_of, make_short, shrink
 from mediator.fuzz.journal import Journal
-from mediator.fuzz.moves import Move, draw
+from mediator.fuzz.moves import Move
+from mediator.fuzz.seeds import Conversation
 from mediator.fuzz.story import Story
 from mediator.invariants import Violation
 from mediator.invariants.lifecycles import ARGUMENT_EDGES, BUFFER_EDGES, CALL_EDGES, GUEST_EDGES, NEW
 
-EPISODE: Final = 400
-"""Moves from the birth of the guests to their end. Long enough for quotas to fill; short enough to be made short."""
-FROM_CORPUS: Final = 0.6
-"""How often an episode begins as one that showed something new did."""
 EDGES: Final = {
     "guest": GUEST_EDGES,
     "call": CALL_EDGES,
     "buffer": BUFFER_EDGES,
     "RPC argument": ARGUMENT_EDGES,
 }
+Edge = tuple[str, str, str]
 Advance = Callable[["FuzzReport"], None]
 
 
 @dataclass(slots=True)
 class FuzzReport:
-    """What a search did. edges: of the state tables, as (object, before, after); items: parts of the ABI."""
+    """What a search did.
+
+    edges: of the state tables, as (object, before, after), by the moves in which they were taken; items: parts of the
+    ABI, and reasons of the core's; depths: eighths of its quotas that a guest held.
+    """
 
     seed: int
     policy: str
@@ -41,16 +45,34 @@ class FuzzReport:
     episodes: int = 0
     kept: int = 0
     seconds: float = 0.0
-    edges: set[tuple[str, str, str]] = field(default_factory=set)
-    items: set[tuple[str, int]] = field(default_factory=set)
-    features: set[tuple[Any, ...]] = field(default_factory=set)
+    edges: Counter[Edge] = field(default_factory=Counter)
+    items: set[tuple[str, int | str]] = field(default_factory=set)
+    depths: set[tuple[str, int]] = field(default_factory=set)
     failure: Failure | None = None
 
     @property
-    def missing(self) -> list[tuple[str, str, str]]:
+    def found(self) -> int:
+        """How much was seen of all that counts as new."""
+        return len(self.edges) + len(self.items) + len(self.depths)
+
+    @property
+    def missing(self) -> list[Edge]:
         """Edges of the tables that were not taken."""
         known = {(what, *edge) for what, edges in EDGES.items() for edge in edges if edge[0] != NEW}
-        return sorted(known - self.edges)
+        return sorted(known - self.edges.keys())
+
+    def learn(self, arena: Arena) -> bool:
+        """Take what an arena has shown since the last time; whether anything of it is new."""
+        before = self.found
+        taken = arena.checker.taken
+        if taken:
+            self.edges.update((move.what, move.before, move.after) for move in taken)
+            taken.clear()
+        self.items |= arena.items
+        arena.items.clear()
+        self.depths |= arena.depths
+        arena.depths.clear()
+        return self.found > before
 
     def as_data(self) -> dict[str, Any]:
         """The JSON document of `mediator fuzz`."""
@@ -64,10 +86,12 @@ class FuzzReport:
             "episodes": self.episodes,
             "kept": self.kept,
             "calls_per_second": round(self.calls / self.seconds) if self.seconds else 0,
-            "edges": sorted([what, f"{old} -> {new}"] for what, old, new in self.edges if old != NEW),
+            "edges": [
+                [what, f"{old} -> {new}", count] for (what, old, new), count in sorted(self.edges.items()) if old != NEW
+            ],
             "edges_missing": [[what, f"{old} -> {new}"] for what, old, new in self.missing],
             "items": len(self.items),
-            "features": len(self.features),
+            "depths": len(self.depths),
             "violations": [] if self.failure is None else self.failure.why,
             "reproduced": None if self.failure is None else self.failure.reproduced,
         }
@@ -81,25 +105,24 @@ def fuzz(
     calls: int | None = None,
     seconds: float | None = None,
     guided: bool = True,
+    recorded: Sequence[Conversation] = (),
     shrink_it: bool = True,
     policy_text: str = "",
     advance: Advance = lambda report: None,
 ) -> FuzzReport:
     """Search until so many calls are made, so much time is over, or something fails. The same seed is the same run.
 
-    policy_text: the policy as YAML, for the scenario of a failure, if it is not built in.
+    recorded: calls to begin from. policy_text: the policy as YAML, for the scenario of a failure, if not built in.
     """
     report = FuzzReport(seed, policy.name, guests, guided)
-    choose = Random(seed)
-    corpus: list[list[Move]] = []
+    corpus = Corpus(Random(seed), guests, recorded)
     started = monotonic()
     while (calls is None or report.calls < calls) and (seconds is None or report.seconds < seconds):
-        moves = _episode(choose, corpus if guided else [], guests)
-        before = len(report.features)
-        why = _play(policy, guests, moves, report)
+        moves = corpus.episode()
+        why, last = _play(policy, guests, moves, report)
         report.episodes += 1
-        if len(report.features) > before:
-            corpus.append(moves)
+        if guided and last:
+            corpus.keep(moves[:last])
             report.kept += 1
         report.seconds = monotonic() - started
         advance(report)
@@ -110,52 +133,39 @@ def fuzz(
     return report
 
 
-def _episode(choose: Random, corpus: list[list[Move]], guests: int) -> list[Move]:
-    """Draw an episode: anew, or as one that showed something new, with some moves changed and a new end."""
-    if not corpus or choose.random() >= FROM_CORPUS:
-        return [draw(choose, guests) for _ in range(EPISODE)]
-    moves = list(choose.choice(corpus))
-    del moves[choose.randrange(len(moves) // 2, len(moves) + 1) :]
-    for _ in range(choose.randrange(4)):
-        moves[choose.randrange(len(moves))] = draw(choose, guests)
-    return moves + [draw(choose, guests) for _ in range(EPISODE - len(moves))]
-
-
 def _play(
-    policy: Policy, guests: int, moves: list[Move], report: FuzzReport | None, journal: Journal | None = None
-) -> list[str]:
-    """Make the moves; what is wrong then."""
+    policy: Policy, guests: int, moves: list[Move], report: FuzzReport | None = None, journal: Journal | None = None
+) -> tuple[list[str], int]:
+    """Make the moves; what is wrong then, and after how many of them something new was seen for the last time."""
     arena = Arena(policy, guests, journal)
     found: list[Violation] = arena.checker.violations
-    features = set() if report is None else report.features
+    last = 0
     try:
-        for move in moves:
-            taken = len(arena.checker.taken)
+        for number, move in enumerate(moves, 1):
             arena.do(move)
-            if len(arena.checker.taken) > taken:
-                features |= {("edge by", move.what, *edge) for edge in arena.checker.taken}
+            if report is not None and report.learn(arena):
+                last = number
             if found:
                 break
         if not found:
             arena.finish()
     except LOUD as error:
-        return [f"{type(error).__name__} left the core: {error}", *map(str, found)]
+        return [f"{type(error).__name__} left the core: {error}", *map(str, found)], last
     finally:
         if report is not None:
             report.calls += arena.calls
-            report.edges |= arena.checker.taken
-            report.items |= arena.items
-            features |= {("edge", *edge) for edge in arena.checker.taken} | {("item", *item) for item in arena.items}
+            report.learn(arena)
         arena.close()
-    return list(map(str, found))
+    return list(map(str, found)), last
 
 
 def _failure(policy: Policy, report: FuzzReport, moves: list[Move], why: list[str], policy_text: str) -> Failure:
     """Make a failure short, and a scenario of it."""
     kinds = kinds_of(why)
-    shrunk = shrink(moves, lambda shorter: bool(kinds_of(_play(policy, report.guests, shorter, None)) & kinds))
+    shrunk = shrink(moves, lambda shorter: bool(kinds_of(_play(policy, report.guests, shorter)[0]) & kinds))
     journal = Journal()
-    why = _play(policy, report.guests, shrunk, None, journal) or why
+    why = _play(policy, report.guests, shrunk, journal=journal)[0] or why
+    journal.close()
     story = Story(
         f"fuzz-{report.seed}-{report.calls}",
         f"What mediator fuzz found with seed {report.seed}.",
@@ -163,7 +173,6 @@ def _failure(policy: Policy, report: FuzzReport, moves: list[Move], why: list[st
         {f"guest-{number}": {"hypervisor": flavour(number)} for number in range(report.guests)},
         THREADS,
     )
-    journal.close()
     story.tell(journal)
     reproduced = make_short(story, kinds)
     story.comment = [

@@ -46,7 +46,6 @@ GUEST_EDGES: Final = frozenset(
         (NEW, "CREATING"),
         ("CREATING", "LIVE"),
         ("CREATING", "GONE"),
-        ("CREATING", "DYING"),
         ("LIVE", "PAUSED"),
         ("LIVE", "ISOLATED"),
         ("LIVE", "DYING"),

@@ -2,12 +2,21 @@
 
 import json
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from mediator.cli import run
+from mediator.documents import DocumentError
 from mediator.fuzz import fuzz
+from mediator.fuzz.arena import Arena
+from mediator.fuzz.moves import as_recorded
+from mediator.fuzz.seeds import conversations, distil, lines, read_seeds, shipped
 from mediator.policies import load_policy
+from mediator.trace.format import read_trace
+from optee.abi.message import HEADER
+from optee.abi.smc import is_rpc
+from tests.shared import SHARED, needs_shared
 
 
 @pytest.mark.parametrize("policy", ["default", "xen", "minimal"])
@@ -37,3 +46,47 @@ def test_a_directory_that_cannot_be_is_one_clear_line(tmp_path: Path, capsys: py
     (tmp_path / "file").touch()
     assert run(["fuzz", "--calls", "500", "--out", str(tmp_path / "file")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_shipped_seeds_are_whole_calls(tmp_path: Path) -> None:
+    seeds = shipped()
+    assert len(seeds) >= 20 and all(not is_rpc(talk[-1].answer) for talk in seeds)
+    assert all(is_rpc(exchange.answer) for talk in seeds for exchange in talk[:-1])
+    path = tmp_path / "again.jsonl"
+    path.write_text("\n".join(lines(seeds)) + "\n")
+    assert read_seeds(path) == seeds
+
+
+@needs_shared
+def test_the_shipped_seeds_are_what_the_documented_command_makes_of_the_recording() -> None:
+    _, events = read_trace(SHARED / "traces" / "native.jsonl.gz")
+    assert list(distil(conversations(events))) == shipped()
+
+
+def test_a_search_begins_from_a_recording_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "trace.jsonl"
+    assert run(["run", "register-use-unregister", "--record", str(trace)]) == 0
+    assert len(read_seeds(trace)) > 5
+    assert run(["fuzz", "--calls", "300", "--corpus", str(trace), "--json"]) == 0
+    trace.write_text(trace.read_text().splitlines()[0] + "\n")
+    with pytest.raises(DocumentError, match="no event"):
+        read_seeds(trace)
+    capsys.readouterr()
+    assert run(["fuzz", "--corpus", str(trace)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_was_recorded_is_said_again() -> None:
+    """Alone, the shipped calls lead a guest through what they show: nothing else is drawn."""
+    choose = Random(1)
+    arena = Arena(load_policy("default"), 1)
+    for talk in shipped():
+        for exchange in talk:
+            arena.do(as_recorded(choose, exchange, 0))
+    assert not arena.checker.violations
+    commands = {number for what, number in arena.items if what == "command"}
+    assert commands >= {0, 1, 2, 4, 5}
+    asked = {number for what, number in arena.items if what == "RPC command"}
+    assert asked >= {HEADER.unpack_from(e.told)[0] for talk in shipped() for e in talk if e.answer == 0xFFFF0005}
+    arena.finish()
+    arena.close()
