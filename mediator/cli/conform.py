@@ -84,7 +84,7 @@ def conform(
 def _compare(vectors: Path, policy: str, observed: Path | None, json: bool) -> int:
     """Each step agrees, or differs as a declared rule demands."""
     from mediator.conformance.compare import compare
-    from mediator.conformance.vectors import load_vectors
+    from mediator.conformance.load import load_vectors
 
     chosen = policy_of(policy)
     document = load_vectors(vectors)
@@ -111,7 +111,7 @@ def _write(path: Path, source: Path, vectors: list[dict[str, Any]]) -> None:
     import gzip
     import json
 
-    from mediator.conformance.vectors import read_json
+    from mediator.conformance.load import read_json
 
     given = read_json(source)
     document = {key: given[key] for key in _KEPT_KEYS if key in given}

@@ -69,15 +69,18 @@ class _Comparison:
 
     def __init__(self, vector: v.Vector, policy: Policy, kinds: list[Declaration], report: Report) -> None:
         self.vector = vector
-        self.policy = policy
+        self.play = Run(vector, policy)
         self.kinds = kinds
         self.report = report
         self.extras: dict[int, list[_Extra]] = {}
         self.diverged: set[int] = set()
         self.relinquished: dict[int, list[list[str]]] = {}
+        self.mislooked: set[int] = set()
+        """Domains of which ours may have looked up more or less pages than the recorded mediator since flips were
+        asked for."""
 
     def run(self, *, observe: bool) -> None:
-        run = Run(self.vector, self.policy)
+        run = self.play
         observed: list[dict[str, Any]] = []
         try:
             for index, (recorded, ours) in enumerate(zip(self.vector.steps, run.steps(), strict=True)):
@@ -96,20 +99,18 @@ class _Comparison:
         """Compare a step; whether everything that differs is declared, or not to be compared."""
         report = self.report
         report.steps += 1
+        if isinstance(recorded, v.AllocFault):
+            self.play.miscounted = False  # both count from here on
         found = list(differences(recorded, ours))
         if isinstance(recorded, v.Relinquish) and isinstance(ours.step, v.Relinquish):
             found = list(self._relinquish(index, recorded, ours.step))
-        domain = getattr(recorded, "domain", None)
+        domain: int | None = getattr(recorded, "domain", None)
+        elsewhere = domain is not None and self._may_be_elsewhere(domain, recorded, ours)
+        astray = bool(found) or domain in self.diverged or domain in self.extras
         rules: list[str] = []
-        known = domain is not None and (domain in self.diverged or bool(self.extras.get(domain)))
         if found and domain is not None and self.extras.get(domain):
             found, rules = self._without_extras(domain, recorded, ours, found)
-        if not found:
-            if rules:
-                report.intended[rules[0]] += 1
-            else:
-                report.agree += 1
-            return True
+            elsewhere |= domain in self.diverged
         left = []
         kinds: list[Declaration] = []
         for difference in found:
@@ -119,20 +120,15 @@ class _Comparison:
             else:
                 kinds.append(kind)
         rules = [kind.rule for kind in kinds] + rules
-        if domain is not None and kinds:
-            self._remember(kinds, domain, recorded, ours, found)
-        if not left:
-            report.intended[rules[0]] += 1
-        elif (
-            known
-            and domain is not None
-            and (domain in self.diverged or _refused_there(recorded, ours))
-            and all(_follows(difference, ours.facts) for difference in left)
-        ):
-            # What the recorded mediator still holds made it refuse: this domain's is another story now.
+        if domain is not None:
+            if kinds:
+                self._remember(kinds, domain, recorded, ours, found)
+            if astray or ours.facts.rejected or ours.facts.page_refused:
+                self._lose_count(domain, ours.facts)
+        if left and domain is not None and elsewhere and all(_follows(difference, ours.facts) for difference in left):
             self.diverged.add(domain)
             report.not_compared += 1
-        else:
+        elif left:
             for difference in left:
                 report.differ.append(
                     {
@@ -144,7 +140,30 @@ class _Comparison:
                     }
                 )
             return False
+        elif rules:
+            report.intended[rules[0]] += 1
+        else:
+            report.agree += 1
         return True
+
+    def _may_be_elsewhere(self, domain: int, recorded: v.Step, ours: Observed) -> bool:
+        """Whether this domain's may be another story by now.
+
+        What the recorded mediator still holds made it refuse; or a failure or a flip that was asked for came at
+        another moment.
+        """
+        if domain in self.diverged or domain in self.mislooked:
+            return True
+        if self.extras.get(domain) and _refused_there(recorded, ours):
+            return True
+        early = ours.facts.still_failing and ours.facts.rejected  # before the allocation that would have failed
+        return (self.play.miscounted or early) and _failed_once(recorded, ours)
+
+    def _lose_count(self, domain: int, facts: Facts) -> None:
+        """In a step that went otherwise, or ended early, the two may have allocated or looked up other things."""
+        self.play.miscounted |= facts.failing
+        if facts.flipping:
+            self.mislooked.add(domain)
 
     def _remember(
         self, kinds: list[Declaration], domain: int, recorded: v.Step, ours: Observed, found: list[Difference]
@@ -161,8 +180,6 @@ class _Comparison:
         """What the recorded mediator has more than ours; False if ours has something that it has not."""
         assert isinstance(recorded, v.Smc) and isinstance(ours.step, v.Smc)
         theirs, mine = recorded.out.state, ours.step.out.state
-        if theirs is None or mine is None:
-            return False
         extras = self.extras.setdefault(domain, [])
         pins = Counter(_gfns(recorded.out.pins, domain))
         pins.subtract(_gfns(ours.step.out.pins, domain))
@@ -177,12 +194,19 @@ class _Comparison:
         others = (theirs.call_count, theirs.rpc_bufs) != (mine.call_count, mine.rpc_bufs)
         if others or own - cookies or pages < 0 or buffers < 0 or min(pins.values(), default=0) < 0:
             return False
+        new = cookies - own
         both = [
-            {buffer.cookie: buffer.has_page_list for buffer in state.shm_bufs if buffer.cookie not in cookies - own}
+            {buffer.cookie: buffer.has_page_list for buffer in state.shm_bufs if buffer.cookie not in new}
             for state in (theirs, mine)
         ]
-        if cookies - own or buffers or pages or any(pins.values()):
-            extras.append(_Extra(rule, frozenset(cookies - own), buffers, pages, +pins))
+        held = sum(buffer.pages for buffer in theirs.shm_bufs if buffer.cookie in new)
+        if held > pages or buffers < len(new):
+            return False
+        if new:
+            extras.append(_Extra(rule, frozenset(new), buffers, held, +pins))
+            buffers, pages, pins = 0, pages - held, Counter()
+        if buffers or pages or any(pins.values()):
+            extras.append(_Extra(rule, frozenset(), buffers, pages, +pins))
         return all(both[0].get(cookie, held) == held for cookie, held in both[1].items())
 
     def _without_extras(
@@ -194,11 +218,11 @@ class _Comparison:
         state = recorded.out.state
         extras = self.extras[domain]
         before = list(extras)
-        if state is not None:
-            held = {buffer.cookie for buffer in state.shm_bufs}
-            if any(0 < len(extra.cookies & held) < len(extra.cookies) for extra in extras):
-                self.diverged.add(domain)
-            extras[:] = [extra for extra in extras if not extra.cookies or extra.cookies <= held]
+        held = {buffer.cookie for buffer in state.shm_bufs}
+        # Of several buffers one is gone: what of the pins was its is not known.
+        if any(0 < len(extra.cookies & held) < len(extra.cookies) for extra in extras):
+            self.diverged.add(domain)
+        extras[:] = [extra for extra in extras if not extra.cookies or extra.cookies <= held]
         rules = [extra.rule for extra in extras]
         left = []
         for difference in found:
@@ -252,6 +276,17 @@ def _refused_there(recorded: v.Step, ours: Observed) -> bool:
     return not recorded.out.forwarded and bool(done.out.forwarded)
 
 
+def _failed_once(recorded: v.Step, ours: Observed) -> bool:
+    """Whether an allocation may have failed in one of the two only."""
+    done = ours.step
+    if not isinstance(recorded, v.Smc) or not isinstance(done, v.Smc):
+        return False
+    theirs, mine = recorded.out, done.out
+    if not theirs.forwarded or not mine.forwarded:
+        return True
+    return theirs.forwarded[0].resumes == "ALLOC" and theirs.forwarded[0].sym != mine.forwarded[0].sym
+
+
 def _follows(difference: Difference, facts: Facts) -> bool:
     """Whether a difference can come of what the recorded mediator still holds of a domain.
 
@@ -302,10 +337,9 @@ def differences(recorded: v.Step, ours: Observed) -> Iterator[Difference]:
         if ours.memory is not None:
             yield Difference("mem_changes", *ours.memory)
         yield from _pins("pins", theirs.pins, mine.pins, recorded.domain)
-        if theirs.state is not None and mine.state is not None:
-            for name in _COMPARED_STATE:
-                yield from _field(f"state.{name}", getattr(theirs.state, name), getattr(mine.state, name))
-            yield from _field("state.shm_bufs", _buffers(theirs.state), _buffers(mine.state))
+        for name in _COMPARED_STATE:
+            yield from _field(f"state.{name}", getattr(theirs.state, name), getattr(mine.state, name))
+        yield from _field("state.shm_bufs", _buffers(theirs.state), _buffers(mine.state))
 
 
 def _field(name: str, expected: Any, got: Any) -> Iterator[Difference]:

@@ -44,7 +44,10 @@ class Facts:
     differing: list[tuple[int, bytes]] = field(default_factory=list)
     """Guest bytes that are not as recorded: IPA of the first, and what was recorded."""
     left: bytes = b""
-    """The message of a call that ended, as OP-TEE left it, with the guest's own `ret` where OP-TEE wrote none."""
+    """The message of a call that ended, as OP-TEE left it, with the guest's own `ret` where OP-TEE wrote none; or that
+    was rejected, as it was copied."""
+    addresses: Sequence[tuple[int, int]] = ()
+    """Where in it an address of the mediator's stood: (first, end)."""
     final_answer: int | None = None
     asked_free: bool = False
     reply_strays: bool = False
@@ -59,8 +62,18 @@ class Facts:
     """OP-TEE ended a call well and did not write `ret`."""
     rewritten: bool = False
     """A call ended of whose message OP-TEE changed more than results and outputs."""
+    rejected: bool = False
+    """We rejected a message: OK in a0, and the result in the message."""
     refused_list: bool = False
     """We rejected a message that names a page list."""
+    failing: bool = False
+    """An allocation was about to fail when the step began."""
+    still_failing: bool = False
+    """It has not failed yet."""
+    page_refused: bool = False
+    """OP-TEE was told that no page for RPC arguments could be had."""
+    flipping: bool = False
+    """Memory of the domain was about to change when the step began."""
     unaligned: bool = False
     """A page address in a list is not aligned to 4 KiB."""
     null_page: bool = False
@@ -105,10 +118,21 @@ def lists_named(facts: Facts) -> int:
     )
 
 
+def behind_a_list(facts: Facts) -> bool:
+    """Whether a message has a reference to memory, of whatever kind, after one that names a page list."""
+    references = [
+        attribute & NONCONTIG != 0
+        for attribute, pointer in zip(facts.attributes, facts.pointers, strict=True)
+        if attribute & TYPE_MASK in TMEM and pointer
+    ]
+    return any(references[:-1])
+
+
 def outputs(message: bytes) -> list[tuple[int, int]]:
     """Where OP-TEE writes in a message that it was given: (first, end) of session, results, outputs."""
     ranges = [(OFFSET_SESSION, OFFSET_SESSION + 4), (OFFSET_RET, OFFSET_RET + 8)]
-    for at in range(HEADER_SIZE, len(message) - PARAM_SIZE + 1, PARAM_SIZE):
+    count = int.from_bytes(message[OFFSET_NUM_PARAMS:HEADER_SIZE], "little")
+    for at in range(HEADER_SIZE, HEADER_SIZE + PARAM_SIZE * (count if count <= MAX_PARAMS else 0), PARAM_SIZE):
         kind = message[at]
         if kind in _VALUE_OUTPUTS:
             ranges.append((at + 8, at + 32))

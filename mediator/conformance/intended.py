@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, RootModel, field_validator
 
 from hv_models.memory import PAGE_SIZE
-from mediator.conformance.facts import TMEM, Facts, lists_named, outputs, within
+from mediator.conformance.facts import TMEM, Facts, behind_a_list, outputs, within
 from mediator.documents import load_document
 from optee.abi.message import MAX_PARAMS, NONCONTIG, OFFSET_RET, TYPE_MASK, Command, page_count
 from optee.abi.smc import Function
@@ -61,8 +61,8 @@ def list_refused(facts: Facts, difference: Difference) -> bool:
 
 
 def second_list_refused(facts: Facts, difference: Difference) -> bool:
-    """The same for a message with more than one, of which the first may have been translated."""
-    return facts.refused_list and lists_named(facts) > 1
+    """The same for a message with another reference after a list, which may have been translated."""
+    return facts.refused_list and behind_a_list(facts)
 
 
 def malformed_registration(facts: Facts, difference: Difference) -> bool:
@@ -118,8 +118,8 @@ def message_rewritten(facts: Facts, difference: Difference) -> bool:
 
 
 def rewritten_written_back(facts: Facts, difference: Difference) -> bool:
-    """The same, and the guest was given other fields of it than it had asked for."""
-    return facts.rewritten and _as_left(facts, [(0, PAGE_SIZE)])
+    """The same, and the guest was given other fields of it than it had asked for, addresses of that mediator's too."""
+    return facts.rewritten and _as_left(facts, [(0, PAGE_SIZE)], unknown=facts.addresses)
 
 
 def unaligned_entry(facts: Facts, difference: Difference) -> bool:
@@ -145,6 +145,12 @@ def odd_size(facts: Facts, difference: Difference) -> bool:
 def too_many_parameters(facts: Facts, difference: Difference) -> bool:
     """More parameters than fit a page: the guest is answered OK in a0, and not its own function id."""
     return facts.num_params > MAX_PARAMS and bool(difference.expected[1:] == difference.got[1:])
+
+
+def rejected_written_back(facts: Facts, difference: Difference) -> bool:
+    """A message was rejected, and changed while the mediator looked at it: the record has the copy in its outputs."""
+    kept = [each for each in outputs(facts.left) if each[0] != OFFSET_RET]
+    return facts.rejected and facts.flipping and _as_left(facts, kept)
 
 
 def not_written_back(facts: Facts, difference: Difference) -> bool:
@@ -184,13 +190,15 @@ def _in_one_page(facts: Facts) -> bool:
     return len({first // PAGE_SIZE for first, _ in facts.differing}) == 1
 
 
-def _as_left(facts: Facts, ranges: Sequence[tuple[int, int]]) -> bool:
-    """Whether guest memory differs in these ranges of one message only, where the record has what OP-TEE left."""
-    return _in_one_page(facts) and all(
-        within(first % PAGE_SIZE + index, ranges) and facts.left[first % PAGE_SIZE + index] == byte
-        for first, recorded in facts.differing
-        for index, byte in enumerate(recorded)
-    )
+def _as_left(facts: Facts, ranges: Sequence[tuple[int, int]], unknown: Sequence[tuple[int, int]] = ()) -> bool:
+    """Whether guest memory differs in these ranges of one message only, where the record has what OP-TEE left.
+
+    What that was is not known in the ranges `unknown`.
+    """
+    if not _in_one_page(facts):
+        return False
+    recorded = ((first % PAGE_SIZE + at, byte) for first, run in facts.differing for at, byte in enumerate(run))
+    return all(within(at, ranges) and (within(at, unknown) or facts.left[at] == byte) for at, byte in recorded)
 
 
 CONDITIONS: Final[dict[str, Callable[[Facts, Difference], bool]]] = {
@@ -217,6 +225,7 @@ CONDITIONS: Final[dict[str, Callable[[Facts, Difference], bool]]] = {
         null_page,
         odd_size,
         too_many_parameters,
+        rejected_written_back,
         not_written_back,
         other_cookie,
         wide_words,

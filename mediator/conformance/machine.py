@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from hv_models.descriptor import IPA_BITS
 from hv_models.machine import MEDIATOR_BASE, Machine, RamBlock
-from hv_models.memory import PAGE_MASK, PAGE_SHIFT, Frames
+from hv_models.memory import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Frames
 from hv_models.stage2 import PageKind, Pinned, Stage2Fault
 from hv_models.vm import VirtualMachine
 from mediator.conformance.vectors import AllocFault, Domain, Flip, MemoryWrite, P2m
@@ -16,6 +16,7 @@ from mediator.core.ledger import Ledger, Limits, OverLimit
 from mediator.core.ports import SharedPage
 from mediator.failures import Countdown, FaultyLedger
 from mediator.host import Host
+from optee.abi.message import HEADER, HEADER_SIZE, MAX_PARAMS
 
 POISON: Final = 0xA5
 """What a fresh page of the observed mediator's heap holds."""
@@ -52,6 +53,11 @@ class VectorMemory:
         self.unwritable.clear()
         self.message = None
 
+    @property
+    def flipping(self) -> bool:
+        """Whether a flip has not happened yet."""
+        return any(countdown.left >= 0 for waiting in self.flips.values() for countdown, _ in waiting)
+
     def look_up(self, gfn: int) -> bool:
         """Count a stage-2 look-up of a page; flips that wait for it happen now. Whether any did."""
         happened = False
@@ -59,7 +65,7 @@ class VectorMemory:
             if countdown.due():
                 happened = True
                 value = flip.value & (1 << 8 * flip.size) - 1
-                poke(self.vm, gfn << PAGE_SHIFT, flip.offset, value.to_bytes(flip.size, "little"))
+                poke(self.vm, (gfn << PAGE_SHIFT) + flip.offset, value.to_bytes(flip.size, "little"))
         return happened
 
     def read(self, ipa: int, size: int, *, writable: bool = False) -> bytes:
@@ -73,7 +79,7 @@ class VectorMemory:
             raise
         if not writable:
             self.message = data
-        if reply:
+        if reply and HEADER.unpack(self.vm.read(ipa, HEADER_SIZE))[7] <= MAX_PARAMS:
             self.changed_between |= self.look_up(ipa >> PAGE_SHIFT)
         return data
 
@@ -113,19 +119,23 @@ class VectorMemory:
         self.vm.mark_dirty(pinned)
 
 
-def poke(vm: VirtualMachine, page_ipa: int, offset: int, data: bytes) -> None:
-    """Change guest bytes whatever the type of their page is: what the guest's own vCPU or a device does."""
-    address = page_ipa + offset
+def poke(vm: VirtualMachine, address: int, data: bytes) -> None:
+    """Change guest bytes whatever the type of their page is: what the guest's own vCPU or a device does.
+
+    The frame that is mapped there is meant, or the RAM that belongs to the address if none is.
+    """
     while data:
-        room = (PAGE_MASK + 1) - (address & PAGE_MASK)
+        room = PAGE_SIZE - (address & PAGE_MASK)
         part, data = data[:room], data[room:]
-        try:
-            vm.write(address, part)
-        except Stage2Fault:
-            # Not read-write RAM for the mediator, or not mapped: the RAM behind the address is meant.
-            for ram in vm.ram:
-                if ram.base <= address < ram.base + ram.size:
-                    ram.write(address, part)
+        pa = vm.stage2.walk(address).pa if address < 1 << IPA_BITS else None
+        for region in vm.regions:
+            page = None if pa is None else region.bank.frames.page(pa)
+            if page is not None:
+                offset = address & PAGE_MASK
+                region.bank.page_view(page)[offset : offset + len(part)] = part
+            elif pa is None and region.index(address) is not None:
+                offset = address - region.base
+                region.bank.page_view(offset >> PAGE_SHIFT)[offset & PAGE_MASK :][: len(part)] = part
         address += len(part)
 
 
@@ -191,7 +201,7 @@ class VectorMachine(Host):
 
     def write(self, domain: int, write: MemoryWrite) -> None:
         """Bytes that the guest wrote before its call."""
-        poke(self.memory(domain).vm, write.ipa, 0, write.hex + bytes(write.zeros_after))
+        poke(self.memory(domain).vm, write.ipa, write.hex + bytes(write.zeros_after))
 
     def p2m(self, step: P2m) -> None:
         """A change of a stage-2 entry."""
@@ -213,6 +223,11 @@ class VectorMachine(Host):
         """Allocations that will fail; both counts start now."""
         self.pages.left = step.heap_page_alloc_nth
         self.objects.left = step.xzalloc_nth
+
+    @property
+    def failing(self) -> bool:
+        """Whether an allocation is to fail yet."""
+        return self.pages.left >= 0 or self.objects.left >= 0
 
     # For the comparison and the checker
 

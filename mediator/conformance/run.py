@@ -4,13 +4,13 @@ What comes out has the vector format itself, so that comparing is a matter of tw
 be written as a vector file.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 
-from hv_models.memory import PAGE_SHIFT, PAGE_SIZE
+from hv_models.memory import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 from hv_models.stage2 import Stage2Fault
 from mediator.conformance import vectors as v
 from mediator.conformance.facts import TMEM, Facts, decides, lists_named, note_message, note_parameters, strays, within
@@ -47,6 +47,7 @@ _RESUMES: Final = {
     RpcReturn.FOREIGN_INTR: "INTR",
     RpcReturn.FREE: "FREE",
 }
+OFFSET_BUF_PTR: Final = 8
 _NO_ANSWER: Final = (0, 0, 0, 0)
 _RESULT: Final = frozenset(range(OFFSET_RET, OFFSET_RET + 4))
 _MERGE: Final = 8
@@ -67,13 +68,15 @@ class Observed:
 class _Sent:
     """A message that is with OP-TEE: where, and what of it OP-TEE has written.
 
-    decisive: ranges that decide what is done with it; null_cookies: of temporary references without a buffer; own: the
-    guest's word where `ret` stands; result: offsets of it that OP-TEE wrote.
+    decisive: ranges that decide what is done with it; addresses: where a physical one stands; null_cookies: of
+    temporary references without a buffer; own: the guest's word where `ret` stands; result: offsets of it that OP-TEE
+    wrote.
     """
 
     pa: int
     own: bytes
     decisive: list[tuple[int, int]]
+    addresses: list[tuple[int, int]]
     null_cookies: list[int]
     result: set[int] = field(default_factory=set)
     rewritten: bool = False
@@ -88,7 +91,8 @@ class Run:
         policy = replace(policy, flow=None)  # a vector has its own order
         self.mediator = Mediator(policy, self.machine, self.machine.ledger)
         self.checker = Checker(self.mediator, self.machine)
-        self.extra_forwards = 0
+        self.miscounted = False
+        """Ours may have allocated more or less than the recorded mediator since failures were asked for."""
         self._shadows: dict[str, _Sent] = {}
         self._sent = 0
         self._request: bytes | None = None
@@ -132,6 +136,9 @@ class Run:
 
     def _create(self, step: v.Create) -> v.Create:
         memory = self.machine.memory(step.domain)
+        if self.miscounted and (step.out.rc == ENOMEM or self.machine.objects.left == 0):
+            # The record tells whether the failure that was asked for comes here.
+            self.machine.objects.left = 0 if step.out.rc == ENOMEM else -1
         request = self.checker.create(VmId(step.domain + 1), memory)
         reply, forwarded = self._drive(request, step.out.forwarded, None)
         rc = ENODEV if reply is None else _RC.get(reply.regs[0], ENODEV)
@@ -148,7 +155,7 @@ class Run:
         request = self.checker.submit(VmId(step.domain + 1), 0, tuple(step.regs))
         reply, forwarded = self._drive(request, step.out.forwarded, step.domain)
         regs = list(step.regs) if reply is None else list(reply.regs)
-        handled = regs[0] != NOT_HANDLED
+        handled = bool(forwarded) or regs[0] != NOT_HANDLED  # OP-TEE may answer -1 itself
         self._look_back(step, memory, reply, forwarded)
         changes: list[v.Change] = []
         difference = None
@@ -215,8 +222,6 @@ class Run:
             record = recorded[len(done)] if len(done) < len(recorded) else None
             observed = self._forward(step, record, domain)
             done.append(observed)
-            if record is None:
-                self.extra_forwards += 1
             answer: Regs = _NO_ANSWER if record is None else tuple(record.answer.ret)
             if record is not None:
                 self._write(record.answer)
@@ -230,7 +235,7 @@ class Run:
         regs = list(step.regs)
         pa = regs[1] << 32 | regs[2]
         symbol = None if record is None else record.sym.get("a1:a2")
-        sym: dict[str, str] = {}
+        sym: dict[Literal["a1:a2"], str] = {}
         arg = rpc_arg = None
         cookie: int | None = None
         resumes: str | None = None
@@ -246,14 +251,16 @@ class Run:
                 for index, (attribute, _, _, cookie) in enumerate(params)
                 if attribute & TYPE_MASK in TMEM and index not in arg.translated
             ]
-            self._shadows[name] = _Sent(pa, self._own_result(domain), decides(arg.hex), null)
+            at = [HEADER_SIZE + PARAM_SIZE * index + OFFSET_BUF_PTR for index in arg.translated]
+            addresses = [(first, first + 8) for first in at]
+            self._shadows[name] = _Sent(pa, self._own_result(domain), decides(arg.hex), addresses, null)
         elif guest is not None and regs[0] == Function.RETURN_FROM_RPC:
             call = step.ticket
             assert isinstance(call, Call)
             resumes = _RESUMES.get(RpcReturn(call.rpc)) if call.rpc in _RESUMES else f"UNKNOWN{call.rpc & 0xFFFF:x}"
             if resumes == "ALLOC" and pa:
-                given = regs[4] << 32 | regs[5] & 0xFFFFFFFF
-                argument = guest.arguments.get(Cookie(given))
+                given = _given(regs)
+                argument = guest.arguments.get(given)
                 if argument is not None and argument.page.pa == pa:
                     sym["a1:a2"] = f"rpc:{given:x}"
             elif resumes == "CMD" and call.argument is not None:
@@ -285,7 +292,7 @@ class Run:
             if attribute & TYPE_MASK in TMEM and attribute & NONCONTIG and pointer:
                 offset = pointer & (PAGE_SIZE - 1)
                 pages = page_count(length, offset)
-                at = HEADER_SIZE + PARAM_SIZE * index + 8
+                at = HEADER_SIZE + PARAM_SIZE * index + OFFSET_BUF_PTR
                 data[at : at + 8] = offset.to_bytes(8, "little")
                 lists[index] = v.Translated(
                     offset=offset,
@@ -340,6 +347,7 @@ class Run:
         facts.function = step.regs[0] & 0xFFFFFFFF
         facts.words = tuple(step.regs)
         facts.dying = step.domain in self._dying
+        facts.failing, facts.flipping = self.machine.failing, self.machine.memory(step.domain).flipping
         guest = self.mediator.guests.get(VmId(step.domain + 1))
         if guest is None:
             return
@@ -347,6 +355,9 @@ class Run:
         if facts.function == Function.RETURN_FROM_RPC:
             call = guest.suspended.get(ThreadId(step.regs[3] & 0xFFFFFFFF))
             if call is not None:
+                if call.rpc == RpcReturn.ALLOC and not pair & PAGE_MASK and _given(step.regs) in guest.arguments:
+                    # The recorded mediator looks the page up before it sees that the cookie is in use.
+                    self.machine.memory(step.domain).look_up(pair >> PAGE_SHIFT)
                 facts.command = call.command
                 facts.message = call.ipa
                 if call.argument is not None and call.rpc == RpcReturn.CMD:
@@ -365,8 +376,12 @@ class Run:
             note_message(facts, memory.message)
         elif memory.message is not None and self._request is not None and len(memory.message) >= HEADER_SIZE:
             self._look_at_reply(memory.message.ljust(PAGE_SIZE, b"\0"))
-        rejected = reply is not None and reply.regs[0] == 0 and not forwarded
-        facts.refused_list = rejected and facts.function == Function.CALL_WITH_ARG and lists_named(facts) > 0
+        if reply is not None and reply.regs[0] == 0 and not forwarded and facts.function == Function.CALL_WITH_ARG:
+            facts.rejected = True
+            facts.refused_list = lists_named(facts) > 0
+            facts.left = memory.message or b""
+        facts.still_failing = self.machine.failing
+        facts.page_refused = any(each.resumes == "ALLOC" and not each.sym for each in forwarded)
         facts.unaligned, facts.null_page = memory.unaligned, memory.null
         facts.unreadable_reply, facts.changed_between = memory.unreadable, memory.changed_between
         own = None if facts.message is None else facts.message >> PAGE_SHIFT
@@ -394,6 +409,9 @@ class Run:
         a0 = answer[0] & 0xFFFFFFFF
         facts = self._facts
         if isinstance(ticket, Call) and (a0 >> 16 != 0xFFFF or a0 == 0xFFFFFFFF):
+            if a0:
+                # We write nothing back; the recorded mediator looks the page up to write.
+                self.machine.memory(ticket.guest.vm - 1).look_up(ticket.ipa >> PAGE_SHIFT)
             facts.final_answer = a0
             facts.command = ticket.command
             facts.message = ticket.ipa
@@ -402,7 +420,7 @@ class Run:
             sent = next((sent for sent in latest if shadow is not None and sent.pa == shadow.pa), None)
             if sent is not None:
                 facts.result_left = a0 == 0 and sent.result != _RESULT
-                facts.rewritten = sent.rewritten
+                facts.rewritten, facts.addresses = sent.rewritten, sent.addresses
                 left = bytearray(self.machine.machine.memory.frame(sent.pa))
                 for at in _RESULT - sent.result:
                     left[at] = sent.own[at - OFFSET_RET]
@@ -441,6 +459,11 @@ class Run:
                 for buffer in guest.buffers.values()
             ],
         )
+
+
+def _given(regs: Sequence[int]) -> Cookie:
+    """The cookie that a guest gives with a page, in a4:a5."""
+    return Cookie((regs[4] & 0xFFFFFFFF) << 32 | regs[5] & 0xFFFFFFFF)
 
 
 def _changes(domain: int, base: int, old: bytes, new: bytes) -> Iterator[v.Change]:

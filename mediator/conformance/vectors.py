@@ -3,11 +3,8 @@
 Source of the format: the vector-file description, "xen-optee-mediator-vectors/1".
 """
 
-import gzip
-import json
-import zlib
-from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+import re
+from typing import Annotated, Final, Literal
 
 from pydantic import (
     BaseModel,
@@ -15,29 +12,29 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
-    ValidationError,
+    Strict,
     ValidationInfo,
     field_validator,
 )
 
 from hv_models.descriptor import IPA_BITS
 from hv_models.memory import PAGE_SIZE
-from mediator.documents import DocumentError
 
 FORMAT: Final = "xen-optee-mediator-vectors/1"
-MAX_SIZE: Final = 1 << 30
-"""Bytes of an unpacked file: stops a small compressed file from filling memory."""
-
+OPS: Final = ("probe", "create", "smc", "p2m", "flip", "alloc_fault", "relinquish")
 MAX_PAGES: Final = 1 << 19
 """Pages of all domains of a vector (2 GiB): stops a file from having tables built for ever."""
 
 
+_DIGITS: Final = re.compile(r"([0-9a-fA-F]{2})*\Z")
+_HEXADECIMAL: Final = re.compile(r"(0x)?[0-9a-fA-F]{1,32}\Z")
+
+
 def _number(value: object) -> object:
     if isinstance(value, str):
-        try:
-            return int(value, 16)
-        except ValueError:
-            raise ValueError(f"{value!r} is no hexadecimal number") from None
+        if not _HEXADECIMAL.match(value):
+            raise ValueError(f"{value!r:.40} is no hexadecimal number")
+        return int(value, 16)
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError("a number or a hexadecimal string is wanted")
     return value
@@ -47,10 +44,9 @@ def _bytes(value: object) -> object:
     if isinstance(value, bytes):
         return value
     if isinstance(value, str):
-        try:
-            return bytes.fromhex(value)
-        except ValueError:
-            raise ValueError("hexadecimal digits are wanted, two for a byte") from None
+        if not _DIGITS.match(value):
+            raise ValueError("hexadecimal digits are wanted, two for a byte")
+        return bytes.fromhex(value)
     raise ValueError("a string of hexadecimal digits is wanted")
 
 
@@ -58,11 +54,14 @@ _as_hex = PlainSerializer(hex, return_type=str, when_used="json")
 _as_digits = PlainSerializer(bytes.hex, return_type=str, when_used="json")
 
 U64 = Annotated[int, BeforeValidator(_number), Field(ge=0, lt=1 << 64), _as_hex]
-Count = Annotated[int, Field(ge=0, le=1 << 32)]
+Number = Annotated[int, Strict()]
+Truth = Annotated[bool, Strict()]
+Count = Annotated[Number, Field(ge=0, le=1 << 32)]
 Hex = Annotated[bytes, BeforeValidator(_bytes), _as_digits]
 Gfn = Annotated[int, BeforeValidator(_number), Field(ge=0, lt=1 << 52), _as_hex]
-DomainId = Annotated[int, Field(ge=0, le=65534)]
-PinCounts = dict[str, dict[Annotated[str, Field(pattern=r"^(0x)?[0-9a-fA-F]{1,16}$")], int]]
+DomainId = Annotated[Number, Field(ge=0, le=65534)]
+_Digits = Annotated[str, Field(pattern=r"^[0-9]{1,5}$")]
+PinCounts = dict[_Digits, dict[Annotated[str, Field(pattern=r"^(0x)?[0-9a-fA-F]{1,16}$")], Count]]
 Target = Annotated[str, Field(pattern=r"^(arg:[0-9]{1,9}|rpc:[0-9a-f]{1,16})$")]
 Registers = Annotated[list[U64], Field(min_length=8, max_length=8)]
 
@@ -75,7 +74,7 @@ class Domain(_Model):
     """A domain of the machine: page i is guest frame base_gfn + i."""
 
     id: DomainId
-    npages: Annotated[int, Field(ge=1, le=1 << 18)] = 64
+    npages: Annotated[Number, Field(ge=1, le=1 << 18)] = 64
     base_gfn: Annotated[int, BeforeValidator(_number), Field(ge=0, lt=(1 << IPA_BITS - 12) - (1 << 18)), _as_hex] = (
         0x40000
     )
@@ -85,7 +84,7 @@ class Domain(_Model):
 class Setup(_Model):
     """The machine before the first step."""
 
-    max_threads: Annotated[int, Field(ge=0, le=1 << 31)]
+    max_threads: Annotated[Number, Field(ge=1, le=1 << 31)]
     domains: list[Domain]
 
     @field_validator("domains")
@@ -102,7 +101,7 @@ class Answer(_Model):
     """The scripted secure world: a0..a3, and what it writes before it returns."""
 
     ret: Annotated[list[U64], Field(min_length=4, max_length=4)]
-    writes: list[tuple[Target, Annotated[int, Field(ge=0, le=4096)], Hex]] = []
+    writes: list[tuple[Target, Annotated[Number, Field(ge=0, le=4096)], Hex]] = []
 
     @field_validator("writes")
     @classmethod
@@ -115,10 +114,10 @@ class Answer(_Model):
 class Translated(_Model):
     """A page list as the secure world sees it."""
 
-    offset: Annotated[int, Field(ge=0, lt=4096)]
+    offset: Annotated[Number, Field(ge=0, lt=4096)]
     n_pages_from_size: U64 = 0
     list_pages: Count = 0
-    pages: list[tuple[int, Gfn]]
+    pages: list[tuple[Number, Gfn]]
 
 
 class Shadow(_Model):
@@ -127,14 +126,14 @@ class Shadow(_Model):
     owner: str
     hex: Hex
     num_params: Count = 0
-    translated: dict[Annotated[int, BeforeValidator(lambda value: int(value))], Translated] = {}
+    translated: dict[Annotated[int, Field(ge=0, le=127)], Translated] = {}
 
 
 class Forwarded(_Model):
     """One SMC to the secure world."""
 
     regs: Registers
-    sym: dict[str, str] = {}
+    sym: dict[Literal["a1:a2"], Target] = {}
     resumes: str | None = None
     arg: Shadow | None = None
     rpc_arg: Shadow | None = None
@@ -156,48 +155,48 @@ class SharedBuffer(_Model):
 
     cookie: U64
     pages: Count
-    has_page_list: bool
+    has_page_list: Truth
 
 
 class State(_Model):
     """What the observed mediator held after a step."""
 
-    call_count: int = 0
-    quota_pages: int = 0
-    quota_bufs: int = 0
-    rpc_bufs: int = 0
+    call_count: Count = 0
+    quota_pages: Count = 0
+    quota_bufs: Count = 0
+    rpc_bufs: Count = 0
     shm_bufs: list[SharedBuffer] = []
 
 
 class ProbeOut(_Model):
     """What start-up did."""
 
-    result: bool
+    result: Truth
     forwarded: list[Forwarded] = []
 
 
 class CreateOut(_Model):
     """What VM creation did: 0, or a negative errno."""
 
-    rc: int
+    rc: Annotated[Number, Field(le=0, ge=-4095)]
     forwarded: list[Forwarded] = []
 
 
 class SmcOut(_Model):
     """What one call did."""
 
-    handled: bool
+    handled: Truth
     regs: Registers
     forwarded: list[Forwarded] = []
     mem_changes: list[Change] = []
     pins: PinCounts = {}
-    state: State | None = None
+    state: State
 
 
 class RelinquishOut(_Model):
     """What a piece of teardown did: -85 asks to come again."""
 
-    rc: int
+    rc: Annotated[Number, Field(le=0, ge=-4095)]
     forwarded: list[Forwarded] = []
     pins: PinCounts = {}
     state: State | None = None
@@ -208,7 +207,7 @@ class MemoryWrite(_Model):
 
     ipa: U64
     hex: Hex
-    zeros_after: Annotated[int, Field(ge=0, le=1 << 20)] = 0
+    zeros_after: Annotated[Number, Field(ge=0, le=1 << 20)] = 0
 
 
 class Probe(_Model):
@@ -253,17 +252,17 @@ class Flip(_Model):
     domain: DomainId
     gfn: Gfn
     nth_lookup: Count
-    offset: Annotated[int, Field(ge=0, lt=4096)]
+    offset: Annotated[Number, Field(ge=0, lt=4096)]
     value: U64
-    size: Annotated[int, Field(ge=1, le=8)]
+    size: Annotated[Number, Field(ge=1, le=8)]
 
 
 class AllocFault(_Model):
     """The nth following allocation fails; -1 never."""
 
     op: Literal["alloc_fault"]
-    heap_page_alloc_nth: Annotated[int, Field(ge=-1)]
-    xzalloc_nth: Annotated[int, Field(ge=-1)]
+    heap_page_alloc_nth: Annotated[Number, Field(ge=-1, le=1 << 32)]
+    xzalloc_nth: Annotated[Number, Field(ge=-1, le=1 << 32)]
 
 
 class Relinquish(_Model):
@@ -271,7 +270,7 @@ class Relinquish(_Model):
 
     op: Literal["relinquish"]
     domain: DomainId
-    preempt_after: int = -1
+    preempt_after: Annotated[Number, Field(ge=-1, le=1 << 32)] = -1
     out: RelinquishOut
 
 
@@ -281,7 +280,7 @@ Step = Annotated[Probe | Create | Smc | P2m | Flip | AllocFault | Relinquish, Fi
 class Vector(_Model):
     """A sequence of steps on one machine."""
 
-    name: str
+    name: Annotated[str, Field(min_length=1)]
     description: str = ""
     tags: list[str] = []
     setup: Setup
@@ -295,6 +294,16 @@ class Document(_Model):
     vectors: Annotated[list[Vector], Field(min_length=1)]
     count: Count | None = None
 
+    @field_validator("vectors")
+    @classmethod
+    def _named_once(cls, vectors: list[Vector]) -> list[Vector]:
+        names: set[str] = set()
+        for vector in vectors:
+            if vector.name in names:
+                raise ValueError(f"two vectors have the name {vector.name!r}")
+            names.add(vector.name)
+        return vectors
+
     @field_validator("count")
     @classmethod
     def _counted(cls, count: int | None, info: ValidationInfo) -> int | None:
@@ -302,54 +311,3 @@ class Document(_Model):
         if count is not None and vectors is not None and count != len(vectors):
             raise ValueError(f"{count} vectors are announced, there are {len(vectors)}")
         return count
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file, gzip'd or not.
-
-    Raises:
-        DocumentError: it cannot be read, or is not whole.
-
-    """
-    try:
-        data = path.read_bytes()
-        if data[:2] == b"\x1f\x8b":
-            with gzip.open(path, "rb") as file:
-                data = file.read(MAX_SIZE + 1)
-    except OSError as error:
-        reason = "damaged gzip data" if isinstance(error, gzip.BadGzipFile) else error.strerror or str(error)
-        raise DocumentError([f"{path}: {reason}"]) from None
-    except (EOFError, zlib.error) as error:
-        raise DocumentError([f"{path}: truncated or damaged gzip data ({error})"]) from None
-    if len(data) > MAX_SIZE:
-        raise DocumentError([f"{path}: larger than {MAX_SIZE >> 20} MiB"])
-    try:
-        return json.loads(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DocumentError([f"{path}: not UTF-8 text, byte {error.start}"]) from None
-    except json.JSONDecodeError as error:
-        raise DocumentError([f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}"]) from None
-    except RecursionError:
-        raise DocumentError([f"{path}: nested too deeply"]) from None
-    except ValueError as error:
-        raise DocumentError([f"{path}: not JSON: {error}"]) from None
-
-
-def load_vectors(path: Path) -> Document:
-    """Read and check a vector file.
-
-    Raises:
-        DocumentError: with the place of each thing that is wrong.
-
-    """
-    data = read_json(path)
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise DocumentError([f"{path}: not a vector file: its format is not {FORMAT}"])
-    try:
-        return Document.model_validate(data)
-    except ValidationError as error:
-        lines = []
-        for problem in error.errors(include_url=False)[:20]:
-            place = ".".join(str(part) for part in problem["loc"])
-            lines.append(f"{path}: {place}: {problem['msg'].removeprefix('Value error, ')}")
-        raise DocumentError(lines) from None

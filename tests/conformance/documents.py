@@ -114,7 +114,7 @@ def smc(
         "domain": domain,
         "regs": words,
         "mem_writes": [{"ipa": hex(ipa), "hex": data.hex()} for ipa, data in writes],
-        "out": {"handled": True, "regs": words, "forwarded": _forwarded(answers)},
+        "out": {"handled": True, "regs": words, "forwarded": _forwarded(answers), "state": {}},
     }
 
 

@@ -1,5 +1,7 @@
 """What a declaration of an intended difference may say."""
 
+from pathlib import Path
+
 import pytest
 
 from mediator.conformance import intended
@@ -104,3 +106,9 @@ def test_r15_speaks_of_malformed_registrations(
     assert condition(facts(Command.REGISTER_SHM), PINS) == malformed
     assert condition(facts(Command.UNREGISTER_SHM), PINS) == (len(attributes) != 1)
     assert not condition(facts(Command.INVOKE_COMMAND), PINS)
+
+
+def test_the_documentation_lists_each_kind_with_its_rule() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "conformance.md").read_text(encoding="utf-8")
+    rows = {line for line in page.splitlines() if line.startswith("| R")}
+    assert rows == {f"| {kind.rule} | `{kind.condition}` | {kind.why} | {kind.holds} |" for kind in declarations()}

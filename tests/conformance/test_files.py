@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mediator.conformance.compare import compare
-from mediator.conformance.vectors import load_vectors, read_json
+from mediator.conformance.load import load_vectors, read_json
 from mediator.documents import DocumentError
 from tests.conformance.documents import (
     FORMAT,
@@ -76,7 +77,7 @@ def test_the_good_one_runs(tmp_path: Path) -> None:
         (b"17", "format"),
         (b'{"format": "xen-optee-mediator-vectors/1"}', "vectors"),
         (b'{"format": "xen-optee-mediator-vectors/1", "vectors": 3}', "vectors"),
-        (b'{"format": "xen-optee-mediator-vectors/1", "vectors": [3]}', "vectors.0"),
+        (b'{"format": "xen-optee-mediator-vectors/1", "vectors": [3]}', "vector 0"),
         (b'{"a": 1' + b"0" * 5000 + b"}", ""),
     ],
 )
@@ -104,7 +105,7 @@ def test_a_damaged_archive(tmp_path: Path) -> None:
 
 
 def test_an_archive_that_unpacks_to_more_than_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mediator.conformance.vectors.MAX_SIZE", 1 << 16)
+    monkeypatch.setattr("mediator.conformance.load.MAX_SIZE", 1 << 16)
     path = tmp_path / "v.json.gz"
     path.write_bytes(gzip.compress(b" " * (1 << 17)))
     assert "larger than" in refusal(path)[0]
@@ -216,7 +217,7 @@ def test_a_step_that_cannot_be(tmp_path: Path, step: int, key: str, value: objec
             assert len(error.lines) == 1
         return
     (line,) = refusal(path)[:1]
-    assert str(step) in line
+    assert f"step {step}" in line
 
 
 @pytest.mark.parametrize("regs", ["0xffffffffffffffff", "0x32000004", "0xc3"])
@@ -266,7 +267,7 @@ def test_a_shadow_that_cannot_be(tmp_path: Path, change: dict[str, object]) -> N
     described = good()
     shadow = {"owner": "mediator", "hex": "", "num_params": 0, **change}
     described["steps"][5]["out"]["forwarded"][0]["arg"] = shadow
-    assert "steps.5" in refusal(write(tmp_path / "v.json", described))[0]
+    assert "step 5" in refusal(write(tmp_path / "v.json", described))[0]
 
 
 @pytest.mark.parametrize("pins", [{"1": {"zz": 1}}, {"1": {"": 1}}, {"one": {}}], ids=str)
@@ -277,7 +278,7 @@ def test_pins_of_a_frame_that_is_no_number(tmp_path: Path, pins: object) -> None
     try:
         run(path)
     except DocumentError as error:
-        assert "steps.5" in error.lines[0]
+        assert "step 5" in error.lines[0]
 
 
 def test_all_errors_of_a_file_are_told_at_once_but_not_without_end(tmp_path: Path) -> None:
@@ -288,6 +289,64 @@ def test_all_errors_of_a_file_are_told_at_once_but_not_without_end(tmp_path: Pat
     assert 5 < len(lines) <= 20
     described["steps"] = [{"op": "nothing"}] * 5000
     assert len(refusal(write(tmp_path / "v.json", described))) <= 20
+
+
+def _set(where: str, value: object) -> Callable[[dict[str, Any]], None]:
+    def change(described: dict[str, Any]) -> None:
+        *path, last = [int(part) if part.isdigit() else part for part in where.split("/")]
+        holder: Any = described
+        for part in path:
+            holder = holder[part]
+        if value is None:
+            del holder[last]
+        else:
+            holder[last] = value
+
+    return change
+
+
+ONE_LINE: list[tuple[str, object, str]] = [
+    ("steps/6/out/state", None, "vector 0 'by_hand', step 6 (smc), out.state: field required"),
+    ("setup/max_threads", 0, "vector 0 'by_hand', setup.max_threads: "),
+    ("steps/5/mem_writes/0/ipa", "0x1000", "step 5 (smc), mem_writes[0].ipa: domain 1 has no RAM at 0x1000"),
+    ("steps/5/mem_writes/0/ipa", "0x4003ffff", "step 5 (smc), mem_writes[0].ipa: domain 1 has no RAM at 0x40040000"),
+    ("steps/5/regs", [-1] * 8, "step 5 (smc), regs[0]: "),
+    ("steps/5/regs/3", True, "step 5 (smc), regs[3]: "),
+    ("steps/5/out/handled", 1, "step 5 (smc), out.handled: "),
+    ("steps/5/out/pins", {"1": {"0x40000": -1}}, "step 5 (smc), out.pins.1.0x40000: "),
+    ("steps/5/out/state", {"quota_pages": -1}, "step 5 (smc), out.state.quota_pages: "),
+    ("steps/5/out/mem_changes", [{"domain": 9, "ipa": "0x40000000", "hex": "00"}], "there is no domain 9"),
+    ("steps/5/out/mem_changes", [{"domain": 1, "ipa": "0x3fffffff", "hex": "0000"}], "no RAM at 0x3ffff000"),
+    ("steps/5/out/forwarded/0/sym", {"a1:a2": "heap"}, "step 5 (smc), out.forwarded[0].sym.a1:a2: "),
+    ("steps/3/offset", 4094, "step 3 (flip), offset: "),
+    ("steps/3/size", 4.0, "step 3 (flip), size: "),
+    ("steps/2/page_index", 64, "step 2 (p2m), page_index: domain 1 has 64 pages"),
+    ("steps/1/out/rc", 1, "step 1 (create), out.rc: "),
+    ("steps/7/preempt_after", -2, "step 7 (relinquish), preempt_after: "),
+    ("setup/domains/0/npages", "64", "setup.domains[0].npages: "),
+    ("name", "", "vector 0 '', name: "),
+]
+
+
+@pytest.mark.parametrize(("where", "value", "words"), ONE_LINE, ids=str)
+def test_one_mistake_is_one_line_with_vector_step_and_field(
+    tmp_path: Path, where: str, value: object, words: str
+) -> None:
+    described = good()
+    _set(where, value)(described)
+    (line,) = refusal(write(tmp_path / "v.json", described))
+    assert words in line
+
+
+def test_a_name_that_two_vectors_have(tmp_path: Path) -> None:
+    assert refusal(write(tmp_path / "v.json", good(), good()))[0].endswith("two vectors have the name 'by_hand'")
+
+
+@pytest.mark.parametrize("text", ['{"count": 1, "count": 2}', '{"count": NaN}', '{"count": Infinity}'])
+def test_json_that_readers_take_for_different_things(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "v.json"
+    path.write_text(text)
+    assert "not JSON" in refusal(path)[0]
 
 
 _ODD = st.one_of(

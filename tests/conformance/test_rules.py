@@ -146,6 +146,10 @@ STORIES: dict[str, Callable[[], Vector]] = {
         call(AT, message(INVOKE, (TMEM_INOUT, LIST, 0, 0x77)), page_list(LIST, [DATA]), answers=[OK])
     ),
     "too_many_parameters": lambda: story(call(AT, message(INVOKE)[:28] + b"\x80\0\0\0")),
+    "rejected_written_back": lambda: story(
+        {"op": "flip", "domain": 1, "gfn": hex(AT >> 12), "nth_lookup": 1, "offset": 8, "value": "0x99", "size": 4},
+        call(AT, message(INVOKE, (9, LIST, 4096, 0x77))),
+    ),
     "not_written_back": lambda: story(kind(AT, "ram_ro"), call(AT, message(INVOKE), answers=[OK])),
     "other_cookie": lambda: story(
         *asking(TIME),
@@ -186,6 +190,74 @@ def test_a_story_without_its_difference_agrees(condition: str) -> None:
     """What our own core did, taken for a recording: no kind is needed to agree with oneself."""
     done = comparing.compare(document(STORIES[condition]()), xen(), observe=True)
     assert compared(*done.observed).intended == {}
+
+
+def fault(page: int = -1, record: int = -1) -> Step:
+    return {"op": "alloc_fault", "heap_page_alloc_nth": page, "xzalloc_nth": record}
+
+
+def two(kind: int, second: int) -> Step:
+    """A call with a list, and a second reference that cannot be translated."""
+    params = (TMEM_INOUT, LIST, 4096, 0x77), (kind, second, 4096, 0x78)
+    return call(AT, message(INVOKE, *params), page_list(LIST, [DATA]), page_list(page(2), [DATA, 1 << 40]))
+
+
+def other(*, good: str = "arg:1") -> Step:
+    done = [answer(0, writes=[(good, 20, "00000000")])]
+    return call(page(3), message(UNREGISTER, (5, 0, 0, 0x77)), answers=done)
+
+
+SEQUENCES: dict[str, Callable[[], Vector]] = {
+    "OP-TEE itself answers -1": lambda: story(call(AT, message(INVOKE), answers=[answer(2**64 - 1)])),
+    "leftovers of two kinds, of which one is freed": lambda: story(
+        call(
+            AT,
+            message(INVOKE, (TMEM_INOUT, LIST, 4096, 0x77), (TMEM_INOUT, page(2), 8192, 0x78)),
+            page_list(LIST, [DATA]),
+            page_list(page(2), [DATA, 1 << 40]),
+        ),
+        other(good="arg:0"),
+        registered(0x79),
+    ),
+    "a contiguous reference behind a list": lambda: story(two(TMEM_INOUT & 0xFF, DATA), registered(0x79)),
+    "a registration with reserved bits, in which an RPC argument is freed": lambda: story(
+        *asking(TIME),
+        call(
+            page(3),
+            message(REGISTER, (TMEM_OUT | 0x10000, LIST, 4096, 0x77)),
+            page_list(LIST, [DATA]),
+            answers=[answer(0xFFFF0002, 0, 0xC1, 9)],
+        ),
+    ),
+    "a failure that waits while a call is refused in another order": lambda: story(
+        *asking(TIME)[:-1],
+        fault(page=0, record=0),
+        resume(THREAD, 0, RPC + 8, 0, 0xC1, answers=[answer(ALLOC, 0x1000, 0, THREAD)]),
+        resume(THREAD, 0, RPC, 0, 0xC1, answers=[OK]),
+        registered(0x79),
+    ),
+    "a failure in a call that is rejected before it": lambda: story(
+        registered(),
+        fault(page=1),
+        call(AT, message(INVOKE, (TMEM_INOUT, LIST, 4096, 0x77)), page_list(LIST, [DATA])),
+    ),
+    "a flip at the look-up for a message that is not written back": lambda: story(
+        {"op": "flip", "domain": 1, "gfn": hex(AT >> 12), "nth_lookup": 2, "offset": 36, "value": "0x99", "size": 1},
+        call(AT, message(INVOKE, (1, 2, 3, 4)), answers=[answer(5)]),
+        call(AT, message(INVOKE, (1, 2, 3, 4)), answers=[answer(0, writes=[GOOD])]),
+    ),
+    "writes to a page that is mapped elsewhere": lambda: story(
+        {"op": "p2m", "domain": 1, "gfn": hex(AT >> 12), "type": "ram_ro", "page_index": 9},
+        call(page(9), message(INVOKE), answers=[OK]),
+        call(AT, message(INVOKE, (1, 2, 3, 4)), answers=[answer(0, writes=[GOOD])]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_what_follows_a_declared_difference_is_no_other_difference(name: str) -> None:
+    report = compared(Reference(SEQUENCES[name]()).run())
+    assert report.differ == [] and report.violations == []
 
 
 @needs_shared

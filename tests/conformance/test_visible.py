@@ -9,7 +9,7 @@ import pytest
 from mediator.conformance import compare as comparing
 from mediator.conformance.compare import Report, compare
 from mediator.conformance.intended import CONDITIONS, declarations
-from mediator.conformance.vectors import load_vectors
+from mediator.conformance.load import load_vectors
 from mediator.policies import load_policy
 from tests.conformance.documents import FORMAT, VISIBLE, compared, document, names, visible, write, xen
 from tests.shared import needs_shared
