@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-CASES = 4
-"""So many cases of a parametrized test, spread over its list."""
+MANY, FEW = 20, 4
+"""A parametrized test of more cases than MANY is a sweep: only FEW of them, spread over its list."""
 STATISTICS = Path("mutmut-stats.json")
 
 
@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     chosen = []
     for found in cases.values():
         last = len(found) - 1
-        numbers = range(len(found)) if last < CASES else [number * last // (CASES - 1) for number in range(CASES)]
+        numbers = range(len(found)) if last < MANY else [number * last // (FEW - 1) for number in range(FEW)]
         chosen += [found[number] for number in numbers]
     if STATISTICS.exists():
         seconds = json.loads(STATISTICS.read_text())["duration_by_test"]

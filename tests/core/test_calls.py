@@ -550,6 +550,7 @@ def test_a_buffer_that_goes_while_a_message_in_it_is_with_op_tee_is_not_written(
     assert guest.pins() == 0
     before = guest.ram.read(first, 8192)
     assert pair.drive(step)[0] == ReturnCode.EBADADDR
+    assert pair.events[-1].detail["why"] == "IPA 0x0: not mapped"
     assert guest.ram.read(first, 8192) == before
     pair.settle(guest)
 
@@ -664,3 +665,37 @@ def test_a_message_in_a_very_large_buffer_may_cross_what_was_pinned_at_once(make
     seen = Message.unpack(after)
     assert (seen.session, seen.ret, seen.params) == (5, 0, [*changed.values()])
     assert guest.unregister(9).ret == 0
+
+
+def test_bytes_of_a_very_large_buffer_are_those_of_its_pages(make):
+    pair = make(policy_of(pages_per_buffer=60000, pages=60000, memory=64 << 20))
+    guest = pair.guest()
+    pages = [guest.page() for _ in range(5)]
+    large = (pages * PAGES_PER_STEP)[: 2 * PAGES_PER_STEP + 1]
+    size = len(large) * PAGE_SIZE
+    assert guest.register(Param(TMEM_OUT, guest.page_list(large), size, 9)).ret == 0
+    buffer = guest.record.buffers[9]
+    assert len(buffer.pins) == 3
+    for ipa in pages:
+        guest.ram.write(ipa, ipa.to_bytes(8, "little") * 512)
+    first, second = PAGES_PER_STEP * PAGE_SIZE, 2 * PAGES_PER_STEP * PAGE_SIZE
+    for start, length in (
+        (0, 16), (first - 16, 16), (first - 8, 24), (first, 4096), (second - 4000, 4096), (size - 8, 8),
+    ):  # fmt: skip
+        words = [large[at // PAGE_SIZE].to_bytes(8, "little") for at in range(start, start + length, 8)]
+        assert buffer.load(guest.vm, start, length) == b"".join(words)
+    assert guest.unregister(9).ret == 0
+
+
+def test_cookies_have_64_bits(make):
+    guest = make().guest()
+    cookie = 0x1234_5678_9ABC_DEF0
+    first = registered_pages(guest, cookie=cookie)
+    guest.ram.write(first, invoke().pack())
+    assert guest.smc(Function.CALL_WITH_REGD_ARG, *to_pair(cookie), 0)[0] == 0
+    for other in (cookie & 0xFFFFFFFF, cookie >> 32, cookie << 1 & 2**64 - 1):
+        assert guest.smc(Function.CALL_WITH_REGD_ARG, *to_pair(other), 0)[0] == ReturnCode.EBADADDR
+    junk = 0xABCD << 32
+    high, low = to_pair(cookie)
+    assert guest.smc(Function.CALL_WITH_REGD_ARG, junk | high, junk | low, junk)[0] == 0
+    assert guest.unregister(cookie).ret == 0

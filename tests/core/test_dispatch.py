@@ -6,6 +6,7 @@ import pytest
 
 from hv_models.machine import Machine
 from mediator.core.mediator import Mediator
+from mediator.core.policy import Word
 from mediator.core.steps import Forward, Reply, Ticket
 from mediator.documents import DocumentError, load_document
 from mediator.host import Host
@@ -218,10 +219,17 @@ def test_a_vm_that_nobody_announced_gets_not_handled(pair):
 
 
 def test_the_thread_count_is_the_number_of_calls_that_a_guest_may_have(make):
-    guest = make("default", threads=8).guest()
-    assert guest.smc(Function.GET_THREAD_COUNT)[:2] == (0, 8)
+    policy = policy_of()
+    passing = {**policy.answers, "GET_THREAD_COUNT": (Word.PASS,) * 3}
+    pair = make(replace(policy, answers=passing), threads=8)
+    guest = pair.guest()
+    assert guest.smc(Function.GET_THREAD_COUNT)[:4] == (0, 8, 0, 0)
+    pair.world.fast[Function.GET_THREAD_COUNT] = (0, 0xAB << 32 | 5, 6, 7)
+    assert guest.smc(Function.GET_THREAD_COUNT)[:4] == (0, 5, 6, 7)
     guest.limits.calls = 3
-    assert guest.smc(Function.GET_THREAD_COUNT)[:2] == (0, 3)
+    assert guest.smc(Function.GET_THREAD_COUNT)[:4] == (0, 3, 6, 7)
+    counters = guest.record.counters
+    assert (counters.calls, counters.forwarded, counters.rpcs) == (3, 3, 0)
 
 
 def test_steps_print_themselves():

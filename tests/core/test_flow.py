@@ -669,3 +669,18 @@ def test_what_waits_is_counted(make):
     assert turn(pair, steps[1], 9_000)[0] == turn(pair, steps[2], 9_000)[0] == 0
     assert (lane.waited, lane.waited_longest, lane.waits[:6]) == (25_000, 9_000, [2, 0, 0, 1, 2, 0])
     assert guest.record.ledger.peaks()["calls"] == 1
+
+
+def test_calls_that_a_guest_could_go_on_with_are_counted(make):
+    pair = make(controlled())
+    guest = pair.guest()
+    lane = guest.record.lane
+    seen = []
+    for thread in (0, 1, 2):
+        pair.world.script.append(interrupt(thread))
+        guest.call(invoke())
+        seen.append((lane.outside, lane.returns))
+    for thread in (2, 0, 1):
+        guest.resume(thread)
+        seen.append((lane.outside, lane.returns))
+    assert seen == [(1, 1), (2, 2), (3, 3), (2, 3), (1, 3), (0, 3)]

@@ -322,6 +322,11 @@ def test_a_pool_of_exactly_what_is_reserved_is_enough():
         ("R22", "reserved_pages", 1, 10, 10),
     )
     assert ledgers[3].lender is None
+    small = Pool(1)
+    borrower = Ledger(Limits(20, 9, 9, 9, 9, 9))
+    small.join(borrower)
+    for _ in range(3):  # each loan comes back
+        borrower.charge(pages=1).refund()
     charge = ledgers[0].charge(pages=6)
     assert refused(lambda: ledgers[2].charge(pages=1))[1] == ("R22", "host_pages", 1, 10, 10)
     charge.refund()

@@ -414,6 +414,7 @@ def test_op_tee_gets_a_page_of_the_mediators_for_the_guests(make):
     assert from_pair(last[1], last[2]) in pair.machine.pages
     assert guest.vm.pinned() == {ipa >> 12: 1}
     assert guest.sums()["rpc_arguments"] == 1
+    assert guest.record.arguments[0x1234_5678_9ABC_DEF0].ipa == ipa
     guest.resume(2)
 
 
@@ -592,15 +593,16 @@ def test_a_buffer_that_cannot_be_translated_is_freed_by_the_guest_before_op_tee_
     guest.unregister(0xB1)
 
 
-def test_if_the_guest_cannot_be_asked_to_free_op_tee_hears_at_once(make):
+@BEHIND
+def test_if_the_guest_cannot_be_asked_to_free_op_tee_hears_at_once(make, behind):
     pair = make()
     guest = pair.guest("xen")
-    at, _ = suspended_in_command(guest, shm_alloc(), behind=False)
+    at, _ = suspended_in_command(guest, shm_alloc(), behind=behind)
     offer(guest, at, Param(TMEM_OUT, guest.page_list([8]), 10, 0xB0))
-    guest.vm.set_kind(at, PageKind.RAM_RO)
+    guest.vm.set_kind(at & ~0xFFF, PageKind.RAM_RO)
     replies = []
     pair.world.script.append(reading(replies))
-    assert guest.resume()[0] == 0
+    assert guest.resume()[0] == (ReturnCode.EBADADDR if behind else 0)  # the message is in that page too
     assert (replies[0].ret, replies[0].params) == (GENERIC, [])
 
 
