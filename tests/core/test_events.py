@@ -571,3 +571,23 @@ def test_tracing_tells_who_waits_behind_how_many_and_how_long(make):
         Event(CALL_ADMITTED, "debug", guest.id, {"call": 3, "waited_us": 14000}),
     ]
     assert [event.name for event in pair.events] == [CALL_ADMITTED, CALL_ADMITTED]
+
+
+def test_a_rejection_that_cannot_be_written_is_told_twice(make):
+    """Why the message is malformed, and why a0 had to say something instead."""
+    pair = make()
+    guest = pair.guest("xen")
+    ipa = guest.write(invoke(Param(RMEM_IN, 0, 0, 0)))
+    guest.vm.set_kind(ipa, PageKind.RAM_RO)
+    assert guest.call(ipa)[0][0] == EBADADDR
+    told = {"call": 1, "function": int(ARG)}
+    why = "a registered memory reference with cookie 0"
+    assert events_of(pair, CALL_REJECTED) == [
+        Event(CALL_REJECTED, "info", guest.id, {
+            **told, "command": "INVOKE_COMMAND", "answer": BAD_PARAMETERS, "origin": 2, "why": why,
+        }),
+        Event(CALL_REJECTED, "info", guest.id, {
+            **told, "answer": EBADADDR, "origin": None, "why": f"IPA {ipa + 20:#x}: read-only memory",
+        }),
+    ]  # fmt: skip
+    assert guest.record.counters.rejected == 2

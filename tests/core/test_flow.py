@@ -215,6 +215,19 @@ def test_who_is_away_keeps_its_place_but_holds_nothing_up():
     assert model.turns() == [first]
 
 
+def test_a_guest_that_waited_for_nothing_has_saved_nothing():
+    """Its share of the rounds is of those in which it wants something: an empty lane begins anew."""
+    model = Model([4, 4], secure_cores=1)
+    holder = model.place(0)
+    assert model.flow.enter(holder)
+    dear, cheap = model.place(0, PAGES_PER_UNIT), model.place(1)
+    assert not model.flow.enter(dear) and not model.flow.enter(cheap)
+    model.flow.leave(holder)
+    assert model.turns() == [cheap]
+    model.flow.leave(cheap)
+    assert model.turns() == [dear]
+
+
 def test_an_urgent_call_that_is_away_keeps_its_lane():
     """New calls of its guest pass it; when it is back and a core is free, it goes first."""
     model = Model([4], secure_cores=1)

@@ -288,13 +288,17 @@ def test_under_any_owner_each_guest_is_asked_for_its_own_device(make):
         suspended_in_command(guest, Message(RpcCommand.RPMB, ret=GENERIC), behind=False)
 
 
-def test_asking_again_and_again_for_what_is_not_the_guests_is_no_error_of_the_secure_world(make):
+@pytest.mark.parametrize(
+    ("command", "ret"),
+    [(RpcCommand.RPMB, Result.STORAGE_NOT_AVAILABLE), (RpcCommand.SOCKET, Result.NOT_SUPPORTED)],
+)
+def test_asking_again_and_again_for_what_is_not_the_guests_is_no_error_of_the_secure_world(make, command, ret):
     """A TA may try as often as it likes: the guest gets its vCPU in between, and nobody is isolated."""
-    pair = make()
+    policy = policy_of()
+    pair = make(replace(policy, rpc_commands=policy.rpc_commands - {RpcCommand.SOCKET}))
     guest = pair.guest()
     replies: list[Message] = []
-    request = Message(RpcCommand.RPMB, ret=GENERIC)
-    pair.world.script += [ask(request)] * (3 * MAX_UNDELIVERED) + [reading(replies)]
+    pair.world.script += [ask(Message(command, ret=GENERIC))] * (3 * MAX_UNDELIVERED) + [reading(replies)]
     regs, _ = guest.call(invoke(), Function.CALL_WITH_RPC_ARG)
     turns = 0
     while regs[0] == RpcReturn.FOREIGN_INTR:
@@ -302,7 +306,7 @@ def test_asking_again_and_again_for_what_is_not_the_guests_is_no_error_of_the_se
         regs = guest.resume()
     assert regs[0] == 0
     assert 1 <= turns <= 3
-    assert replies[0].ret == Result.STORAGE_NOT_AVAILABLE
+    assert replies[0].ret == ret
     assert [event for event in pair.events if event.level == "error"] == []
 
 
