@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Final, TypeVar
 
+from hv_models.memory import PAGE_MASK
 from mediator.core.flow import Flow
 from mediator.core.lifecycle import Lifecycle
 from mediator.core.mediator import Mediator
@@ -24,7 +25,7 @@ from mediator.core.steps import (
 )
 from mediator.invariants.host import Addresses, Host
 from mediator.invariants.lifecycles import Move
-from mediator.invariants.outside import LOW, is_rpc
+from mediator.invariants.outside import LOW, WITH_MESSAGE, addresses_in, is_rpc, read_text
 from mediator.invariants.violations import Violation
 from mediator.invariants.watched import WatchedMemory, Work
 from mediator.invariants.witness import Witness, in_flight
@@ -65,7 +66,8 @@ class Checker:
 
     threads_held: how many threads OP-TEE holds for a client id; None if the secure world cannot be asked.
     thorough: look at everything that the invariants name. Otherwise only at what costs next to nothing: counts of
-    objects against the ledger, registers, functions and client ids, answers, events, and that nothing is left.
+    objects against the ledger, registers, functions and client ids, where messages and page lists stand, answers,
+    events, and that nothing is left.
     """
 
     def __init__(
@@ -378,3 +380,13 @@ class Checker:
         witness = self._witnesses.get(vm)
         if witness is not None:
             witness.forwarded(request.work, step)
+        elif function in WITH_MESSAGE:
+            self._check_message(vm, regs[1] << 32 | regs[2])
+
+    def _check_message(self, vm: VmId, pa: int) -> None:
+        """What costs next to nothing of invariant 4: a message and its page lists stand in pages of the mediator's."""
+        try:
+            for address in addresses_in(read_text(self.host.frame(pa)).params):
+                self.host.frame(pa := address & ~PAGE_MASK)
+        except KeyError:
+            self.report(4, vm, "a page of the mediator's own", f"{pa:#x}")

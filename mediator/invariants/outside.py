@@ -31,6 +31,8 @@ _TMEM: Final = range(int(ParamType.TMEM_INPUT), int(ParamType.TMEM_INOUT) + 1)
 _RMEM: Final = range(int(ParamType.RMEM_INPUT), int(ParamType.RMEM_INOUT) + 1)
 _SHM_ALLOC_REPLY: Final = int(ParamType.TMEM_OUTPUT) | NONCONTIG
 _WITH_RPC_ARG: Final = int(Function.CALL_WITH_RPC_ARG)
+WITH_MESSAGE: Final = frozenset({int(Function.CALL_WITH_ARG), _WITH_RPC_ARG})
+"""Functions whose a1 and a2 are the address of a message."""
 _REGISTER: Final = int(Command.REGISTER_SHM)
 _UNREGISTER: Final = int(Command.UNREGISTER_SHM)
 SHM_ALLOC: Final = int(RpcCommand.SHM_ALLOC)
@@ -65,6 +67,13 @@ def page_lists(params: Params) -> Iterator[tuple[int, int, int]]:
     for attribute, pointer, size, cookie in params:
         if attribute & TYPE_MASK in _TMEM and pointer and attribute & NONCONTIG:
             yield cookie, pointer, page_count(size, pointer % PAGE_SIZE)
+
+
+def addresses_in(params: Params) -> Iterator[int]:
+    """What a message names by address."""
+    for attribute, pointer, _, _ in params:
+        if attribute & TYPE_MASK in _TMEM and pointer:
+            yield pointer
 
 
 def is_rpc(a0: int) -> bool:

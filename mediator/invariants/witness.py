@@ -15,7 +15,17 @@ from mediator.core.records import Buffer, Call, Guest, Pins
 from mediator.core.states import GuestState
 from mediator.core.steps import Forward, Preempt, Queue, Regs, Reply, Step, Ticket
 from mediator.invariants.lifecycles import ARGUMENT_EDGES, BUFFER_EDGES, CALL_EDGES, GUEST_EDGES, LifeCycle, Move
-from mediator.invariants.outside import LOW, SHM_ALLOC, Outside, Params, Text, is_rpc, page_lists, read_text
+from mediator.invariants.outside import (
+    LOW,
+    SHM_ALLOC,
+    WITH_MESSAGE,
+    Outside,
+    Params,
+    Text,
+    is_rpc,
+    page_lists,
+    read_text,
+)
 from mediator.invariants.watched import WatchedMemory, Work, words
 from optee.abi.message import ENTRIES_PER_PAGE, MAX_PARAMS, NONCONTIG, TYPE_MASK, ParamType
 from optee.abi.smc import Function, ReturnCode, RpcReturn, VmId
@@ -30,7 +40,6 @@ WORK_PER_LIST: Final = 3
 
 _SERVED: Final = (GuestState.LIVE, GuestState.PAUSED)
 _TMEM: Final = range(int(ParamType.TMEM_INPUT), int(ParamType.TMEM_INOUT) + 1)
-_WITH_MESSAGE: Final = frozenset({int(Function.CALL_WITH_ARG), int(Function.CALL_WITH_RPC_ARG)})
 _RETURN: Final = int(Function.RETURN_FROM_RPC)
 _DISABLE: Final = Function.DISABLE_SHM_CACHE
 
@@ -154,7 +163,7 @@ class Witness:
         regs, ticket, outside = step.regs, step.ticket, self.outside
         function = regs[0]
         text: Text | None = None
-        if function in _WITH_MESSAGE:
+        if function in WITH_MESSAGE:
             frame = self._own(regs[1] << 32 | regs[2])
             if frame is not None:
                 text = read_text(frame)
