@@ -35,3 +35,11 @@ class RegistrationError(GuestError):
         self.status = status
         self.result = result
         self.origin = origin
+
+
+def leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    """The exceptions of a group and of those in it."""
+    found: list[BaseException] = []
+    for error in group.exceptions:
+        found += leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return found

@@ -16,6 +16,7 @@ from uuid import UUID
 import trio
 
 import guests
+from guests.errors import leaves
 from guests.workloads import WORKLOADS, Report
 from guests.workloads.applications import HELLO_WORLD, HelloWorld
 from hv_models.conduit import ConduitClosed
@@ -116,7 +117,7 @@ async def run_guest(
             ended = "finished"
             nursery.cancel_scope.cancel()
     except* (guests.GuestError, ConduitClosed, LinkRefused, LinkError) as group:
-        for error in _leaves(group):
+        for error in leaves(group):
             report.unexpected(f"{type(error).__name__}: {error}")
     await reporter.send(ended)
 
@@ -136,13 +137,6 @@ async def _listen(reports: trio.socket.SocketType, begin: trio.Event, work: trio
         while await reports.recv(len(BEGIN)) == BEGIN:
             begin.set()
     work.cancel()
-
-
-def _leaves(group: BaseExceptionGroup[Any]) -> list[BaseException]:
-    found: list[BaseException] = []
-    for error in group.exceptions:
-        found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
-    return found
 
 
 def run(settings: Settings, link: socket.socket, reports: socket.socket, images: Mapping[UUID, bytes]) -> None:

@@ -11,6 +11,7 @@ from typing import Final
 import trio
 
 import guests
+from guests.errors import leaves
 from guests.process import Settings
 from guests.workloads import TOURS, WORKLOADS
 from hv_models.link import LinkError
@@ -108,9 +109,10 @@ class Bench:
         return machine, world.connected()
 
     def _secure_world_died(self, why: str) -> None:
-        """Nothing can be answered any more: say so once, and end."""
+        """Nothing can be answered any more, so nobody can end in order: say so once, and cut the power."""
         if not self._fault:
             self._fault = why
+            self._cut.set()
             self.stop()
 
     async def run(self) -> Summary:
@@ -207,9 +209,10 @@ class Bench:
                     with guest.work:
                         await workload(running, guest.report)
                 guest.ended = "finished"
-        except guests.GuestError as error:
+        except* guests.GuestError as group:
             guest.ended = "failed"
-            guest.report.unexpected(f"{type(error).__name__}: {error}")
+            for error in leaves(group):
+                guest.report.unexpected(f"{type(error).__name__}: {error}")
         finally:
             guest.ended = guest.ended or "killed"
             await self._remove(guest)
