@@ -41,8 +41,8 @@ async def _live(guests: Sequence[ServedGuest], duration: float | None) -> None:
     with Live(console=Console(stderr=True), auto_refresh=False, transient=True) as live:
         while True:
             seconds = trio.current_time() - began
-            limit = "" if duration is None else f" of {duration:g}"
-            live.update(_table(rates.next(guests), f"{seconds:.0f}{limit} s"), refresh=True)
+            wanted = "" if duration is None else f" ({duration:g} s of work are wanted)"
+            live.update(_table(rates.next(guests), f"{seconds:.0f} s{wanted}"), refresh=True)
             await trio.sleep(REFRESH_SECONDS)
 
 

@@ -41,7 +41,8 @@ class GuestStatus:
 
     pages_pinned: of pages_quota; threads: of OP-TEE; ended: empty while it runs. pages_translated: pages pinned so
     far; pages_identical: of these, how many had PA = IPA. reserved_seen: capability exchanges in which it saw the
-    offer of reserved shared memory. forged_ids: calls with a client id in a7 that is not its own.
+    offer of reserved shared memory. forged_ids: calls with a client id in a7 that is not its own. stranger: somebody
+    else started it.
     """
 
     name: str
@@ -66,6 +67,7 @@ class GuestStatus:
     reserved_seen: int = 0
     forged_ids: int = 0
     thread_limits: int = 0
+    stranger: bool = False
 
     def as_data(self, *names: str) -> dict[str, Any]:
         """Those of its fields, for JSON."""
@@ -134,6 +136,7 @@ class ServedGuest:
             errors=report.errors,
             quota_refusals=report.refusals["quota"],
             notes=tuple(report.notes),
+            stranger=self.stranger,
         )
         if accounts is None:
             return known

@@ -45,9 +45,12 @@ class Summary:
 
     @property
     def good(self) -> bool:
-        """No unexpected result, no violation, nothing left, and the mission kept."""
+        """No unexpected result, no violation, nothing left, and the mission kept.
+
+        A VM of others that broke the protocol is its own concern.
+        """
         return not (
-            any(guest.errors or guest.ended == "failed" for guest in self.guests)
+            any(guest.errors or (guest.ended == "failed" and not guest.stranger) for guest in self.guests)
             or self.violations
             or any(self.left.values())
             or self.refused_guests

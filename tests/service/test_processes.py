@@ -19,10 +19,11 @@ import trio
 
 import guests
 from guests.workloads import Report, hello
-from hv_models.link import Flavour
+from hv_models import link
+from hv_models.link import Flavour, Request
 from hv_models.machine import RAM_BASE
-from hv_models.memory import GuestRam, PageStore
-from hv_models.socket_conduit import open_conduit
+from hv_models.memory import PAGE_SIZE, PageStore
+from hv_models.socket_link import SocketLink
 from mediator.policies import load_policy
 from mediator.service import serve
 from mediator.service.options import ServeOptions
@@ -164,8 +165,10 @@ def test_the_shortest_run_shows_the_whole_tour() -> None:
     assert sum(guest.invokes for guest in summary.guests) == summary.ta_invokes
 
 
-def test_a_stranger_does_not_keep_the_guests_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody knows what it means to do, so it counts as up when it comes."""
+def test_a_stranger_neither_keeps_the_guests_waiting_nor_makes_the_run_bad(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody knows what it means to do, so it counts as up when it comes; and how it behaves is its own concern."""
     door = tmp_path / "door"
     arrived = trio.Event()
 
@@ -180,15 +183,27 @@ def test_a_stranger_does_not_keep_the_guests_waiting(tmp_path: Path, monkeypatch
             with suppress(FileNotFoundError, ConnectionRefusedError):
                 await sock.connect(str(door))
                 break
-        ram = [GuestRam(PageStore("stranger", 16), RAM_BASE)]
-        async with open_conduit(sock, Flavour.KVM, "stranger", 1, ram):
-            arrived.set()
-            await bench.wait_until_up()
-            assert [(guest.name, guest.ended) for guest in bench.guests] == [("kvm-1", ""), ("stranger", "")]
+        peer = SocketLink(sock)
+        store = PageStore("stranger", 16)
+        table = link.memory_table([link.MemoryRegion(RAM_BASE, 16 * PAGE_SIZE, 0, 0)])
+        await peer.send(Request.GET_FEATURES)
+        await peer.send(Request.SET_FEATURES, link.number(0))
+        await peer.send(Request.SET_VM, link.vm(Flavour.KVM, 1, "stranger"))
+        await peer.send(Request.SET_MEM_TABLE, table, fds=[store.fd])
+        await peer.send(Request.START)
+        answers = [(await peer.receive()).request for _ in range(5)]
+        assert answers[-1] == Request.START
+        arrived.set()
+        await bench.wait_until_up()
+        assert [(guest.name, guest.ended) for guest in bench.guests] == [("kvm-1", ""), ("stranger", "")]
+        await peer.send(Request.START)
+        assert (await peer.receive()).request == Request.ERROR
+        peer.close()
 
     monkeypatch.setattr(serve, "WORKLOADS", {"hello": waiting})
     monkeypatch.setattr(serve, "UP_SECONDS", float("inf"))
     _, summary = run(act, guests=1, in_process=True, external=door)
+    assert [guest.ended for guest in summary.guests] == ["finished", "failed"]
     assert summary.good and summary.violations == []
 
 
