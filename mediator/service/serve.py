@@ -41,18 +41,20 @@ from optee.tas.catalogue import BUILT_IN
 
 SHOWN_PANICS: Final = 8
 """TA panics whose report the summary keeps: the newest."""
-SHUTDOWN_SECONDS: Final = 30.0
-"""What guests get to end their work, close their sessions and unload their drivers before their power is cut."""
+IDLE_SECONDS: Final = 10.0
+"""Without a call of any guest, until nobody waits any longer for guests to end their tour, or their work in order."""
+SHUTDOWN_SECONDS: Final = 120.0
+"""What guests get at most to end their work, close sessions and unload drivers before their power is cut."""
 LAST_WORDS_SECONDS: Final = 5.0
 """What a guest process gets from the end of its VM to its last report."""
 UP_SECONDS: Final = 60.0
-"""What guest processes get to come up before the time of `--duration` begins."""
+"""What guest processes get to come up before workloads, and the time of `--duration`, begin."""
 EXTERNAL_ROOM: Final = 64
 """VMs of others that OP-TEE's board is sized for."""
 MAX_STRANGERS: Final = 1024
 """VMs of others that have ended and are kept for the summary. Stops one that comes and goes from filling memory."""
-TOUR_SECONDS: Final = 60.0
-"""What guests get beyond `--duration` to end their tour: many of them on a slow machine, with every step checked."""
+TOUR_SECONDS: Final = 300.0
+"""What guests get at most beyond `--duration` to end their tour: there may be many on a slow machine."""
 POLL_SECONDS: Final = 0.02
 """Between two looks at whether all guests are up, or have ended their tour."""
 
@@ -85,6 +87,7 @@ class Bench:
         self._recordings: Recordings | None = None
         self._stopping = trio.Event()
         self._cut = trio.Event()
+        self._begun = trio.Event()
         self._is_up = trio.Event()
         self._fault = ""
 
@@ -273,14 +276,27 @@ class Bench:
             self._events.link_ended(name, link.reason)
 
     async def _stop_after(self, seconds: float) -> None:
+        """End the run, but let each guest end its tour."""
         if not self.options.in_process:
-            with trio.move_on_after(UP_SECONDS):
-                await self.wait_until_up()
+            await self._begun.wait()
         await trio.sleep(seconds)
         if self.options.workload in TOURS:
-            with trio.move_on_after(TOUR_SECONDS):
-                await _until(lambda: all(guest.toured for guest in self.guests if not guest.stranger))
+            await self._until_or_idle(
+                lambda: all(guest.toured for guest in self.guests if not guest.stranger), TOUR_SECONDS
+            )
         self.stop()
+
+    async def _until_or_idle(self, condition: Callable[[], bool], most: float) -> None:
+        """Wait for a condition while guests make calls, and so many seconds at most."""
+        made, at = -1, trio.current_time()
+        with trio.move_on_after(most):
+            while not condition():
+                calls = sum(guest.accounts.counters.calls for guest in self.guests if guest.accounts is not None)
+                if calls != made:
+                    made, at = calls, trio.current_time()
+                elif trio.current_time() > at + IDLE_SECONDS:
+                    return
+                await trio.sleep(POLL_SECONDS)
 
     def stop(self) -> None:
         """Let every guest end its work in order; a second time, or after a while, cut the power."""
@@ -292,11 +308,11 @@ class Bench:
 
     async def _cut_power(self, guests_scope: trio.CancelScope) -> None:
         await self._stopping.wait()
-        with trio.move_on_after(SHUTDOWN_SECONDS):
+        with trio.move_on_after(IDLE_SECONDS):
             for guest in self.guests:
                 if guest.process is not None:
                     await guest.process.stop()
-            await self._cut.wait()
+        await self._until_or_idle(self._cut.is_set, SHUTDOWN_SECONDS)
         guests_scope.cancel()
 
     async def wait_until_up(self) -> None:
@@ -312,6 +328,7 @@ class Bench:
         for guest in list(self.guests):
             if guest.process is not None:
                 await guest.process.begin()
+        self._begun.set()
         await _until(self._all_up)
         self.up = trio.current_time() - started
         self._is_up.set()
@@ -322,6 +339,9 @@ class Bench:
         wanted = self.options.guests + self.options.host_client
         ours = [guest for guest in self.guests if not guest.stranger]
         return len(ours) + len(self.refused_guests) >= wanted and all(guest.up for guest in ours)
+
+    def _all_toured(self) -> bool:
+        return all(guest.toured for guest in self.guests if not guest.stranger)
 
     async def _stop_on_signal(self) -> None:
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:

@@ -224,7 +224,10 @@ def test_a_stop_at_any_moment_ends_in_order(how: Any, moment: float, monkeypatch
     assert summary.good, [guest.notes for guest in summary.guests]
 
 
-def test_a_guest_that_does_not_stop_has_its_power_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("workload", ["hello", "mixed"])
+def test_a_guest_that_does_not_stop_has_its_power_cut(workload: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When nothing happens any more; and a tour that never ends is waited for as long, and no longer."""
+
     async def stubborn(guest: guests.Guest, report: Report) -> None:
         """Waits in its kernel where no signal reaches it."""
         async with guest.context() as context:
@@ -232,8 +235,9 @@ def test_a_guest_that_does_not_stop_has_its_power_cut(monkeypatch: pytest.Monkey
             with guest.driver.uninterruptible.scope():
                 await trio.sleep_forever()
 
-    monkeypatch.setattr(serve, "WORKLOADS", {"hello": _with("kvm-3", stubborn)})
-    summary = run(duration=0.01)
+    monkeypatch.setattr(serve, "WORKLOADS", {workload: _with("kvm-3", stubborn)})
+    summary = run(workload, duration=0.01)
+    assert summary.seconds < 4 * serve.IDLE_SECONDS
     assert summary.violations == [] and summary.left == NOTHING_LEFT
     ended = {guest.name: guest.ended for guest in summary.guests}
     assert ended["kvm-3"] == "killed"
