@@ -46,6 +46,11 @@ class Costs:
         ]
 
 
+def costs_in_words(costs: Costs = Costs()) -> str:
+    """The table in a line, to stand beside results."""
+    return "virtual time: " + ", ".join(f"{what} {cost}" for what, cost in costs.rows())
+
+
 class VirtualTime:
     """Lets calls take the time that the table says. Use it under a clock that is not the wall's.
 

@@ -89,9 +89,9 @@ def _show(done: "Bench") -> None:
     if done.bursts:
         parts += [heading("bursts of calls to one TA, in virtual time"), _bursts(done.bursts)]
     if done.fairness or done.bursts:
-        from mediator.costs import Costs
+        from mediator.costs import costs_in_words
 
-        parts.append("virtual time: " + ", ".join(f"{what} {cost}" for what, cost in Costs().rows()))
+        parts.append(costs_in_words())
     if done.door is not None:
         parts += _door(done.door)
     if done.memory is not None:

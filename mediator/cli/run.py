@@ -19,7 +19,10 @@ LIST_FORMAT: Final = "mediator-scenarios/1"
 def run(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME|FILE]...", help="Scenarios of the library, or YAML files; none: the library."),
+        typer.Argument(
+            metavar="[NAME|FILE]...",
+            help="Scenarios of the library, the first word of several, or YAML files; none: the library.",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Decides all that is random.")] = 1,
     seeds: Annotated[
@@ -41,9 +44,9 @@ def run(
     json: Json = False,
 ) -> int:
     """Run scenarios in virtual time: the same seed makes the same run, another seed another interleaving."""
-    from mediator.scenario.catalogue import find_scenario, library
+    from mediator.scenario.catalogue import find_scenarios, library
 
-    chosen = [find_scenario(name) for name in names or library()]
+    chosen = [scenario for name in names or library() for scenario in find_scenarios(name)]
     if quick:
         chosen = [scenario for scenario in chosen if scenario.quick]
     if list_:
@@ -128,7 +131,24 @@ def _show(outcomes: "list[Outcome]", first: int) -> None:
         numbers = (outcome.guests, outcome.seed - first + 1, outcome.steps, outcome.smcs, f"{outcome.seconds:.3f}")
         word = "good" if outcome.good else f"failed with seed {outcome.seed}"
         summary.add_row(outcome.scenario.scenario, *map(str, numbers), word)
-    show(summary, *(_report(outcome) for outcome in outcomes if not outcome.good))
+    show(summary, *_bursts(outcomes), *(_report(outcome) for outcome in outcomes if not outcome.good))
+
+
+def _bursts(outcomes: "list[Outcome]") -> list[Any]:
+    """One table of all bursts of calls, if there were any, and what takes how long in it."""
+    if not any(outcome.bursts for outcome in outcomes):
+        return []
+    from mediator.costs import costs_in_words
+
+    numbers = ("answered", "thread limits", "p50 (us)", "p99 (us)", "calls/s", "peak queue", "TA heap (KiB)")
+    rows = table("scenario", "guest", "TA", "calls", "held back", *numbers, right=numbers)
+    for outcome in outcomes:
+        for row in outcome.bursts:
+            calls = f"{row['calls']}" + (f" in {row['within']:g} s" if row["within"] else " at once")
+            found = [row[name] for name in ("answered", "thread_limits", "p50_us", "p99_us", "per_second", "queue")]
+            words = (outcome.scenario.scenario, row["guest"], row["ta"], calls, row["form"])
+            rows.add_row(*words, *map(str, found), str(row["ta_heap"] // 1024))
+    return [rows, costs_in_words()]
 
 
 def _report(outcome: "Outcome") -> str:

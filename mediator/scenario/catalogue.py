@@ -20,6 +20,13 @@ def scenario_text(name: str) -> str:
     return folder.joinpath(f"{name}.yaml").read_text(encoding="utf-8")
 
 
+def find_scenarios(name_or_file: str) -> Sequence[Scenario]:
+    """The same; or the group of shipped scenarios whose names begin with these words, such as `burst`."""
+    names = library()
+    group = [name for name in names if name.startswith(f"{name_or_file}-")]
+    return [find_scenario(name) for name in ([name_or_file] if name_or_file in names else group or [name_or_file])]
+
+
 def find_scenario(name_or_file: str) -> Scenario:
     """A shipped scenario by name, or one from a YAML file.
 

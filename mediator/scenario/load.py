@@ -57,6 +57,8 @@ class BurstStep(Step):
         queue = board.core.guests[client].lane.peak if form is Form.BACK_PRESSURE else found.queue
         numbers = _numbers(found) | {"queue": queue, "ta_heap": board.model.ta_heap_peak(client)}
         actor.define(self.name, Record("burst", None, numbers))
+        what = {"guest": guest.name, "ta": self.ta, "calls": calls, "within": self.within, "form": self.burst}
+        actor.run.bursts.append(what | numbers)
         if self.expect.answered is None and found.answered != calls:
             raise StepFailed("answered", str(calls), str(found.answered))
         for name, number in numbers.items():

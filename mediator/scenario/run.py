@@ -67,6 +67,8 @@ class Outcome:
     """Virtual time."""
     steps: int = 0
     smcs: int = 0
+    bursts: list[dict[str, Any]] = field(default_factory=list)
+    """What became of each burst of calls."""
 
     @property
     def good(self) -> bool:
@@ -85,6 +87,7 @@ class Outcome:
             "virtual_seconds": round(self.seconds, 6),
             "steps": self.steps,
             "smcs": self.smcs,
+            "bursts": self.bursts,
             "failure": None
             if failure is None
             else {
@@ -119,6 +122,8 @@ class Run:
         self.by_client: dict[int, ScenarioGuest] = {}
         self.began = 0.0
         self.steps = 0
+        self.bursts: list[dict[str, Any]] = []
+        """What became of each burst of calls, in the order in which they ended."""
         self.guests = {
             name: self.guest_kind(self, name, number, spec) for number, (name, spec) in enumerate(specs.items(), 1)
         }
@@ -176,7 +181,7 @@ class Run:
 
     def _counted(self, outcome: Outcome) -> Outcome:
         outcome.seconds = trio.current_time() - self.began
-        outcome.steps = self.steps
+        outcome.steps, outcome.bursts = self.steps, self.bursts
         outcome.smcs = sum(guest.smcs for guest in self.guests.values())
         return outcome
 

@@ -259,20 +259,28 @@ class DirtyLogging(Step):
 
 
 class Fail(Step):
-    """Make an allocation of the mediator fail: the nth one of its kind from now on, whoever it is for.
+    """Make an allocation of the mediator fail, the nth one of its kind from now on, whoever it is for.
+
+    Or its nth access to the memory of the guest, as if that had just taken the page away.
 
     mediator_page: a page for a shadow or a page list. record: the record of a call, a buffer or an RPC argument.
+    guest_memory: to read or write it, or to translate and pin.
     """
 
     verb = "fail"
     needs_guest: ClassVar[bool] = False
-    fail: Literal["mediator_page", "record"]
+    fail: Literal["mediator_page", "record", "guest_memory"]
     nth: Number | None = None
 
     async def run(self, actor: Actor) -> None:
         """See `Step`."""
-        world = actor.run.host
-        countdown = world.pages if self.fail == "mediator_page" else world.records
+        if self.fail == "guest_memory":
+            memory = actor.guest.memory
+            assert memory is not None
+            countdown = memory.accesses
+        else:
+            world = actor.run.host
+            countdown = world.pages if self.fail == "mediator_page" else world.records
         countdown.left = 0 if self.nth is None else actor.number(self.nth) - 1
 
 

@@ -47,6 +47,44 @@ def test_the_scenarios_of_the_documentation_run() -> None:
         assert outcome.good, outcome.as_data()
 
 
+def test_bursts_are_told_in_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "f.yaml"
+    body = "machine: {costs: true}\nsteps:\n- {burst: delay, ta: reusing, calls: 20, within: 1 s}\n"
+    file.write_text(HEAD + body + "- {burst: bare, ta: reusing, calls: 32}\n", encoding="utf-8")
+    assert run(["run", str(file), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["scenarios"][0]["bursts"]
+    assert [(row["form"], row["calls"], row["answered"], row["within"]) for row in rows] == [
+        ("delay", 20, 20, 1.0),
+        ("bare", 32, 32, 0.0),
+    ]
+    assert rows[0]["per_second"] <= 21 < rows[1]["per_second"]
+    assert run(["run", str(file)]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "20 in 1 s" in out and "32 at once" in out and "TA command 50 us" in out
+
+
+def test_scenarios_that_begin_with_the_same_words_are_a_group(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, group in (("stack", ["stack-canary", "stack-exhaustion", "stack-smash"]), ("fairness", ["fairness"])):
+        assert run(["run", name, "--list", "--json"]) == 0
+        assert [row["scenario"] for row in json.loads(capsys.readouterr().out)["scenarios"]] == group
+    assert run(["run", "stac"]) == 2
+
+
+def test_memory_of_the_guest_that_is_gone() -> None:
+    """The nth access fails, once; none is left out: message, page list, pages, write-back."""
+    answers = []
+    for nth in range(1, 6):
+        outcome = play(
+            "machine: {each: {driver: none}}\nsteps:\n- {pages: 1}\n- {list: $pages}\n"
+            "- message: REGISTER_SHM\n"
+            "  params: [{attr: TMEM_OUTPUT | NONCONTIG, buf_ptr: $list, size: 9, shm_ref: 1}]\n"
+            f"- {{fail: guest_memory, nth: {nth}}}\n"
+            "- {smc: CALL_WITH_ARG, a1:a2: $message, expect: {a0: OK, message: {ret: SUCCESS}}}\n"
+        )
+        answers.append(None if outcome.failure is None else outcome.failure.got)
+    assert answers == ["EBADADDR", "BAD_PARAMETERS", "BAD_PARAMETERS", "EBADADDR", None]
+
+
 def test_a_hang_names_who_waits_for_what() -> None:
     outcome = play(
         "timeout: 5\nmachine: {each: {supplicant: silent}, optee: {early_tas: []}}\nsteps:\n- {open: hello_world}\n"
