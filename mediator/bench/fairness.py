@@ -26,8 +26,6 @@ FLOODING: Final = 4
 PORTIONS: Final = 40
 """Of work in each long call: 4 ms by the table of costs."""
 FLOW: Final = FlowPolicy(queue=16, secure_cores=2)
-FLOW_CALLS: Final = 1
-"""With flow control: calls in flight of each guest, fewer than there are secure cores."""
 _PAGE: Final = 4096
 _SEED: Final = 1
 _WARM_UP: Final = 0.05
@@ -77,7 +75,7 @@ class Fairness:
 def fairness(policy: Policy, *, virtual: bool, controlled: bool, calls: int = SMALL_CALLS) -> Fairness:
     """Measure on boards of their own: alone, then beside the flood."""
     if controlled:
-        policy = replace(policy, flow=FLOW, limits=replace(policy.limits, calls=FLOW_CALLS))
+        policy = replace(policy, flow=FLOW)
     found = []
     for flooded in (False, True):
 

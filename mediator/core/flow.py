@@ -4,7 +4,8 @@ A call needs two things: a place among its guest's calls in flight, which it kee
 which it has while it runs in the secure world. What cannot go on at once waits in its guest's lane. When something is
 free, calls that OP-TEE has begun (RETURN_FROM_RPC) and CANCEL come first, guest by guest in turn; they are bound by no
 rate. Then come new calls, by deficit round robin over guests: a guest whose calls share many pages has its turn less
-often.
+often. Where there are other guests, one guest never has all the secure cores: a call of another finds one free,
+however long this one's calls are.
 
 No clock: the shell says what time it is (`Flow.turns`), in nanoseconds. No call either: what waits is a `Place`.
 """
@@ -60,7 +61,8 @@ class Place:
 class Lane:
     """What flow control knows of one guest. Times are in nanoseconds.
 
-    returns: how often a call was handed to the guest in its middle; outside: those that the guest has now. queued,
+    inside: calls that have a secure core. returns: how often a call was handed to the guest in its middle; outside:
+    those that the guest has now. queued,
     peak: calls that had to wait to be let in, and the most at once. admitted: how often a call was given a core;
     waited, waited_longest: for it; waits: how many of them waited less than 2**n microseconds.
     """
@@ -71,6 +73,7 @@ class Lane:
         "credit",
         "credit_at",
         "deficit",
+        "inside",
         "ledger",
         "outside",
         "peak",
@@ -90,6 +93,7 @@ class Lane:
         self.deficit = 0
         self.credit: int | None = None
         self.credit_at = 0
+        self.inside = 0
         self.returns = 0
         self.outside = 0
         self.admitted = 0
@@ -116,11 +120,15 @@ class Lane:
 
 
 class Flow:
-    """The lanes of all guests, and the secure cores. threads: of OP-TEE for each guest, once known."""
+    """The lanes of all guests, and the secure cores.
+
+    threads: of OP-TEE for each guest, once known; guests: how many there are, whether they call or not.
+    """
 
     def __init__(self, policy: FlowPolicy) -> None:
         self.policy = policy
         self.threads = 1
+        self.guests = 0
         self.now = 0
         self.running = 0
         """Calls that have a secure core."""
@@ -157,6 +165,7 @@ class Flow:
         """A call has come out of the secure world, or was answered without getting there."""
         if place.stand is Stand.INSIDE:
             self.running -= 1
+            place.lane.inside -= 1
             place.stand = Stand.OUTSIDE
             if not place.charge.refunded:
                 place.lane.outside += 1
@@ -226,6 +235,11 @@ class Flow:
         cores = self.policy.secure_cores
         return cores is None or self.running < cores
 
+    def _may_have_core(self, lane: Lane) -> bool:
+        """Whether a free core may be this guest's: not where it would have all of them, and there are other guests."""
+        cores = self.policy.secure_cores
+        return cores is None or cores == 1 or self.guests < 2 or lane.inside < cores - 1
+
     @property
     def _period(self) -> int:
         """Nanoseconds between two calls at the full rate, never less."""
@@ -257,7 +271,7 @@ class Flow:
 
     def _next_urgent(self) -> Place | None:
         for lane in self._lanes:
-            for place in lane.urgent:
+            for place in lane.urgent if self._may_have_core(lane) else ():
                 if place.stand is Stand.WAITING and (place.counted or lane.ledger.calls < self.threads):
                     return place
         return None
@@ -283,7 +297,7 @@ class Flow:
 
     def _candidate(self, lane: Lane, *, rated: bool) -> Place | None:
         """The new call that this guest would send next; `rated`: if it may by its rate."""
-        if not lane.calls or lane.ledger.calls >= lane.ledger.limits.calls:
+        if not lane.calls or lane.ledger.calls >= lane.ledger.limits.calls or not self._may_have_core(lane):
             return None
         if rated and not self._has_credit(lane):
             return None
@@ -309,6 +323,7 @@ class Flow:
             place.counted = True
             place.charge.take_call()
         self.running += 1
+        lane.inside += 1
         if lane in self._lanes:  # its next turn comes after all others'
             del self._lanes[lane]
             self._lanes[lane] = None

@@ -368,11 +368,17 @@ class Mediator:
     def enroll(self, guest: Guest) -> None:
         """A client id is in use from now on; what is reserved for it is in the pool already."""
         self._guests[guest.vm] = guest
+        self._count_guests()
 
     def forget(self, guest: Guest) -> None:
         """A client id is free again, and so is what the pool kept for it."""
         del self._guests[guest.vm]
         self.pool.leave(guest.ledger)
+        self._count_guests()
+
+    def _count_guests(self) -> None:
+        if self.flow is not None:
+            self.flow.guests = len(self._guests)
 
     # The rest
 

@@ -48,7 +48,8 @@ class FlowPolicy:
 
     queue: calls of a guest that may wait, at least 1. rate: new calls a second of a guest, None without a bound;
     burst: how many of them may come at once. park: nanoseconds after which a waiting call gives its vCPU back.
-    secure_cores: calls of all guests in the secure world at once, None without a bound.
+    secure_cores: calls of all guests in the secure world at once, None without a bound; of two or more, one is kept
+    from a guest that has all the others.
     """
 
     queue: int

@@ -165,6 +165,41 @@ def test_what_optee_has_begun_and_cancel_come_before_new_calls():
     assert set(order[2:5]) == {new[0], new[1], new[3]} and order[5] is new[2]
 
 
+def test_one_guest_never_has_all_cores_while_there_are_others():
+    """Neither by new calls, nor by those that OP-TEE has begun, nor by CANCEL; alone it may have them all."""
+    model = Model([4, 4], secure_cores=3)
+    flow = model.flow
+    flow.guests = 2
+    inside = [model.place(0), model.place(0)]
+    assert all(flow.enter(place) for place in inside)
+    third, cancel, other = model.place(0), model.place(0, urgent=True), model.place(1)
+    assert not flow.enter(third) and not flow.enter(cancel) and flow.next_turn() is None
+    assert flow.enter(other) and flow.running == 3
+    flow.leave(inside[0])
+    assert model.turns() == [cancel] and not flow.resume(inside[0])
+    flow.leave(other)
+    assert model.turns() == []
+    flow.guests = 1
+    assert model.turns() == [inside[0]] and flow.running == 3
+
+
+@pytest.mark.parametrize(("cores", "guests"), [(1, 2), (2, 1), (None, 2)])
+def test_cores_are_kept_for_nobody_where_that_helps_nobody(cores, guests):
+    model = Model([4], secure_cores=cores)
+    model.flow.guests = guests
+    assert all(model.flow.enter(model.place(0)) for _ in range(cores or 4))
+
+
+def test_the_core_says_how_many_guests_there_are(make):
+    pair = make(controlled(secure_cores=2))
+    first = pair.guest()
+    assert pair.mediator.flow.guests == 1
+    second = pair.guest("xen")
+    assert pair.mediator.flow.guests == 2
+    pair.drive(pair.checker.destroy(second.id))
+    assert pair.mediator.flow.guests == 1 and first.call(invoke())[0][0] == 0
+
+
 def test_cancel_goes_beyond_the_cap_while_optee_has_threads():
     model = Model([1])
     model.flow.threads = 2
