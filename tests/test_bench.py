@@ -126,7 +126,8 @@ def test_storage_is_measured_with_and_without_caches(done: Bench) -> None:
     found = done.storage
     assert found is not None and found.object_bytes == 2 * 16 * 1024 and found.objects == 2
     names = {cost.name for cost in found.costs}
-    assert names == {"read-first", "open", "read-again", "read-again-1k", "rewrite", "enumerate", "create"}
+    pieces = {"read-again-1k", "read-inside", "rewrite", "write-inside"}
+    assert names == {"read-first", "open", "read-again", "enumerate", "create"} | pieces
     for name in names:
         assert found.of(name, "managed").rpcs < found.of(name, "optee").rpcs
         assert found.of(name, "optee").us > 0

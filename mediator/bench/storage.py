@@ -175,6 +175,14 @@ class Client:
         self._memory.write(data)
         await self._session.invoke(3, Partial(self._memory, 0, len(data), _IN), Value(handle, direction=_IN))
 
+    async def read_inside(self, handle: int, size: int, piece: int) -> None:
+        """Let the TA read so many bytes in pieces."""
+        await self._session.invoke(26, Value(handle, direction=_IN), Value(size, piece, direction=_IN))
+
+    async def write_inside(self, handle: int, size: int, piece: int) -> None:
+        """Let the TA write so many bytes in pieces, each committed."""
+        await self._session.invoke(27, Value(handle, direction=_IN), Value(size, piece, direction=_IN))
+
     async def enumerate(self, count: int) -> None:
         """Go through all objects of the TA, of which there are `count`."""
         number = _first((await self._session.invoke(9, Value(direction=_OUT)))[0])
@@ -278,12 +286,26 @@ async def _operations(done: StorageBench, memory: str, client: Client) -> None:
             await client.write(handle, bytes([number & 255]) * KIB)
         await client.close(handle)
 
+    async def read_inside(client: Client) -> None:
+        handle = await client.open(b"large")
+        await client.read_inside(handle, size, KIB)
+        await client.close(handle)
+
+    async def write_inside(client: Client) -> None:
+        handle = await client.open(b"large")
+        await client.write_inside(handle, size, KIB)
+        await client.close(handle)
+
     whole = f"{size // KIB} KiB"
     await measured("read-first", f"open, read {whole}, close, for the first time", read, rounds=1)
     await measured("open", f"open and close an object of {whole}", reopen)
     await measured("read-again", f"open, read {whole}, close, again", read)
     await measured("read-again-1k", f"the same in pieces of 1 KiB, each of {whole}", read_on, 1, size // KIB)
     await measured("rewrite", f"write 1 KiB and commit, each of {whole}", rewrite, 1, size // KIB)
+    await measured("read-inside", f"xtest benchmark 1002: one call, {whole} read in pieces of 1 KiB", read_inside, 1)
+    await measured(
+        "write-inside", f"xtest benchmark 1001: one call, {whole} written so, each committed", write_inside, 1
+    )
     await measured("enumerate", f"enumerate {done.objects} objects", lambda client: client.enumerate(done.objects), 1)
     await measured("create", "create an object of 1 KiB, over one of that name", create)
 

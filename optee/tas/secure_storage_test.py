@@ -6,6 +6,7 @@ what happens if they are not.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from uuid import UUID
 
 from optee.abi.results import Result, StorageId
@@ -19,6 +20,7 @@ _AES = 0xA0000010
 _KEY_BITS = 256
 _ALL = DataFlag.ACCESS_READ | DataFlag.ACCESS_WRITE | DataFlag.ACCESS_WRITE_META
 _SIGN = 1 << 31
+_LARGEST_PIECE = 1 << 16
 
 
 def _signed(word: int) -> int:
@@ -178,6 +180,25 @@ class StorageTest(TrustedApplication):
         if handle.b >= len(attributes):
             raise TeeError(Result.ITEM_NOT_FOUND)
         secret.put(attributes[handle.b])
+
+    @command(26, ParamKind.VALUE_INPUT, ParamKind.VALUE_INPUT)
+    def read_in_pieces(self, tee: Tee, handle: Value, sizes: Value) -> Steps[None]:
+        """Read `a` bytes of handle `a` in pieces of `b`, all in this one call (as xtest's benchmark 1002)."""
+        for size in _pieces(sizes):
+            yield from tee.storage.read(tee.storage.handle(handle.a), size)
+
+    @command(27, ParamKind.VALUE_INPUT, ParamKind.VALUE_INPUT)
+    def write_in_pieces(self, tee: Tee, handle: Value, sizes: Value) -> Steps[None]:
+        """Write `a` bytes to handle `a` in pieces of `b`, all in this one call (as xtest's benchmarks 1001, 1003)."""
+        for number, size in enumerate(_pieces(sizes)):
+            yield from tee.storage.write(tee.storage.handle(handle.a), bytes([number & 0xFF]) * size)
+
+
+def _pieces(sizes: Value) -> Iterator[int]:
+    """Sizes of the pieces of `b` bytes that make up `a` bytes. Raises TeeError(BAD_PARAMETERS)."""
+    if not 0 < sizes.b <= _LARGEST_PIECE:
+        raise TeeError(Result.BAD_PARAMETERS)
+    return (min(sizes.b, sizes.a - at) for at in range(0, sizes.a, sizes.b))
 
 
 class StorageTest2(StorageTest):

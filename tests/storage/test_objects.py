@@ -328,6 +328,25 @@ def test_commands_that_try_much_at_once(client: Client) -> None:
     assert client.enumerate() == []
 
 
+def test_reading_and_writing_in_pieces_inside_the_ta(rig: StorageRig, client: Client) -> None:
+    """xtest's benchmarks: each piece is written and committed by itself, the last one may be shorter."""
+    handle = client.create(b"object")
+    rig.disk.changes.clear()
+    client.invoke(27, value(handle, kind=VALUE), value(2500, 1000, VALUE))
+    commits = [change for change in rig.disk.changes if "dirf.db" in change and change.endswith("len=68")]
+    assert len(commits) == 3
+    client.seek(handle, 0)
+    assert client.read(handle, 4000) == b"\0" * 1000 + b"\1" * 1000 + b"\2" * 500
+    client.seek(handle, 100)
+    client.invoke(26, value(handle, kind=VALUE), value(2000, 999, VALUE))
+    assert client.read(handle, 4000) == b"\2" * 400
+    for command in (26, 27):
+        for piece in (0, (1 << 16) + 1):
+            with pytest.raises(StorageError) as refused:
+                client.invoke(command, value(handle, kind=VALUE), value(1, piece, VALUE))
+            assert refused.value.result == Result.BAD_PARAMETERS
+
+
 def test_closing_a_session_closes_what_it_had_open(rig: StorageRig, client: Client) -> None:
     client.create(b"object", b"data")
     assert rig.disk.open_files
