@@ -69,7 +69,7 @@ def _alive(pid: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("workload", ["hello", "mixed", "shm"])
+@pytest.mark.parametrize("workload", ["hello", "shm"])
 def test_guests_in_processes_are_served_and_leave_nothing(workload: str) -> None:
     bench, summary = run(_wait_until_up, workload=workload)
     assert [(guest.name, guest.vmid, guest.ended) for guest in summary.guests] == [
@@ -144,7 +144,7 @@ def test_a_mediator_that_is_killed_takes_its_guests_along() -> None:
     process.stderr.close()
 
 
-@pytest.mark.parametrize("hypervisor", ["kvm", "xen", "mixed"])
+@pytest.mark.parametrize("hypervisor", ["kvm", "xen"])
 @pytest.mark.parametrize("in_process", [True, False])
 def test_the_host_can_be_a_client(hypervisor: str, in_process: bool) -> None:
     _, summary = run(_wait_until_up, guests=1, hypervisor=hypervisor, in_process=in_process, host_client=True)
@@ -161,7 +161,8 @@ def test_the_shortest_run_shows_the_whole_tour() -> None:
     summary = run_bench(options)
     assert summary.good and summary.violations == [] and summary.left == NOTHING_LEFT
     for guest in summary.guests:
-        assert guest.ended == "finished" and guest.invokes >= 100 and guest.rpcs and guest.pages_pinned_peak
+        assert (guest.errors, guest.notes, guest.ended) == (0, (), "finished")
+        assert guest.invokes >= 100 and guest.rpcs and guest.pages_pinned_peak
     assert summary.thread_limits and summary.panics and summary.cancels
     assert sum(guest.invokes for guest in summary.guests) == summary.ta_invokes
 
