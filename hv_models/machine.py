@@ -3,8 +3,8 @@
 Where things lie, by PA:
 
     0x100_0000_0000  frames of guests (`Layout`)
-   0x4000_0000_0000  stage-2 tables
-   0x8000_0000_0000  pages of the mediator
+   0x6d64_6469_0000  stage-2 tables
+   0x6d65_6469_0000  pages of the mediator
 
 Everything below is a hole, so no address that a guest can name is a physical address of anything.
 """
@@ -25,9 +25,10 @@ from hv_models.vm import VirtualMachine
 from hv_models.xen import XenVm
 from optee.abi.smc import VmId
 
-TABLES_BASE: Final = 1 << 46
-MEDIATOR_BASE: Final = 1 << 47
-"""First PA of the mediator's pages. It is above every frame that a guest can have, also those of vector files
+TABLES_BASE: Final = 0x6D64_6469_0000
+MEDIATOR_BASE: Final = 0x6D65_6469_0000
+"""First PA of the mediator's pages: no number that anybody writes down by chance, so that one in guest memory is an
+address that got out. It is above every frame that a guest can have, also those of vector files
 (whose mediator pages lie at 0x10_0000_0000 and above)."""
 
 RAM_BASE: Final = Ipa(0x4000_0000)

@@ -46,6 +46,8 @@ class Facts:
     left: bytes = b""
     """The message of a call that ended, as OP-TEE left it, with the guest's own `ret` where OP-TEE wrote none; or that
     was rejected, as it was copied."""
+    sent: bytes = b""
+    """The same as it was sent."""
     addresses: Sequence[tuple[int, int]] = ()
     """Where in it an address of the mediator's stood: (first, end)."""
     final_answer: int | None = None

@@ -118,8 +118,14 @@ def message_rewritten(facts: Facts, difference: Difference) -> bool:
 
 
 def rewritten_written_back(facts: Facts, difference: Difference) -> bool:
-    """The same, and the guest was given other fields of it than it had asked for, addresses of that mediator's too."""
-    return facts.rewritten and _as_left(facts, [(0, PAGE_SIZE)], unknown=facts.addresses)
+    """The same, and the guest was given other fields of it than it had asked for, addresses of that mediator's too; or
+    not all."""
+    if not facts.rewritten or not _in_one_page(facts):
+        return False
+    recorded = ((first % PAGE_SIZE + at, byte) for first, run in facts.differing for at, byte in enumerate(run))
+    return all(
+        within(at, facts.addresses) or byte in (facts.left[at], *facts.sent[at : at + 1]) for at, byte in recorded
+    )
 
 
 def unaligned_entry(facts: Facts, difference: Difference) -> bool:
@@ -190,15 +196,13 @@ def _in_one_page(facts: Facts) -> bool:
     return len({first // PAGE_SIZE for first, _ in facts.differing}) == 1
 
 
-def _as_left(facts: Facts, ranges: Sequence[tuple[int, int]], unknown: Sequence[tuple[int, int]] = ()) -> bool:
-    """Whether guest memory differs in these ranges of one message only, where the record has what OP-TEE left.
-
-    What that was is not known in the ranges `unknown`.
-    """
-    if not _in_one_page(facts):
-        return False
-    recorded = ((first % PAGE_SIZE + at, byte) for first, run in facts.differing for at, byte in enumerate(run))
-    return all(within(at, ranges) and (within(at, unknown) or facts.left[at] == byte) for at, byte in recorded)
+def _as_left(facts: Facts, ranges: Sequence[tuple[int, int]]) -> bool:
+    """Whether guest memory differs in these ranges of one message only, where the record has what OP-TEE left."""
+    return _in_one_page(facts) and all(
+        within(first % PAGE_SIZE + index, ranges) and facts.left[first % PAGE_SIZE + index] == byte
+        for first, recorded in facts.differing
+        for index, byte in enumerate(recorded)
+    )
 
 
 CONDITIONS: Final[dict[str, Callable[[Facts, Difference], bool]]] = {

@@ -68,12 +68,13 @@ class Observed:
 class _Sent:
     """A message that is with OP-TEE: where, and what of it OP-TEE has written.
 
-    decisive: ranges that decide what is done with it; addresses: where a physical one stands; null_cookies: of
+    text: the message; decisive: ranges of it that decide what is done with it; addresses: where a physical one stands; null_cookies: of
     temporary references without a buffer; own: the guest's word where `ret` stands; result: offsets of it that OP-TEE
     wrote.
     """
 
     pa: int
+    text: bytes
     own: bytes
     decisive: list[tuple[int, int]]
     addresses: list[tuple[int, int]]
@@ -253,7 +254,7 @@ class Run:
             ]
             at = [HEADER_SIZE + PARAM_SIZE * index + OFFSET_BUF_PTR for index in arg.translated]
             addresses = [(first, first + 8) for first in at]
-            self._shadows[name] = _Sent(pa, self._own_result(domain), decides(arg.hex), addresses, null)
+            self._shadows[name] = _Sent(pa, arg.hex, self._own_result(domain), decides(arg.hex), addresses, null)
         elif guest is not None and regs[0] == Function.RETURN_FROM_RPC:
             call = step.ticket
             assert isinstance(call, Call)
@@ -420,7 +421,7 @@ class Run:
             sent = next((sent for sent in latest if shadow is not None and sent.pa == shadow.pa), None)
             if sent is not None:
                 facts.result_left = a0 == 0 and sent.result != _RESULT
-                facts.rewritten, facts.addresses = sent.rewritten, sent.addresses
+                facts.rewritten, facts.addresses, facts.sent = sent.rewritten, sent.addresses, sent.text
                 left = bytearray(self.machine.machine.memory.frame(sent.pa))
                 for at in _RESULT - sent.result:
                     left[at] = sent.own[at - OFFSET_RET]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
 from hv_models.memory import PAGE_SIZE
+from mediator.core.fast import FastCall
 from mediator.core.records import Guest
 from mediator.core.rpc import MAX_UNDELIVERED, OWN_THREADS
 from mediator.core.steps import Regs, Ticket
@@ -247,7 +248,9 @@ class Outside:
         del self.calls[ticket]
 
     def told(self, ticket: Ticket, regs: Regs) -> None:
-        """The guest gets an answer to an SMC of this call."""
+        """The guest gets an answer to an SMC of this call. A fast call has no thread, whatever OP-TEE answers."""
+        if isinstance(ticket, FastCall):
+            return
         if is_rpc(regs[0]):
             self.waiting[regs[3] & LOW] = ticket
             self.unsure = False

@@ -20,12 +20,13 @@ from mediator.core.steps import SECURE_WORLD_FAULT, Event, Reply
 from mediator.invariants import TITLES, lifecycles
 from optee.abi.message import Message, Param
 from optee.abi.rpc import RpcCommand
-from optee.abi.smc import Function, to_pair
+from optee.abi.smc import Function, RpcReturn, to_pair
 from tests.core.pair import (
     RMEM_IN,
     TMEM_OUT,
     VALUE_IN,
     VALUE_INOUT,
+    VALUE_OUT,
     Pair,
     ask_alloc,
     interrupt,
@@ -518,6 +519,20 @@ def test_what_a_guest_itself_says_is_no_host_address_that_it_was_told(loose):
     guest.smc(Function.RETURN_FROM_RPC, guess, guess, guess)
     assert guest.invoke(Param(VALUE_INOUT, guess, guess, guess)).params == [Param(VALUE_INOUT, guess, guess, guess)]
     assert pair.checker.violations == []
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_fast_call_that_op_tee_answers_with_an_rpc_code_hides_no_thread(loose, broken, wrong):
+    """A fast call has no thread: the one that its answer seems to name stays that of the call that waits."""
+    pair, guest = loose()
+    suspended_in_command(guest, Message(RpcCommand.GET_TIME, params=[Param(VALUE_OUT)]), thread=7)
+    pair.world.fast[Function.CALLS_UID] = (int(RpcReturn.FOREIGN_INTR), 0, 0, 7, 0, 0, 0, 0)
+    guest.smc(Function.CALLS_UID)
+    assert pair.checker.violations == []
+    if wrong:
+        broken(rpc.resume, "if call is None:", "if call is not None:")
+    guest.smc(Function.RETURN_FROM_RPC, 0, 0, 7)
+    assert {found.invariant for found in pair.checker.violations} == ({6} if wrong else set())
 
 
 def test_the_checker_is_quiet_and_counts_forwards_of_a_healthy_run(make):

@@ -26,7 +26,6 @@ CUTS = 150 if NIGHTLY else 1
 APART = {
     "life-cycle": "who has room depends on who lives",
     "pause": "the one that dies would have resumed the other",
-    "page-lists": "the guest itself writes a number that is an address of the mediator's, and dies before it is read",
 }
 """Scenarios in which a death has consequences of its own."""
 LONG = {"death-in-rpc", "long-list", "storage-concurrent"}
