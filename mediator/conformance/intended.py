@@ -118,8 +118,7 @@ def message_rewritten(facts: Facts, difference: Difference) -> bool:
 
 
 def rewritten_written_back(facts: Facts, difference: Difference) -> bool:
-    """The same, and the guest was given other fields of it than it had asked for, addresses of that mediator's too; or
-    not all."""
+    """The same, and the guest was given other fields than it asked for, that mediator's addresses too, or not all."""
     if not facts.rewritten or not _in_one_page(facts):
         return False
     recorded = ((first % PAGE_SIZE + at, byte) for first, run in facts.differing for at, byte in enumerate(run))

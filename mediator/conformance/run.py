@@ -68,9 +68,9 @@ class Observed:
 class _Sent:
     """A message that is with OP-TEE: where, and what of it OP-TEE has written.
 
-    text: the message; decisive: ranges of it that decide what is done with it; addresses: where a physical one stands; null_cookies: of
-    temporary references without a buffer; own: the guest's word where `ret` stands; result: offsets of it that OP-TEE
-    wrote.
+    text: the message; decisive: ranges of it that decide what is done with it; addresses: where a physical one stands;
+    null_cookies: of temporary references without a buffer; own: the guest's word where `ret` stands; result: offsets of
+    it that OP-TEE wrote.
     """
 
     pa: int

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import pytest
 
-from mediator.core import mediator
+from mediator.core import lifecycle
 from mediator.interleaving import run as run_seeded
 from mediator.scenario import find_scenario, library
 from mediator.scenario.actor import Actor
@@ -130,8 +130,10 @@ def test_a_guest_may_die_at_any_call(name: str) -> None:
 
 
 def test_the_sweep_notices_what_a_dead_guest_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    release, scenario = mediator.release_buffer, find_scenario("same-cookies")
-    monkeypatch.setattr(mediator, "release_buffer", lambda core, guest, one: guest.vm == 2 or release(core, guest, one))
+    release, scenario = lifecycle.release_buffer, find_scenario("same-cookies")
+    monkeypatch.setattr(
+        lifecycle, "release_buffer", lambda core, guest, one: guest.vm == 2 or release(core, guest, one)
+    )
     assert play(KillRun(scenario)).good, "in order it takes its buffer back itself"
     outcome = play(KillRun(scenario, "bob", 1, answered=True))
     assert outcome.left == {"pins": 3}
