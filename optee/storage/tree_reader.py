@@ -6,7 +6,7 @@ so that each damaged part is named. Source: OP-TEE secure storage, section 3.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from optee.storage.damage import Damage, DamagedError
@@ -216,27 +216,22 @@ class TreeReader:
     def _last_node(self) -> int:
         return max(self.meta.max_node_id if self.meta is not None else 0, ROOT)
 
-    def _children(self, number: int, flags: int) -> list[Placed] | None:
-        """Children of a node as these flags place them; None if one lies beyond the end of the file."""
+    def _children(self, number: int, flags: int) -> list[bytes] | None:
+        """Hashes of a node's children as these flags place them; None if one lies beyond the end of the file."""
         found = []
         for place, child in enumerate((2 * number, 2 * number + 1)):
             if child <= self._last_node:
-                version = int(bool(flags & committed_child(place)))
-                node = self.node_at(child, version)
+                node = self.node_at(child, int(bool(flags & committed_child(place))))
                 if node is None:
                     return None
-                found.append(Placed(node, version))
+                found.append(node.hash)
         return found
 
-    def _hash(self, number: int, node: Node, children: Iterable[bytes]) -> bytes:
-        return node_hash(node, list(children), self.length if number == ROOT else None)
+    def _hash(self, number: int, node: Node, children: Sequence[bytes]) -> bytes:
+        return node_hash(node, children, self.length if number == ROOT else None)
 
     def _read_nodes(self) -> set[int]:
-        """Read the nodes, parents first; returns those whose hash is not that of their content and children.
-
-        Flags that were changed would lead to the other version of a child, and to damage where there is none. There are
-        few that a node can have, so those that its hash was made with are looked for.
-        """
+        """Read the nodes, parents first; returns those whose hash is not that of their content and children."""
         unsound = set()
         for number in range(ROOT, self._last_node + 1):
             if number != ROOT:
@@ -252,19 +247,26 @@ class TreeReader:
                     continue
                 self.nodes[number] = Placed(found, version)
             node, version = self.nodes[number]
-            for flags in (node.flags, *range(_FLAGS)):
-                right, children = node._replace(flags=flags), self._children(number, flags)
-                if children is not None and self._hash(number, right, (c.node.hash for c in children)) == node.hash:
-                    self.nodes[number] = Placed(right, version)
-                    if right != node:
-                        self._note(
-                            f"node {number} version {version}",
-                            f"hash does not match: flags are {node.flags:#x}, but were {flags:#x}",
-                        )
-                    break
-            else:
+            right = self._as_hashed(number, node)
+            if right is None:
                 unsound.add(number)
+            elif right != node:
+                reason = f"hash does not match: flags are {node.flags:#x}, but were {right.flags:#x}"
+                self._note(f"node {number} version {version}", reason)
+                self.nodes[number] = Placed(right, version)
         return unsound
+
+    def _as_hashed(self, number: int, node: Node) -> Node | None:
+        """The node with the flags that its hash was made with; None if it was made with other things.
+
+        Flags that were changed would lead to the other version of a child, and to damage where there is none. There are
+        few that a node can have, so they are tried.
+        """
+        for flags in (node.flags, *range(_FLAGS)):
+            right, children = node._replace(flags=flags), self._children(number, flags)
+            if children is not None and self._hash(number, right, children) == node.hash:
+                return right
+        return None
 
     def _name_nodes(self, unsound: set[int]) -> None:
         """Say of which nodes the hash is wrong, leaves first.
@@ -278,7 +280,7 @@ class TreeReader:
             children = [child for child in (2 * number, 2 * number + 1) if child <= self._last_node]
             if any(child not in self.nodes for child in children):
                 continue
-            right[number] = self._hash(number, node, (right.get(c, self.nodes[c].node.hash) for c in children))
+            right[number] = self._hash(number, node, [right.get(c, self.nodes[c].node.hash) for c in children])
             if right[number] == node.hash or (unsound.intersection(children) and self._opens_block(number - 1)):
                 continue
             self._doubtful.add(number)
