@@ -26,12 +26,11 @@ MAX_REQUEST: Final = 4096
 
 def main(fd: int) -> None:
     """Serve requests until the socket is closed."""
-    # Ctrl-C on a terminal goes to all its processes; it is the mediator that ends the guests.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as whoever started it has done
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
     with socket.socket(fileno=fd) as control:
         images = _receive_images(control)
-        while True:
+        while images is not None:
             record, fds, _, _ = socket.recv_fds(control, MAX_REQUEST, 2)
             if not record:
                 break
@@ -47,8 +46,11 @@ def main(fd: int) -> None:
     _wait_for_guests()
 
 
-def _receive_images(control: socket.socket) -> Mapping[UUID, bytes]:
+def _receive_images(control: socket.socket) -> Mapping[UUID, bytes] | None:
+    """None if the other end is gone before it has sent them."""
     _, fds, _, _ = socket.recv_fds(control, MAX_REQUEST, 1)
+    if not fds:
+        return None
     with os.fdopen(fds[0], "rb") as file:
         file.seek(0)
         return {UUID(name): base64.b64decode(image) for name, image in json.load(file).items()}

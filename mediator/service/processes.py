@@ -120,6 +120,11 @@ async def _send_fds(sock: trio.socket.SocketType, record: bytes, *fds: int) -> N
     await sock.sendmsg([record], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, data)])
 
 
+def _ignore_interrupts() -> None:
+    """Ctrl-C on a terminal goes to all its processes, from the start; it is the mediator that ends the guests."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 @asynccontextmanager
 async def open_warm_parent(images: Mapping[UUID, bytes]) -> AsyncIterator[WarmParent]:
     """Start the parent; when the block ends, it and all its guests have ended."""
@@ -135,6 +140,7 @@ async def open_warm_parent(images: Mapping[UUID, bytes]) -> AsyncIterator[WarmPa
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
+            preexec_fn=_ignore_interrupts,
         )
     sock = trio.socket.from_stdlib_socket(control)
     try:

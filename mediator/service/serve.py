@@ -4,7 +4,7 @@ import signal
 import socket
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext
 from typing import Final
 
@@ -120,13 +120,17 @@ class Bench:
 
     async def run(self) -> Summary:
         """Up, work, down; whatever happens, everything is given back. Raises BoardError, DocumentError."""
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+            return await self._run(signals)
+
+    async def _run(self, signals: AsyncIterator[int]) -> Summary:
         started = trio.current_time()
         async with self._reach, self.board:
             async with AsyncExitStack() as stack:
                 await self._open_doors(stack)
                 if self._room and not self.options.json:
                     print(f"board: {self._room}", file=sys.stderr, flush=True)
-                await self._work(await self._warm_parent(stack), started)
+                await self._work(await self._warm_parent(stack), signals, started)
             for guest in self.guests:
                 await self._remove(guest)
             self.board.scan()
@@ -147,11 +151,10 @@ class Bench:
             control = listening(options.control, socket.SOCK_STREAM, Control(self).serve)
             await stack.enter_async_context(control)
 
-    async def _work(self, parent: WarmParent | None, started: float) -> None:
+    async def _work(self, parent: WarmParent | None, signals: AsyncIterator[int], started: float) -> None:
         """Start the guests, and wait until they have ended and nobody else is wanted."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._stop_on_signal)
-            nursery.start_soon(self._read_policy_on_signal)
+            nursery.start_soon(self._heed, signals)
             nursery.start_soon(display, self.guests, self.options.duration)
             nursery.start_soon(self._watch_up, started)
             async with trio.open_nursery() as running:
@@ -159,6 +162,8 @@ class Bench:
                 if self.options.host_client:
                     await self._start_in_process(ServedGuest("host", _flavour(self.options.hypervisor, 0)), running)
                 for index in range(self.options.guests):
+                    if self._stopping.is_set():
+                        break
                     flavour = _flavour(self.options.hypervisor, index)
                     guest = ServedGuest(f"{flavour}-{index + 1}", flavour)
                     if parent is None:
@@ -180,6 +185,8 @@ class Bench:
         self.guests.append(guest)
         settings = Settings(guest.name, guest.hypervisor, self.options.workload, DEFAULT_RAM, RAM_BASE, DEFAULT_VCPUS)
         guest.process = await parent.spawn(settings)
+        if self._stopping.is_set():
+            await guest.process.stop()
         running.start_soon(self._run_process, guest, guest.process, len(self.guests))
 
     async def _start_in_process(self, guest: ServedGuest, running: trio.Nursery) -> None:
@@ -343,15 +350,12 @@ class Bench:
     def _all_toured(self) -> bool:
         return all(guest.toured for guest in self.guests if not guest.stranger)
 
-    async def _stop_on_signal(self) -> None:
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-            async for _ in signals:
-                self.stop()
-
-    async def _read_policy_on_signal(self) -> None:
-        with trio.open_signal_receiver(signal.SIGHUP) as signals:
-            async for _ in signals:
+    async def _heed(self, signals: AsyncIterator[int]) -> None:
+        async for number in signals:
+            if number == signal.SIGHUP:
                 self.read_policy()
+            else:
+                self.stop()
 
     def read_policy(self) -> None:
         """Read the policy again; what is wrong with it is one line, and the old one stays."""

@@ -134,6 +134,26 @@ def test_a_signal_ends_the_program_in_order(name: str, flags: tuple[str, ...]) -
         os.killpg(process.pid, 0)
 
 
+def test_a_signal_while_guests_are_started_ends_the_program_in_order(tmp_path: Path) -> None:
+    """As soon as there is a door: the parent of the guests is still at its imports."""
+    door, control = tmp_path / "door", tmp_path / "control"
+    doors = ["--external", "--socket", str(door), "--control", str(control)]
+    command = [sys.executable, "-m", "mediator", "serve", "--guests", "2", "--workload", "hello", "--json", *doors]
+    process = subprocess.Popen(
+        command, cwd=TOP, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not control.exists() and process.poll() is None:
+        os.sched_yield()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, without_progress(err)) == (0, "")
+    told = json.loads(out)
+    assert {guest["ended"] for guest in told["guests"]} <= {"finished"} and told["left"] == NOTHING_LEFT
+    assert not door.exists() and not control.exists()
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
 def test_a_mediator_that_is_killed_takes_its_guests_along() -> None:
     command = [sys.executable, "-m", "mediator", "serve", "--guests", "2", "--workload", "hello"]
     process = subprocess.Popen(command, cwd=TOP, stderr=subprocess.PIPE, text=True, start_new_session=True)
