@@ -41,6 +41,16 @@ class OverLimit(Exception):
         self.limit = limit
         self.rule = rule
 
+    def words(self) -> dict[str, str | int | None]:
+        """What it says, for an event."""
+        return {
+            "rule": self.rule,
+            "resource": self.resource,
+            "asked": self.asked,
+            "held": self.held,
+            "limit": self.limit,
+        }
+
     def __str__(self) -> str:
         if self.limit is None:
             return f"no {self.resource} left"

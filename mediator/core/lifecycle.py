@@ -69,7 +69,8 @@ def create(
         core.pool.join(ledger)
     except OverLimit as over:
         why = "no memory for another guest" if over.resource == "memory" else f"the host's pool: {over}"
-        return _reply(ReturnCode.ENOMEM, Event(GUEST_REFUSED, "info", vm, {"why": why}))
+        detail = {"why": why, **over.words(), "answer": int(ReturnCode.ENOMEM)}
+        return _reply(ReturnCode.ENOMEM, Event(GUEST_REFUSED, "info", vm, detail))
     owned = any(other.rpmb for other in core.guests.values())
     rpmb = core.policy.rpmb_owner == ANY_GUEST or (rpmb and not owned)
     guest = Guest(vm, memory, ledger, limits, rpmb=rpmb)

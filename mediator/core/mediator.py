@@ -199,7 +199,8 @@ class Mediator:
         if function is None:
             guest.counters.denied += 1
             step: Step = Reply((NOT_HANDLED, *regs[1:]))
-            step.events = (Event(CALL_DENIED, "info", vm, {"function": regs[0] & LOW}),)
+            detail = {"function": regs[0] & LOW, "rule": "R2", "answer": _UNKNOWN}
+            step.events = (Event(CALL_DENIED, "info", vm, detail),)
             return step
         if function in _YIELDING:
             step = yielding.enter(self, guest, vcpu, regs, function)

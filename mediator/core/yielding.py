@@ -399,6 +399,6 @@ def _count(guest: Guest, why: str, over: OverLimit | None, detail: dict[str, Any
     counters = guest.counters
     counters.refused += 1
     counters.refusals[over.resource] = counters.refusals.get(over.resource, 0) + 1
-    detail.update(rule=over.rule, resource=over.resource, asked=over.asked, held=over.held, limit=over.limit)
+    detail.update(over.words())
     counters.last_refusal = detail
     guest.events.append(Event(CALL_REFUSED, "info", guest.vm, detail))

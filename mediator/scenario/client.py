@@ -16,8 +16,10 @@ from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, mod
 from guests import Direction, MemoryResult, Null, Partial, Session, SharedMemory, TeeError, Temporary, Values, Whole
 from guests import Value as ValueParameter
 from guests.parameters import Output, Parameter
-from mediator.scenario.expectations import Codes, Origins, StateExpectation, check_bytes, check_code
+from mediator.scenario.expectations import StateExpectation
 from mediator.scenario.expressions import EvaluationError, Expression, Number, Record, Value
+from mediator.scenario.memory import check_bytes
+from mediator.scenario.messages import Codes, Origins, check_code
 from mediator.scenario.steps import (
     Content,
     Expected,

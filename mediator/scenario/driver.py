@@ -11,15 +11,7 @@ from pydantic import Field, model_validator
 from guests import SharedMemory
 from hv_models.memory import PAGE_SIZE
 from mediator.scenario.client import TaName, ta_uuid
-from mediator.scenario.expectations import (
-    REGISTERS,
-    RegistersExpectation,
-    StateExpectation,
-    Words,
-    check_bytes,
-    page_addresses,
-    read_ram,
-)
+from mediator.scenario.expectations import RegistersExpectation, StateExpectation
 from mediator.scenario.expressions import (
     EvaluationError,
     Expression,
@@ -32,6 +24,8 @@ from mediator.scenario.expressions import (
     Value,
     as_number,
 )
+from mediator.scenario.memory import check_bytes, page_addresses, read_ram
+from mediator.scenario.messages import REGISTERS, Words
 from mediator.scenario.steps import Name, Numbers, Octets, Step, octets
 from optee.abi.message import ENTRIES_PER_PAGE, HEADER, HEADER_SIZE, META, PARAM, Param, ParamType
 from optee.abi.smc import Function, RpcReturn, from_pair, is_rpc, to_pair

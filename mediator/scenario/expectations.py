@@ -1,36 +1,35 @@
-"""What a scenario may expect of the state of things: memory, messages, translation, ledger, events, statistics."""
+"""What a scenario may expect: of the state of things (memory, ledger, events, statistics), and of registers."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, WithJsonSchema, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, WithJsonSchema
 
-from guests import SharedMemory
 from mediator.core import steps
 from mediator.core.ledger import RESOURCES
 from mediator.core.records import Counters
 from mediator.core.steps import Regs
 from mediator.scenario.expressions import (
-    Attribute,
     EvaluationError,
-    Expression,
-    FunctionId,
-    MessageCommand,
     Number,
-    OriginCode,
-    Record,
-    ResultCode,
     Status,
 )
-from mediator.scenario.secure_side import COUNTED_BY_OPERATION, Forwarded
-from mediator.scenario.steps import Expected, Name, Octets, StepFailed, Strict, check_number, octets
-from optee.abi.message import HEADER, HEADER_SIZE, PARAM, PARAM_SIZE, Command, Header, Param
-from optee.abi.registers import Named, name_of
-from optee.abi.results import Origin, Result
+from mediator.scenario.memory import (
+    DirtyExpectation,
+    MapsTo,
+    MemoryExpectation,
+    PinsExpectation,
+    page_addresses,
+    read_ram,
+)
+from mediator.scenario.messages import REGISTERS, ForwardedExpectation, MessageExpectation
+from mediator.scenario.secure_side import COUNTED_BY_OPERATION
+from mediator.scenario.steps import Expected, StepFailed, Strict, check_number
+from optee.abi.message import HEADER_SIZE, PARAM_SIZE, Command
+from optee.abi.registers import name_of
 from optee.abi.rpc import RpcCommand
 from optee.abi.smc import Function, ReturnCode, RpcReturn, from_pair, is_rpc
 
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
 
 _LOW: Final = 0xFFFFFFFF
 _PAGE: Final = 4096
-REGISTERS: Final = ("a0", "a1", "a2", "a3", "a4", "a5", "a6", "a7")
 _COUNTERS: Final = tuple(Counters.__slots__)
 _OPTEE: Final = ("optee_panics", "optee_cancels", "optee_thread_limits", "optee_invokes")
 StatisticName = Literal[
@@ -104,257 +102,11 @@ def _one_of(names: frozenset[str]) -> tuple[AfterValidator, WithJsonSchema]:
 EventName = Annotated[str, *_one_of(EVENTS)]
 TrafficName = Annotated[str, *_one_of(TRAFFIC)]
 
-Codes = Annotated[
-    Annotated[list[ResultCode], Tag("<list>")] | Annotated[ResultCode, Tag("<code>")],
-    Discriminator(lambda given: "<list>" if isinstance(given, list) else "<code>"),
-]
-"""A result, or a list of those that will do."""
-Origins = Annotated[
-    Annotated[list[OriginCode], Tag("<list>")] | Annotated[OriginCode, Tag("<code>")],
-    Discriminator(lambda given: "<list>" if isinstance(given, list) else "<code>"),
-]
-
-
-def check_code(what: str, expected: list[Expression] | Expression, got: int, kind: type[Named], actor: Actor) -> None:
-    """Compare a code that has a name. Raises StepFailed."""
-    wanted = [actor.small(one) for one in (expected if isinstance(expected, list) else [expected])]
-    if got not in wanted:
-        raise StepFailed(what, " or ".join(name_of(kind, code) for code in wanted), name_of(kind, got))
-
 
 def status_name(code: int) -> str:
     """a0 of an answer in words."""
     low = code & _LOW
     return name_of(RpcReturn, low) if is_rpc(low) else name_of(ReturnCode, low)
-
-
-class Words(Strict):
-    """A parameter of a message: `attr`, and its three words by the names of its type.
-
-    VALUE: a, b, c. TMEM: buf_ptr, size, shm_ref. RMEM: offs, size, shm_ref.
-    """
-
-    attr: Attribute | None = None
-    a: Number | None = None
-    b: Number | None = None
-    c: Number | None = None
-    buf_ptr: Number | None = None
-    offs: Number | None = None
-    size: Number | None = None
-    shm_ref: Number | None = None
-
-    @model_validator(mode="after")
-    def _one_name_each(self) -> Self:
-        for names in (("a", "buf_ptr", "offs"), ("b", "size"), ("c", "shm_ref")):
-            given = [name for name in names if getattr(self, name) is not None]
-            if len(given) > 1:
-                raise ValueError(f"{' and '.join(given)} are the same word")
-        return self
-
-    def words(self) -> tuple[Expression | None, Expression | None, Expression | None]:
-        """The three words, whatever they are called."""
-        first = next((word for word in (self.a, self.buf_ptr, self.offs) if word is not None), None)
-        return first, self.b if self.b is not None else self.size, self.c if self.c is not None else self.shm_ref
-
-
-class MessageExpectation(Strict):
-    """Fields of a message, or RPC argument, in guest memory (or at OP-TEE, for `forwarded`)."""
-
-    at: Number | None = None
-    cmd: MessageCommand | None = None
-    func: Number | None = None
-    session: Number | None = None
-    cancel_id: Number | None = None
-    ret: ResultCode | None = None
-    ret_origin: OriginCode | None = None
-    num_params: Number | None = None
-    params: list[Words | None] | None = None
-
-    def check(self, data: bytes, actor: Actor, what: str = "message") -> None:
-        """Compare. Raises StepFailed."""
-        header = Header._make(HEADER.unpack_from(data))
-        if self.cmd is not None:
-            cmd = actor.small(self.cmd)
-            names = RpcCommand if self.cmd.text in RpcCommand.__members__ else Command
-            if cmd != header.cmd:
-                raise StepFailed(f"{what}.cmd", name_of(names, cmd), name_of(names, header.cmd))
-        if self.ret is not None:
-            check_code(f"{what}.ret", self.ret, header.ret, Result, actor)
-        if self.ret_origin is not None:
-            check_code(f"{what}.ret_origin", self.ret_origin, header.ret_origin, Origin, actor)
-        for name in ("func", "session", "cancel_id", "num_params"):
-            wanted = getattr(self, name)
-            if wanted is not None and actor.small(wanted) != getattr(header, name):
-                raise StepFailed(f"{what}.{name}", hex(actor.small(wanted)), hex(getattr(header, name)))
-        for index, expected in enumerate(self.params or ()):
-            if expected is None:
-                continue
-            start = HEADER_SIZE + PARAM_SIZE * index
-            got = Param._make(PARAM.unpack_from(data, start))
-            for name, word, found in zip(("attr", "a", "b", "c"), (expected.attr, *expected.words()), got, strict=True):
-                if word is not None and actor.number(word) != found:
-                    raise StepFailed(f"{what}.params[{index}].{name}", hex(actor.number(word)), hex(found))
-
-
-class MemoryExpectation(Strict):
-    """Bytes of guest memory."""
-
-    at: Number
-    content: Octets
-
-    def check(self, actor: Actor) -> None:
-        """Compare. Raises StepFailed."""
-        wanted = octets(self.content, actor)
-        at = actor.number(self.at)
-        check_bytes(f"memory at {at:#x}", wanted, read_ram(actor, at, len(wanted)))
-
-
-def check_bytes(what: str, wanted: bytes, got: bytes) -> None:
-    """Compare bytes, and say where they begin to differ. Raises StepFailed."""
-    if wanted == got:
-        return
-    at = next((i for i, (a, b) in enumerate(zip(wanted, got, strict=False)) if a != b), min(len(wanted), len(got)))
-    raise StepFailed(
-        f"{what}, byte {at}",
-        f"{wanted[at : at + 16].hex()} ({len(wanted)} bytes)",
-        f"{got[at : at + 16].hex()} ({len(got)} bytes)",
-    )
-
-
-def read_ram(actor: Actor, at: int, size: int) -> bytes:
-    """Bytes of the guest's RAM as the guest sees them. Raises EvaluationError."""
-    for ram in actor.guest.vm.ram:
-        if ram.base <= at and at + size <= ram.base + ram.size:
-            return ram.read(at, size)
-    raise EvaluationError(f"{size} bytes at {at:#x} are not RAM of {actor.guest.name}")
-
-
-def page_addresses(actor: Actor, at: Expression, pages: Expression | None) -> Sequence[int]:
-    """The pages that a place means: all of named pages or shared memory, or `pages` from an address on."""
-    value = actor.value(at)
-    if isinstance(value, Record) and pages is None:
-        if value.kind == "pages":
-            assert isinstance(value.thing, tuple)
-            return value.thing
-        if value.kind == "memory":
-            assert isinstance(value.thing, SharedMemory)
-            return value.thing.kernel_memory.buffer.pages
-    first = actor.number(at)
-    return range(first, first + _PAGE * (1 if pages is None else actor.size(pages)), _PAGE)
-
-
-def frames_of(actor: Actor, ipas: Sequence[int]) -> list[int]:
-    """Where stage 2 has these pages of the guest now. Raises StepFailed."""
-    pas: list[int] = []
-    for ipa in ipas:
-        pa = actor.guest.frame_of(ipa)
-        if pa is None:
-            raise StepFailed(f"IPA {ipa:#x}", "mapped", "not mapped")
-        pas.append(pa)
-    return pas
-
-
-def _addresses(pages: Sequence[int]) -> str:
-    shown = " ".join(map(hex, pages[:4]))
-    return f"{len(pages)} pages: {shown}{' ...' * (len(pages) > 4)}"
-
-
-class MapsTo(Strict):
-    """Where pages are: a frame of whose RAM, and that IPA != PA.
-
-    With `cookie`, OP-TEE's buffer of that name has exactly these pages in this order.
-    """
-
-    at: Number
-    pages: Number | None = None
-    guest: Name | None = None
-    """Whose RAM the frame belongs to; the guest's own if not given."""
-    cookie: Number | None = None
-
-    def check(self, actor: Actor) -> None:
-        """Look at the tables and at OP-TEE. Raises StepFailed."""
-        guest = actor.guest
-        owner = actor.of(self.guest).guest
-        ipas = page_addresses(actor, self.at, self.pages)
-        pas = frames_of(actor, ipas)
-        for ipa, pa in zip(ipas, pas, strict=True):
-            if pa == ipa:
-                raise StepFailed(f"IPA {ipa:#x}", "another PA", "PA = IPA")
-            if not owner.has_frame(pa):
-                raise StepFailed(f"IPA {ipa:#x}", f"a frame of {owner.name}", f"{pa:#x}, which is none")
-        if self.cookie is None:
-            return
-        cookie = actor.number(self.cookie)
-        known = [shm for shm in actor.run.model.shared_objects(guest.client) if shm.cookie == cookie]
-        if not known:
-            raise StepFailed(f"buffer {cookie:#x} at OP-TEE", f"{len(pas)} pages", "no such buffer")
-        got = [pa & ~(_PAGE - 1) for pa in known[0].pages]
-        if got != pas:
-            raise StepFailed(f"buffer {cookie:#x} at OP-TEE", _addresses(pas), _addresses(got))
-
-
-class PinsExpectation(Strict):
-    """How often pages are pinned."""
-
-    at: Number
-    pages: Number | None = None
-    count: Expected
-
-    def check(self, actor: Actor) -> None:
-        """Count. Raises StepFailed."""
-        pins = {int(gfn): count for gfn, count in actor.guest.vm.pinned().items()}
-        for ipa in page_addresses(actor, self.at, self.pages):
-            check_number(f"pins of {ipa:#x}", self.count, pins.get(ipa // _PAGE, 0), actor)
-
-
-class DirtyExpectation(Strict):
-    """Whether pages are in the dirty log (KVM_GET_DIRTY_LOG: reading clears it)."""
-
-    at: Number
-    pages: Number | None = None
-    dirty: bool = True
-
-
-class ForwardedExpectation(Strict):
-    """One SMC that reached OP-TEE. Registers that are not named are not looked at."""
-
-    a0: FunctionId
-    a1: Number | None = None
-    a2: Number | None = None
-    a3: Number | None = None
-    a4: Number | None = None
-    a5: Number | None = None
-    a6: Number | None = None
-    a7: Number | None = None
-    message: MessageExpectation | None = None
-    argument: MessageExpectation | None = None
-    """The RPC argument of a resumed call: the reply as OP-TEE sees it."""
-    lists: list[Number | None] = Field(default=[])
-    """For each parameter, the guest's pages whose frames its page list names, in order."""
-
-    def check(self, seen: Forwarded, actor: Actor, what: str) -> None:
-        """Compare. Raises StepFailed."""
-        function = actor.small(self.a0)
-        if function != seen.regs[0]:
-            raise StepFailed(f"{what}.a0", name_of(Function, function), name_of(Function, seen.regs[0]))
-        for index, name in enumerate(REGISTERS[1:], 1):
-            word = getattr(self, name)
-            if word is not None and actor.number(word) != seen.regs[index]:
-                raise StepFailed(f"{what}.{name}", hex(actor.number(word)), hex(seen.regs[index]))
-        for name, wanted, got in (
-            ("message", self.message, seen.message),
-            ("argument", self.argument, seen.argument),
-        ):
-            if wanted is not None:
-                if got is None:
-                    raise StepFailed(f"{what}.{name}", "there is one", "none")
-                wanted.check(got.pack(), actor, f"{what}.{name}")
-        for index, pages in enumerate(self.lists):
-            if pages is not None:
-                frames = frames_of(actor, page_addresses(actor, pages, None))
-                listed = [int(address) for address in seen.lists.get(index, ())]
-                if listed != frames:
-                    raise StepFailed(f"{what}.lists[{index}]", _addresses(frames), _addresses(listed))
 
 
 class StateExpectation(Strict):

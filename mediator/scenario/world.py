@@ -13,7 +13,6 @@ from hv_models.stage2 import PageKind
 from mediator.core.ledger import OverLimit
 from mediator.core.steps import Regs
 from mediator.scenario.driver import ParamSpec, write_ram
-from mediator.scenario.expectations import page_addresses
 from mediator.scenario.expressions import (
     EvaluationError,
     Expression,
@@ -26,6 +25,7 @@ from mediator.scenario.expressions import (
     Status,
 )
 from mediator.scenario.guest import PowerCut
+from mediator.scenario.memory import page_addresses
 from mediator.scenario.secure_side import Conversation
 from mediator.scenario.steps import Name, Octets, Step, StepFailed, Strict, octets
 from optee.abi.message import HEADER_SIZE, OFFSET_NUM_PARAMS, OFFSET_RET, OFFSET_SESSION, PARAM, PARAM_SIZE

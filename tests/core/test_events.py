@@ -264,7 +264,7 @@ def test_a_denied_call_names_its_function(make):
     guest = pair.guest()
     guest.smc(0xAB << 32 | Function.VM_CREATED)
     assert events_of(pair, CALL_DENIED) == [
-        Event(CALL_DENIED, "info", guest.id, {"function": int(Function.VM_CREATED)})
+        Event(CALL_DENIED, "info", guest.id, {"function": int(Function.VM_CREATED), "rule": "R2", "answer": 0xFFFFFFFF})
     ]
 
 
@@ -406,7 +406,15 @@ def test_who_is_not_created_is_told_why(make):
             GUEST_REFUSED,
             "info",
             vm.client_id,
-            {"why": "the host's pool: 11 reserved_pages beside 0, 10 are allowed"},
+            {
+                "why": "the host's pool: 11 reserved_pages beside 0, 10 are allowed",
+                "rule": "R22",
+                "resource": "reserved_pages",
+                "asked": 11,
+                "held": 0,
+                "limit": 10,
+                "answer": int(ReturnCode.ENOMEM),
+            },
         ),
     ]
 
@@ -422,7 +430,9 @@ def test_a_host_without_memory_for_a_guest_says_so():
         step = mediator.returned(step.ticket, pair.world.call(step.regs))
     vm = pair.machine.create_kvm("x", 1 << 20)
     events = mediator.create(vm.client_id, vm).events
-    assert events == (Event(GUEST_REFUSED, "info", vm.client_id, {"why": "no memory for another guest"}),)
+    (event,) = events
+    assert (event.name, event.vm, event.detail["why"]) == (GUEST_REFUSED, vm.client_id, "no memory for another guest")
+    assert (event.detail["resource"], event.detail["answer"]) == ("memory", ReturnCode.ENOMEM)
     pair.close()
 
 
