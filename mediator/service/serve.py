@@ -43,7 +43,7 @@ SHOWN_PANICS: Final = 8
 """TA panics whose report the summary keeps: the newest."""
 IDLE_SECONDS: Final = 10.0
 """Without a call of any guest, until nobody waits any longer for guests to end their tour, or their work in order."""
-SHUTDOWN_SECONDS: Final = 120.0
+SHUTDOWN_SECONDS: Final = 300.0
 """What guests get at most to end their work, close sessions and unload drivers before their power is cut."""
 LAST_WORDS_SECONDS: Final = 5.0
 """What a guest process gets from the end of its VM to its last report."""
