@@ -10,7 +10,7 @@ from mediator.cli.options import Json, PolicyName
 from mediator.cli.output import BadInput, emit_json, heading, note, on_terminal, policy_of, show, table, verdict
 
 if TYPE_CHECKING:
-    from mediator.fuzz.engine import FuzzReport
+    from mediator.fuzz.engine import FuzzReport, Search
 
 DEFAULT_CALLS = 20_000
 """A quarter of a minute: enough to see the common mistakes."""
@@ -29,6 +29,14 @@ def fuzz(
         typer.Option("--corpus", metavar="TRACE", help="Begin from the calls of this trace, too; may be repeated."),
     ] = None,
     unguided: Annotated[bool, typer.Option("--unguided", help="Learn nothing of earlier episodes.")] = False,
+    target: Annotated[
+        Path | None,
+        typer.Option("--target", metavar="SOCKET", help="Attack the mediator that serves guests at this socket."),
+    ] = None,
+    secure_world: Annotated[
+        Path | None,
+        typer.Option("--secure-world", metavar="SOCKET", help="With --target: where it finds its secure world, ours."),
+    ] = None,
     json: Json = False,
 ) -> int:
     """Attack the core with guests and a secure world that mean harm, looking at all invariants."""
@@ -38,27 +46,32 @@ def fuzz(
     from mediator.fuzz.seeds import read_seeds, shipped
     from mediator.policies import BUILT_IN
 
+    if (target is None) is not (secure_world is None):
+        raise BadInput("fuzz: --target and --secure-world belong together")
     if calls is None and seconds is None:
         calls = DEFAULT_CALLS
     try:  # now, and not when there is something to write
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"{out}: {error.strerror or error}") from None
-    report = search(
-        policy_of(policy),
-        seed=seed,
-        calls=calls,
-        seconds=seconds,
-        guests=guests,
-        guided=not unguided,
-        recorded=[*shipped(), *(talk for path in corpus or () for talk in read_seeds(path))],
-        policy_text="" if policy in BUILT_IN else read_document(Path(policy)),
-        advance=_progress if on_terminal(sys.stderr) else lambda report: None,
-    )
+    common: Search = {
+        "seed": seed,
+        "guests": guests,
+        "calls": calls,
+        "seconds": seconds,
+        "guided": not unguided,
+        "recorded": [*shipped(), *(talk for path in corpus or () for talk in read_seeds(path))],
+        "advance": _progress if on_terminal(sys.stderr) else lambda report: None,
+    }
+    if target is not None and secure_world is not None:
+        report = _search_outside(target, secure_world, common)
+    else:
+        policy_text = "" if policy in BUILT_IN else read_document(Path(policy))
+        report = search(policy_of(policy), policy_text=policy_text, **common)
     if on_terminal(sys.stderr):
         print(file=sys.stderr)
     written = ""
-    if report.failure is not None:
+    if report.failure is not None and report.failure.scenario:
         try:
             written = str(save(report, out))
         except OSError as error:
@@ -69,6 +82,24 @@ def fuzz(
     else:
         _show(report)
     return verdict(report.failure is None)
+
+
+def _search_outside(target: Path, secure_world: Path, common: "Search") -> "FuzzReport":
+    import trio
+
+    from mediator.conformance.outside import TargetError
+    from mediator.fuzz.outside import fuzz_outside
+
+    def served() -> None:
+        note(f"the secure world is served at {secure_world}; start the mediator now")
+
+    try:
+        return trio.run(lambda: fuzz_outside(target, secure_world, served=served, **common))
+    except* TargetError as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise BadInput(f"fuzz: {error}") from None
 
 
 def _progress(report: "FuzzReport") -> None:
@@ -84,6 +115,7 @@ def _show(report: "FuzzReport") -> None:
         edges.add_row(what, edge, str(count))
     for what, edge in data["edges_missing"]:
         edges.add_row(what, edge, "not taken")
+    inside = [edges] if data["edges"] else []  # a target's tables are its own
     summary = table("calls", "calls/s", "episodes", "kept", "edges", "items", "depths", "failures")
     numbers = (data["calls"], data["calls_per_second"], data["episodes"], data["kept"], len(data["edges"]))
     failed = int(report.failure is not None)
@@ -91,6 +123,6 @@ def _show(report: "FuzzReport") -> None:
     title = heading(f"fuzz, seed {report.seed}, policy {report.policy}, {report.guests} guests")
     lines = []
     if report.failure is not None:
-        lines.append(f"failed after {len(report.failure.moves)} moves, made short from {report.failure.shrunk_from}:")
+        lines.append(f"failed after {len(report.failure.moves)} of {report.failure.shrunk_from} moves:")
         lines += report.failure.why[:_SHOWN]
-    show(title, edges, summary, *lines)
+    show(title, *inside, summary, *lines)

@@ -2,7 +2,6 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
 from random import Random
 from typing import Final
 
@@ -13,7 +12,7 @@ from mediator.core.mediator import Mediator
 from mediator.core.policy import Policy
 from mediator.core.states import GuestState
 from mediator.core.steps import Forward, Preempt, Queue, Regs, Reply, Step
-from mediator.fuzz.journal import Journal, Writes
+from mediator.fuzz.journal import Journal
 from mediator.fuzz.moves import (
     ENDLESS,
     FUNCTIONS,
@@ -28,51 +27,28 @@ from mediator.fuzz.moves import (
     page_list,
     relocated,
     reply,
-    request,
 )
 from mediator.fuzz.seeds import Exchange
+from mediator.fuzz.world import HostileWorld
 from mediator.host import Host
 from mediator.invariants import Checker
-from optee.abi.message import HEADER, HEADER_SIZE, MAX_PARAMS, PARAM, PARAM_SIZE, TYPE_MASK, ParamType
-from optee.abi.smc import API_UID, Function, RpcReturn, ThreadId, VmId, is_rpc, to_pair
+from optee.abi.smc import Function, RpcReturn, ThreadId, is_rpc, to_pair
 
-THREADS: Final = 4
 HELD: Final = 12
 """Requests that OP-TEE or the shell may leave lying about."""
 HOSTILE_GUEST: Final = 0.4
-HOSTILE_WORLD: Final = 0.03
 LATE: Final = 0.25
 """How often an answer of OP-TEE, or a next turn, lies about for a while."""
 EIGHTHS: Final = 8
 REFUSED: Final = 0.2
 """How often OP-TEE refuses to create or to forget a VM."""
-_WITH_MESSAGE: Final = (int(Function.CALL_WITH_ARG), int(Function.CALL_WITH_RPC_ARG))
-_TYPES: Final = frozenset(map(int, ParamType))
-_ASKED: Final = ("end", "end", "end", "cmd", "cmd", "cmd", "alloc", "alloc", "interrupt")
 _NUMBERS: Final = re.compile(r"0x[0-9a-f]+|[0-9]+")
-_FAST: Final[dict[int, Regs]] = {
-    int(Function.CALLS_UID): API_UID,
-    int(Function.EXCHANGE_CAPABILITIES): (0, 0xFD, 0x42, 4),
-    int(Function.GET_THREAD_COUNT): (0, THREADS, 0, 0),
-}
 _KINDS: Final = (PageKind.RAM_RW, PageKind.RAM_RW, PageKind.RAM_RO, PageKind.MMIO, PageKind.NONE)
 
 
 def flavour(number: int) -> str:
     """Whose VM the guest with this number is."""
     return ("xen", "kvm")[number % 2]
-
-
-class Talk:
-    """A call as the secure world knows it."""
-
-    __slots__ = ("behind", "cookies", "pa", "rpc")
-
-    def __init__(self, pa: int, *, behind: bool) -> None:
-        self.pa = pa
-        self.behind = behind
-        self.rpc = 0
-        self.cookies: dict[int, int] = {}
 
 
 class Arena(Host):
@@ -85,7 +61,7 @@ class Arena(Host):
         super().__init__(Machine())
         self.journal = journal
         self.mediator = Mediator(policy, self)
-        self.checker = Checker(self.mediator, self, self.threads_held)
+        self.checker = Checker(self.mediator, self, lambda vm: self.world.threads_held(vm))
         self.calls = 0
         self.items: set[tuple[str, int | str]] = set()
         self.vms = [
@@ -94,14 +70,10 @@ class Arena(Host):
             )
             for number in range(guests)
         ]
-        self._talks: dict[tuple[int, int], Talk] = {}
-        self._told: dict[int, list[int]] = {vm.client_id: [] for vm in self.vms}
+        self.world = HostileWorld(self.machine.memory, self.items)
         self._held: list[Forward | Preempt] = []
         self._choose = Random(0)
-        self._refusing = False
         self._changed: defaultdict[int, set[int]] = defaultdict(set)
-        self._writes: Writes = []
-        self._planned: Exchange | None = None
         self.depths: set[tuple[str, int]] = set()
         """Eighths of its quotas that a guest held."""
         for vm in self.vms:
@@ -110,18 +82,14 @@ class Arena(Host):
         for vm in self.vms:
             self._finish(self.checker.create(vm.client_id, vm))
 
-    def threads_held(self, vm: int) -> int:
-        """Calls that OP-TEE has suspended."""
-        return sum(owner == vm for owner, _ in self._talks)
-
     def do(self, move: Move) -> None:
         """Make a move."""
-        choose = self._choose = Random(move.choice << 32 | move.detail)
+        choose = self._choose = self.world.choose = Random(move.choice << 32 | move.detail)
         vm = self.vms[move.guest % len(self.vms)]
         client, base = vm.client_id, vm.ram[0].base
         hostile = choose.random() < HOSTILE_GUEST
         guest = self.mediator.guests.get(client)
-        recorded = self._planned = move.recorded
+        recorded = self.world.planned = move.recorded
         if move.what == "call":
             at = base + choose.randrange(8) * 4096
             if recorded is not None:
@@ -156,10 +124,10 @@ class Arena(Host):
             if self.journal is not None and done:
                 self.journal.asked(vm.name, done)
         elif move.what in ("destroy", "reset"):
-            self._refusing = choose.random() < REFUSED
+            self.world.refusing = choose.random() < REFUSED
             self._end(vm, again=move.what == "reset")
-            self._refusing = False
-        self._planned = None
+            self.world.refusing = False
+        self.world.planned = None
         if guest is not None:
             limits, ledger = guest.ledger.limits, guest.ledger
             held = (
@@ -173,7 +141,7 @@ class Arena(Host):
 
     def finish(self) -> None:
         """Let everything come to its end; what is left then is somebody's mistake."""
-        self._choose = Random(0)
+        self._choose = self.world.choose = Random(0)
         while self._held:
             self._go_on(self._held.pop(), plain=True)
         self.checker.finish()
@@ -222,7 +190,7 @@ class Arena(Host):
 
     def _resume(self, vm: VirtualMachine, recorded: Exchange | None, *, hostile: bool) -> None:
         choose, client, base = self._choose, vm.client_id, vm.ram[0].base
-        told = self._told[client]
+        told = self.world.told[client]
         thread = (
             told.pop(choose.randrange(len(told))) if told and choose.random() < 0.95 else choose.choice((0, 9, 1 << 30))
         )
@@ -249,7 +217,7 @@ class Arena(Host):
         self._note(step)
         if isinstance(step, Reply):
             if is_rpc(step.regs[0]):
-                self._told[client].append(step.regs[3] & 0xFFFFFFFF)
+                self.world.told[client].append(step.regs[3] & 0xFFFFFFFF)
                 self.items.add(("RPC", step.regs[0] & 0xFFFFFFFF))
             else:
                 self.items.add(("answer", min(step.regs[0] & 0xFFFFFFFF, 0x100)))
@@ -271,10 +239,9 @@ class Arena(Host):
         if isinstance(step, Preempt):
             then = self.checker.proceed(step.ticket)
         else:
-            self._writes = []
-            answer = self._answer(step.regs, plain=plain)
+            answer = self.world.answer(step.regs, plain=plain)
             if self.journal is not None:
-                self.journal.answered(step, answer, self._writes)
+                self.journal.answered(step, answer, self.world.writes)
             then = self.checker.returned(step.ticket, answer)
         if self.journal is not None:
             self.journal.went_on(step.ticket, then)
@@ -295,7 +262,7 @@ class Arena(Host):
         """End a VM, or begin it anew; what waits for OP-TEE comes back first."""
         client = vm.client_id
         if self.journal is not None:
-            self.journal.asked(vm.name, "kexec" if again else "kill", refused=self._refusing)
+            self.journal.asked(vm.name, "kexec" if again else "kill", refused=self.world.refusing)
         request_again = self.checker.reset if again else self.checker.destroy
         step = request_again(client)
         while isinstance(step, Queue):
@@ -308,15 +275,14 @@ class Arena(Host):
             if self.journal is not None:
                 self.journal.asked(vm.name, "abandon" if abandoned else "kill")
             self._finish(self.checker.abandon(client) if abandoned else self.checker.destroy(client))
-        self._told[client].clear()
+        self.world.told[client].clear()
         if client not in self.mediator.guests:
             self._begin_anew(vm, ended=not again)
 
     def _begin_anew(self, vm: VirtualMachine, *, ended: bool) -> None:
         """Create a VM that is gone, with memory as it was when it began. ended: its VM was taken away, too."""
         client = vm.client_id
-        for key in [key for key in self._talks if key[0] == client]:
-            del self._talks[key]
+        self.world.forget(client)
         if self.journal is not None:
             if not ended:
                 self.journal.asked(vm.name, "kill")
@@ -325,97 +291,8 @@ class Arena(Host):
         for ipa in self._changed.pop(client, ()):
             vm.set_kind(ipa, PageKind.RAM_RW)
         self._furnish(vm)
-        self._refusing = self._refusing or self._choose.random() < REFUSED
+        self.world.refusing = self.world.refusing or self._choose.random() < REFUSED
         self._finish(self.checker.create(client, vm))
-        self._refusing = False
+        self.world.refusing = False
         if client not in self.mediator.guests:
             self._finish(self.checker.create(client, vm))
-
-    # The secure world
-
-    def _answer(self, regs: Sequence[int], *, plain: bool) -> Regs:
-        choose, function, vm = self._choose, regs[0], regs[7]
-        if function in (Function.VM_CREATED, Function.VM_DESTROYED) and self._refusing:
-            self._refusing = False
-            return (5, 0, 0, 0)
-        if function == Function.VM_DESTROYED:
-            for key in [key for key in self._talks if key[0] == regs[1]]:
-                del self._talks[key]
-            return (0, 0, 0, 0)
-        if function in _WITH_MESSAGE:
-            talk = Talk(regs[1] << 32 | regs[2], behind=function == Function.CALL_WITH_RPC_ARG)
-            frame = self.machine.memory.frame(talk.pa)
-            command, *_, count = HEADER.unpack_from(frame)
-            self.items.add(("command", command))
-            params = PARAM.iter_unpack(frame[HEADER_SIZE : HEADER_SIZE + PARAM_SIZE * min(count, MAX_PARAMS)])
-            self.items.update(("attribute", param[0] & TYPE_MASK) for param in params if param[0] & TYPE_MASK in _TYPES)
-        elif function == Function.RETURN_FROM_RPC:
-            found = self._talks.pop((vm, regs[3]), None)
-            if found is None:
-                return (0, 0, 0, 0)
-            talk = found
-            if talk.rpc == RpcReturn.ALLOC and (regs[1] or regs[2]):
-                talk.cookies[regs[4] << 32 | regs[5]] = regs[1] << 32 | regs[2]
-        elif function == Function.DISABLE_SHM_CACHE:
-            return (7, 0, 0, 0)
-        else:
-            return _FAST.get(function, (0, 0, 0, 0))
-        return self._speak(choose, talk, vm, plain=plain)
-
-    def _speak(self, choose: Random, talk: Talk, vm: int, *, plain: bool) -> Regs:
-        free = [thread for thread in range(THREADS) if (vm, thread) not in self._talks]
-        if self._planned is not None and free and not plain:
-            return self._repeat(talk, vm, free[0], self._planned)
-        kind = choose.choice(_ASKED)
-        broken = choose.random() < HOSTILE_WORLD and not plain
-        if plain or not free or kind == "end":
-            if talk.cookies and free and not broken:
-                return self._suspend(talk, vm, free[0], RpcReturn.FREE, talk.cookies.popitem()[0])
-            if choose.random() < 0.1:
-                return (4, 0, 0, 0)
-            self._say("message", talk.pa, 20, choose.choice((0, 0, 0, 0xFFFF0006)).to_bytes(4, "little") + b"\3\0\0\0")
-            return (0, 0, 0, 0)
-        thread = choose.choice((*self._told[VmId(vm)], 1 << 30, 0xFFFFFFFF)) if broken else free[0]
-        if kind == "cmd" and (talk.behind or talk.cookies):
-            cookie = self._request(talk, request(choose))
-            return self._suspend(talk, vm, thread, RpcReturn.CMD, choose.getrandbits(64) if broken else cookie)
-        if kind == "alloc" and not talk.behind:
-            return self._suspend(talk, vm, thread, RpcReturn.ALLOC, 160 << 32)
-        code = 0xFFFF0000 | choose.getrandbits(16) if broken else int(RpcReturn.FOREIGN_INTR)
-        return self._suspend(talk, vm, thread, code if code != 0xFFFFFFFF else 0xFFFF0004, 0)
-
-    def _repeat(self, talk: Talk, vm: int, thread: int, recorded: Exchange) -> Regs:
-        """Answer what was recorded."""
-        code = recorded.answer
-        if not is_rpc(code):
-            if len(recorded.told) >= HEADER_SIZE:
-                self._say("message", talk.pa, 20, recorded.told[20:28])
-            return (code, 0, 0, 0)
-        if code == RpcReturn.CMD and (talk.behind or talk.cookies):
-            return self._suspend(talk, vm, thread, code, self._request(talk, recorded.told))
-        if code == RpcReturn.FREE and talk.cookies:
-            return self._suspend(talk, vm, thread, code, talk.cookies.popitem()[0])
-        if code in (RpcReturn.CMD, RpcReturn.FREE, RpcReturn.ALLOC) and not talk.behind:
-            return self._suspend(talk, vm, thread, RpcReturn.ALLOC, 160 << 32)
-        return self._suspend(talk, vm, thread, RpcReturn.FOREIGN_INTR, 0)
-
-    def _request(self, talk: Talk, data: bytes) -> int:
-        """Write the request of an RPC CMD into the call's argument, and give its cookie."""
-        self.items.add(("RPC command", HEADER.unpack_from(data)[0]))
-        cookie = 0 if talk.behind else next(iter(talk.cookies))
-        place = talk.pa + self._behind(talk.pa) if talk.behind else talk.cookies[cookie]
-        if place % 4096 + len(data) <= 4096:
-            self._say("argument", place, 0, data)
-        return cookie
-
-    def _say(self, where: str, pa: int, offset: int, data: bytes) -> None:
-        self.machine.memory.write(pa + offset, data)
-        self._writes.append((where, offset, data))
-
-    def _suspend(self, talk: Talk, vm: int, thread: int, rpc: int, pair: int) -> Regs:
-        talk.rpc = int(rpc)
-        self._talks.setdefault((vm, thread), talk)
-        return (int(rpc), *to_pair(pair), thread)
-
-    def _behind(self, pa: int) -> int:
-        return HEADER_SIZE + PARAM_SIZE * int(HEADER.unpack_from(self.machine.memory.frame(pa))[7])

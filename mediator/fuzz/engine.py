@@ -6,16 +6,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from time import monotonic
-from typing import Any, Final
+from typing import Any, Final, TypedDict
 
 from mediator.core.policy import Policy
-from mediator.fuzz.arena import THREADS, Arena, flavour
+from mediator.fuzz.arena import Arena, flavour
 from mediator.fuzz.corpus import Corpus
 from mediator.fuzz.failure import LOUD, Failure, kinds_of, make_short, shrink
 from mediator.fuzz.journal import Journal
 from mediator.fuzz.moves import Move
 from mediator.fuzz.seeds import Conversation
 from mediator.fuzz.story import Story
+from mediator.fuzz.world import THREADS
 from mediator.invariants import Violation
 from mediator.invariants.lifecycles import ARGUMENT_EDGES, BUFFER_EDGES, CALL_EDGES, GUEST_EDGES, NEW
 
@@ -27,6 +28,18 @@ EDGES: Final = {
 }
 Edge = tuple[str, str, str]
 Advance = Callable[["FuzzReport"], None]
+
+
+class Search(TypedDict):
+    """What every search is told; see `fuzz`."""
+
+    seed: int
+    guests: int
+    calls: int | None
+    seconds: float | None
+    guided: bool
+    recorded: Sequence[Conversation]
+    advance: Advance
 
 
 @dataclass(slots=True)

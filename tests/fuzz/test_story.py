@@ -8,10 +8,11 @@ from random import Random
 import pytest
 
 from mediator.cli import run
-from mediator.fuzz.arena import THREADS, Arena, flavour
+from mediator.fuzz.arena import Arena, flavour
 from mediator.fuzz.journal import Called, Journal
 from mediator.fuzz.moves import draw
 from mediator.fuzz.story import Story
+from mediator.fuzz.world import THREADS
 from mediator.policies import load_policy
 from mediator.scenario import load_scenario, run_scenario
 from tests.fuzz.test_broken_cores import FAULTS, broken
