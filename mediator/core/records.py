@@ -173,7 +173,8 @@ class Call(Ticket):
     R14), or else at `place`. `outputs` are the fields of its parameters that the guest gets back, `temporary` the
     offsets of temporary memory references, `written` the cookies of registered buffers that OP-TEE may write.
     `rpc` is the a0 of the RPC that suspended the call, `rpc_words` its a1 and a2 (saved, rule R16). `rpc_offset` is
-    where the RPC argument stands behind the message in the shadow, 0 if the guest gives arguments by RPC ALLOC.
+    where the RPC argument stands behind the message in the shadow, and `rpc_room` how many bytes it has there; 0 if the
+    guest gives arguments by RPC ALLOC.
     `cookie` is what UNREGISTER_SHM names. `turn` is its place with flow control, None without.
     """
 
@@ -194,6 +195,7 @@ class Call(Ticket):
         "regs",
         "rpc",
         "rpc_offset",
+        "rpc_room",
         "rpc_words",
         "shadow",
         "shm_type",
@@ -235,6 +237,7 @@ class Call(Ticket):
         self.rpc = 0
         self.rpc_words = (0, 0)
         self.rpc_offset = 0
+        self.rpc_room = 0
         self.argument: RpcArgument | None = None
         self.shm_type = 0
         self.undelivered = 0

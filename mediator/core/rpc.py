@@ -123,7 +123,7 @@ def _request(core: "Mediator", call: Call) -> tuple[SharedPage, int, int] | None
     """Where the saved request stands: our page, its offset there, the room behind it. None: nowhere any more."""
     if call.rpc_offset:
         assert call.shadow is not None
-        return call.shadow, call.rpc_offset, core.rpc_argument_size
+        return call.shadow, call.rpc_offset, call.rpc_room
     if call.argument is None or call.argument.state is ArgumentState.RELEASED:
         return None
     return call.argument.page, 0, PAGE_SIZE

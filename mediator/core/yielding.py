@@ -206,6 +206,7 @@ def _take_message(core: "Mediator", call: Call) -> bytes:
     size = HEADER_SIZE + PARAM_SIZE * num_params
     if call.function is not _PLAIN_ARG:
         call.rpc_offset = size
+        call.rpc_room = core.rpc_argument_size
         if size + core.rpc_argument_size > PAGE_SIZE:
             raise CallRefused(ReturnCode.EBADADDR, "message and RPC argument do not fit one page")
         if size + core.rpc_argument_size > len(data):

@@ -992,3 +992,20 @@ def test_pages_that_op_tee_names_in_a_request_are_dirty(make, kind):
     guest.vm.stop_dirty_logging()
     assert guest.resume()[0] == 0
     assert guest.unregister(9).ret == guest.unregister(10).ret == 0
+
+
+def test_the_room_for_a_request_is_that_of_the_beginning_of_its_call(pair):
+    """OP-TEE may say another number of parameters while a call is suspended, to whichever guest asks."""
+    guest, other = pair.guest(), pair.guest("xen")
+    buffer = guest.tmem(1, cookie=1, kind=TMEM_OUT)
+    guest.register(buffer)
+    page = int.from_bytes(guest.ram.read(buffer.a, 8), "little")
+    at = PAGE_SIZE - message_size(0) - message_size(4)
+    guest.ram.write(page + at, invoke().pack())
+    large = Message(RpcCommand.FS, params=[Param(VALUE_IN)] * 6)
+    pair.world.script += [interrupt(), ask(large), succeed()]
+    assert guest.smc(Function.CALL_WITH_REGD_ARG, 0, 1, at)[0] == RpcReturn.FOREIGN_INTR
+    pair.world.fast[Function.EXCHANGE_CAPABILITIES] = (0, 0xFD, 0x42, 6)
+    other.smc(Function.EXCHANGE_CAPABILITIES)
+    assert guest.resume()[0] == 0, "the request does not fit: it is refused, and the call goes on"
+    assert pair.names().count("rpc_undelivered") == 1

@@ -471,7 +471,7 @@ class Specification:
         if name != "CALL_WITH_ARG":
             if size + 32 + 32 * self.rpc_params > len(data):
                 raise Refused(EBADADDR, False)
-            call["rpc_at"] = size
+            call |= {"rpc_at": size, "rpc_room": 32 + 32 * self.rpc_params}  # for good, whatever OP-TEE says later
         elif size > PAGE:
             raise Rejected(BAD_PARAMETERS, False)
         command = COMMANDS.get(header(data)[0])
@@ -683,7 +683,7 @@ class Specification:
     def request(self, guest, call):
         """Where the saved request stands: page, first byte, room. None: nowhere any more."""
         if call["rpc_at"] is not None:
-            return call["shadow"], call["rpc_at"], 32 + 32 * self.rpc_params
+            return call["shadow"], call["rpc_at"], call["rpc_room"]
         argument = call["argument"]
         if argument is None or all(argument is not each for each in guest["arguments"].values()):
             return None

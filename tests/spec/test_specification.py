@@ -307,13 +307,13 @@ class History(RuleBasedStateMachine):
         elif ticket["what"] == "host":
             self.sides.answer(index, (7 if what == "raw" else 0, 0, 0, 0))
         elif ticket["what"] == "fast":
-            self.sides.answer(index, detail[0] if what == "raw" else self.fast_answer(regs[0]))
+            self.sides.answer(index, detail[0] if what == "raw" else self.fast_answer(regs[0], what))
         else:
             self.answer_call(index, ticket, what, *detail)
 
-    def fast_answer(self, function):
+    def fast_answer(self, function, what):
         plain = {
-            Function.EXCHANGE_CAPABILITIES: (0, 0xFFFF, 0x42, 4),
+            Function.EXCHANGE_CAPABILITIES: (0, 0xFFFF, 0x42, {"command": 6, "free": 255}.get(what, 4)),
             Function.DISABLE_SHM_CACHE: (0, 0, 1, 0),
             Function.GET_THREAD_COUNT: (0, 9, 0, 0),
         }
@@ -349,7 +349,7 @@ class History(RuleBasedStateMachine):
 
     def ask(self, call, cookie, request):
         if call["rpc_at"] is not None:
-            page, base, room = call["shadow"], call["rpc_at"], 32 + 32 * self.spec.rpc_params
+            page, base, room = call["shadow"], call["rpc_at"], call["rpc_room"] + 64
         else:
             page, base, room = call["guest"]["arguments"][cookie]["page"], 0, PAGE
         data = request.pack()
