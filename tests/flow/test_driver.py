@@ -25,11 +25,11 @@ CLIENTS = 4
 
 FLOWS = st.builds(
     FlowPolicy,
-    queue=st.integers(1, 8),
+    queue=st.integers(1, 8) | st.just(1 << 16),
     rate=st.none() | st.sampled_from([100.0, 1000.0, 1e6]),
-    burst=st.integers(1, 12),
-    park=st.integers(1, 5).map(lambda ms: ms * 1_000_000),
-    secure_cores=st.none() | st.integers(1, 3),
+    burst=st.integers(1, 12) | st.just(1 << 16),
+    park=(st.integers(1, 5) | st.just(1000)).map(lambda ms: ms * 1_000_000),
+    secure_cores=st.none() | st.integers(1, 4) | st.just(1 << 16),
 )
 
 
