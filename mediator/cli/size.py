@@ -66,12 +66,16 @@ def size(
     from mediator.sizing.request import Options, make_request
     from optee.memory.sizing import size as work_out
 
+    given = {
+        name: value
+        for name, value in locals().items()
+        if value not in (None, False, 0, []) and name not in ("json", "make_request", "work_out", "Options")
+    }
+    _one_question(given)
     if compare is not None:
         return _compare(compare, json=json)
     if log is not None:
         return _log(log, json=json)
-    if plot is not None and sweep is None:
-        raise BadInput("--plot draws a --sweep")
     build = {
         "threads": threads,
         "heap": _bytes("--heap", heap),
@@ -112,6 +116,28 @@ def size(
     if static_split is not None:
         return _static_split(request, sizing, _bytes("--static-split", static_split) or 0, json=json)
     return _answer(request, sizing, explain=explain, only_solve=solve, json=json)
+
+
+_QUESTIONS: Final = ("compare", "log", "sweep", "quota", "verify", "static_split", "solve")
+"""Options that ask for something else than the table; one at a time."""
+
+
+def _one_question(given: dict[str, Any]) -> None:
+    """Options that do not go together are said, not ignored. Raises BadInput."""
+
+    def option(name: str) -> str:
+        return "FILE" if name == "file" else "--" + name.replace("_", "-")
+
+    asked = [name for name in _QUESTIONS if name in given]
+    if len(asked) > 1:
+        raise BadInput(f"{option(asked[0])} and {option(asked[1])} ask for different things: one at a time")
+    if asked and asked[0] in ("compare", "log"):
+        for name in given.keys() - set(asked):
+            raise BadInput(f"{option(asked[0])} goes with --json only, not with {option(name)}")
+    if "plot" in given and "sweep" not in given:
+        raise BadInput("--plot draws a --sweep")
+    if "explain" in given and asked and asked != ["solve"]:
+        raise BadInput(f"--explain goes with the table, not with {option(asked[0])}")
 
 
 def _bytes(option: str, text: str | None) -> int | None:

@@ -37,7 +37,8 @@ def policy_yaml(quota: Quota) -> str:
     """The policy `default` with these limits."""
     text = policy_text("default")
     for key in ("pages", "buffers", "pages_per_buffer"):
-        text = re.sub(rf"^  {key}: .*$", f"  {key}: {getattr(quota, key)}", text, flags=re.MULTILINE)
+        # The first is the guest's own. The pool stays as it is: each guest has an OP-TEE heap of its own.
+        text = re.sub(rf"^  {key}: .*$", f"  {key}: {getattr(quota, key)}", text, count=1, flags=re.MULTILINE)
     text = re.sub(r"^name: .*$", "name: sized", text, flags=re.MULTILINE)
     return re.sub(
         r"^purpose: .*$", "purpose: default, with limits that OP-TEE's heap can bear", text, flags=re.MULTILINE

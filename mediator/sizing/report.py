@@ -9,7 +9,7 @@ from optee.memory.changes import Change
 from optee.memory.explain import Line
 from optee.memory.measurements import Row
 from optee.memory.profile import TaProfile
-from optee.memory.sizing import RESULTS, Limit, Sizing, tables
+from optee.memory.sizing import RESULTS, Limit, Sizing, nexus_guests, tables
 
 FORMAT: Final = "mediator-size/1"
 
@@ -124,6 +124,16 @@ def _because(sizing: Sizing) -> str:
     return f": CFG_CORE_HEAP_SIZE={build.heap}"
 
 
+def _guests_option(build: Build) -> str:
+    """What decides how many guests there can be."""
+    if not build.virtualization:
+        return OPTIONS["virtualization"]
+    by_ram = build.guests_by_ram()
+    if by_ram is None or nexus_guests(build) < by_ram:
+        return OPTIONS["nexus_heap"]
+    return OPTIONS["guest_count"]
+
+
 def _tables_option(build: Build) -> str:
     if build.table_entries is not None:
         return f"CFG_PGT_CACHE_ENTRIES={build.table_entries}"
@@ -150,7 +160,7 @@ def rows(sizing: Sizing) -> list[tuple[str, str, str]]:
     heap = OPTIONS["heap"]
     largest = sizing.largest_buffer
     return [
-        ("guests", f"{sizing.load.guests} of {possible}", OPTIONS["guest_count"]),
+        ("guests", f"{sizing.load.guests} of {possible}", _guests_option(build)),
         ("TA RAM of a guest", ram, OPTIONS["secure_ram"]),
         (f"largest heap of {ta.name}", usable, sizing.usable_binding),
         ("translation tables of one call", f"{needed} {available}", _tables_option(build)),

@@ -249,8 +249,7 @@ def _sessions(sizing: Sizing) -> Iterator[Check]:
 
 
 def _loads(sizing: Sizing, ta: TaProfile) -> bool:
-    failure = first_failure(sizing.build, sizing.load.tas, ta.heap or 0)
-    return failure is None or failure.place != LOAD
+    return first_failure(sizing.build, sizing.load.tas, ta.heap or 0) is None
 
 
 def _set_ups(sizing: Sizing) -> Check:

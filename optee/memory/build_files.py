@@ -51,6 +51,10 @@ _FLAGS: Final = frozenset(item.name for item in fields(Build) if item.name not i
 _OLD_NAMES: Final = {"CFG_VIRTUALIZATION": "virtualization"}
 _FIELDS: Final = {option: name for name, option in OPTIONS.items()} | _OLD_NAMES
 _ASSIGNMENT: Final = re.compile(r"(?:export\s+|override\s+)*(CFG_\w+)\s*[:?]?=\s*(.*)\Z")
+_MAKE: Final = re.compile(
+    r"(\$[({]|[-s]?include\b|ifn?(eq|def)\b|else\b|endif\b|endef\b|(un)?export\b|override\b|.*[=:])"
+)
+"""How a line of a makefile begins that is no comment; of these only assignments of CFG_ options are read."""
 _DEFINE: Final = re.compile(r"#\s*define\s+(\w+)(?!\()\s+(.+)\Z")
 _TA_FLAG_SINGLE_INSTANCE: Final = 1 << 2
 
@@ -74,10 +78,15 @@ class Configuration:
 def read_conf(text: str, name: str) -> Configuration:
     """Read the CFG_* lines of a build's conf.mk. Raises FileError."""
     found = Configuration()
-    any_option = False
+    any_option = continued = False
     for number, line in enumerate(text.splitlines(), 1):
-        match = _ASSIGNMENT.match(line.partition("#")[0].strip())
+        plain = line.partition("#")[0].strip()
+        match = _ASSIGNMENT.match(plain)
+        skipped, continued = continued or line.startswith("\t"), plain.endswith("\\")
         if match is None:
+            if plain and not skipped and not _MAKE.match(plain):
+                column = len(line) - len(line.lstrip()) + 1
+                raise FileError(f"{name}:{number}:{column}: {plain!r:.60} is no line of a makefile")
             continue
         any_option = True
         option, value = match.group(1), match.group(2).strip()

@@ -149,28 +149,31 @@ def limits(build: Build, load: Load) -> tuple[Limit, ...]:
 
 def _heap_used(build: Build, load: Load) -> tuple[int, int]:
     """Core heap that is used once the load runs, and that there is."""
-    return CORE_OWN + block_sizes(_loaded(build, load.tas)), down(build.heap, 16) - HEADER
+    return CORE_OWN + _loaded(build, load.tas), down(build.heap, 16) - HEADER
 
 
-def _loaded(build: Build, tas: Sequence[TaProfile]) -> Iterator[int]:
-    """Allocations of TAs that are loaded with all their sessions and set-ups, between two calls."""
+def _loaded(build: Build, tas: Sequence[TaProfile]) -> int:
+    """Core heap of TAs that are loaded with all their sessions and set-ups, between two calls."""
     kinds = set_ups(build.bignum_bits)
+    taken = 0
     for ta in tas:
-        for _ in range(ta.instances):
-            yield from ta.instance_heap()
-            yield from (TABLE_GROUP,) * groups(build, tables(build, ta, parameters=False))
-        for _ in range(ta.sessions):
-            yield SESSION
-            for kind, number in ta.set_ups:
-                yield from kinds[kind] * number
+        group = groups(build, tables(build, ta, parameters=False))
+        taken += ta.instances * (block_sizes(ta.instance_heap()) + group * block_size(TABLE_GROUP))
+        held = sum(block_sizes(kinds[kind]) * number for kind, number in ta.set_ups)
+        taken += ta.sessions * (block_size(SESSION) + held)
+    return taken
 
 
 def heap_with(build: Build, tas: Sequence[TaProfile]) -> Heap | None:
-    """A core heap in which these TAs are loaded; None if they do not fit."""
+    """A core heap in which these TAs are loaded; None if they do not fit.
+
+    What is allocated one after the other lies side by side, so that one block stands for all.
+    """
     heap = Heap(build.heap, best_fit=build.best_fit)
     try:
-        heap.allocate(CORE_OWN - HEADER, _SIZER)
-        heap.allocate_all(_loaded(build, tas), _SIZER)
+        for taken in (CORE_OWN, _loaded(build, tas)):
+            if taken:
+                heap.allocate(taken - HEADER, _SIZER)
     except TeeError:
         return None
     return heap
@@ -333,11 +336,13 @@ def usable_heap(build: Build, tas: Sequence[TaProfile]) -> tuple[int, str]:
 def _sessions(build: Build, tas: Sequence[TaProfile]) -> int | None:
     """Sessions of the first TA, each with its set-ups, that fit at once beside the other TAs."""
     ta, *others = tas
+    if first_failure(build, tas, ta.heap or 0) is not None:
+        return 0  # no session of it is of any use
     kinds = set_ups(build.bignum_bits)
     each = block_size(SESSION) + sum(block_sizes(kinds[kind]) * number for kind, number in ta.set_ups)
     group = groups(build, tables(build, ta, parameters=False))
     instance = block_sizes((*ta.instance_heap(), *(TABLE_GROUP,) * group))
-    heap = down(build.heap, 16) - HEADER - CORE_OWN - block_sizes(_loaded(build, others))
+    heap = down(build.heap, 16) - HEADER - CORE_OWN - _loaded(build, others)
     if ta.single_instance:
         return max(heap - instance, 0) // each
     fit = max(heap, 0) // (each + instance)

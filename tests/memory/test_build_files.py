@@ -34,11 +34,14 @@ def test_a_conf_of_a_build() -> None:
 @pytest.mark.parametrize(
     ("text", "error"),
     [
+        ("CFG_NUM_THREADS=8\n  what is this", "c:2:3: 'what is this' is no line of a makefile"),
+        ("CFG_NUM_THREADS 8\nCFG_CORE_HEAP_SIZE=65536", "c:1:1: 'CFG_NUM_THREADS 8' is no line of a makefile"),
         ("CFG_NUM_THREADS=many", "c:1: CFG_NUM_THREADS: 'many' is no number"),
         ("\nCFG_NUM_THREADS=0", "c:2: CFG_NUM_THREADS: 0 is not from 1 to 1024"),
         ("CFG_WITH_LPAE=yes", "c:1: CFG_WITH_LPAE: 'yes' is neither y nor n"),
         ("CFG_CORE_HEAP_SIZE=(1<<99)", "c:1: CFG_CORE_HEAP_SIZE: '(1<<99)' is no number"),
-        ("hello", "c: no line of it sets a CFG_ option"),
+        ("hello", "c:1:1: 'hello' is no line of a makefile"),
+        ("HELLO=1", "c: no line of it sets a CFG_ option"),
     ],
 )
 def test_a_bad_conf(text: str, error: str) -> None:
@@ -159,3 +162,20 @@ def test_statistics_name_the_pool_that_failed() -> None:
 def test_a_pool_size_alone_says_nothing_about_the_core() -> None:
     (finding,) = read_console("Size of pool 68720\n")
     assert "not the core's" in finding.text
+
+
+def test_what_else_stands_in_a_makefile_is_no_mistake() -> None:
+    text = """\
+include mk/base.mk
+-include local.mk
+ifeq ($(CFG_X),y)
+CFG_NUM_THREADS ?= 8
+else
+endif
+$(call force,CFG_Y,y)
+flags += -DONE \\
+  -DTWO three
+all: one two
+\techo a recipe
+"""
+    assert read_conf(text, "conf.mk").values == {"threads": 8}

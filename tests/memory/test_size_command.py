@@ -213,3 +213,43 @@ def test_a_scenario_on_a_board_that_is_too_small(capsys: Capture) -> None:
     out = capsys.readouterr().out
     assert "OP-TEE has no room for kvm-3: VM_CREATED answered ENOTAVAIL, secure RAM is split for 2 guests" in out
     assert run(["run", "--board", "pc", "hello"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--quota", "--verify"], "--quota and --verify ask for different things: one at a time"),
+        (["--compare", "issue-6596", "--threads", "8"], "--compare goes with --json only, not with --threads"),
+        (["--log", "console.txt", "--board", "qemu_armv8a"], "--log goes with --json only, not with --board"),
+        (["--quota", "--explain"], "--explain goes with the table, not with --quota"),
+        (["--static-split", "2M", "--sweep", "threads=8"], "--sweep and --static-split ask for different things"),
+        (["--plot", "f.svg"], "--plot draws a --sweep"),
+    ],
+)
+def test_options_that_do_not_go_together_are_not_ignored(capsys: Capture, arguments: list[str], words: str) -> None:
+    assert run(["size", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and words in captured.err and captured.err.count("\n") == 1
+
+
+def test_a_quota_leaves_the_pool_of_all_guests_alone(capsys: Capture, tmp_path: Path) -> None:
+    assert run(["size", "--threads", "32", "--quota"]) == 0
+    path = tmp_path / "sized.yaml"
+    path.write_text(capsys.readouterr().out)
+    sized, default = load_policy(path), load_policy("default")
+    assert sized.pool_pages == default.pool_pages
+    assert sized.limits.pages < default.limits.pages
+
+
+@pytest.mark.parametrize(
+    ("arguments", "decides"),
+    [
+        (["--threads", "32"], "CFG_CORE_NEX_HEAP_SIZE"),
+        (["--board", "qemu_armv8a"], "CFG_VIRT_GUEST_COUNT"),
+        (["--board", "qemu_armv8a", "--nexus-heap", "1K"], "CFG_CORE_NEX_HEAP_SIZE"),
+    ],
+)
+def test_what_decides_how_many_guests_there_can_be(capsys: Capture, arguments: list[str], decides: str) -> None:
+    run(["size", *arguments])
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(" guests ")]
+    assert row.split()[-1] == decides

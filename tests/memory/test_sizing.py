@@ -10,8 +10,9 @@ from optee.memory.boards import BOARDS
 from optee.memory.build import CORE_OWN, KIB, MIB, SHORT, Build
 from optee.memory.changes import solve
 from optee.memory.explain import explain
-from optee.memory.heap import Heap
+from optee.memory.heap import HEADER, Heap
 from optee.memory.measurements import PREDICTED, rows
+from optee.memory.pool import Owner
 from optee.memory.profile import MAP_OF_7077, SMALL_TA, TEST_PROGRAM, TaProfile, set_ups
 from optee.memory.sizing import (
     CREATE,
@@ -21,13 +22,15 @@ from optee.memory.sizing import (
     Sizing,
     block_sizes,
     count_buffers,
+    groups,
+    heap_with,
     largest_buffer,
     register_peak,
     size,
     tables,
     total_pages,
 )
-from optee.memory.structures import rsa_keypair, rsa_public_key, shared_memory
+from optee.memory.structures import SESSION, TABLE_GROUP, rsa_keypair, rsa_public_key, shared_memory
 
 QEMU = BOARDS["qemu_armv8a"].build
 
@@ -201,3 +204,42 @@ def test_solve_raises_the_heap_to_the_least_that_suffices() -> None:
 def test_best_fit_keeps_the_large_block() -> None:
     first, best = (sized(Build(best_fit=best), SMALL_TA, buffer=64 * KIB).total_pages for best in (False, True))
     assert first <= best
+
+
+def test_a_ta_that_does_not_fit_has_no_sessions() -> None:
+    assert sized(Build(threads=8)).sessions == 0
+    assert sized(Build(threads=9)).sessions
+
+
+@pytest.mark.parametrize("best_fit", [False, True])
+def test_a_loaded_heap_is_that_of_its_allocations_one_by_one(best_fit: bool) -> None:
+    build = replace(QEMU, best_fit=best_fit, prealloc=True)
+    tas = (replace(SMALL_TA, sessions=3, set_ups=(("rsa-sign", 2),)), replace(SMALL_TA, sessions=2))
+    kinds = set_ups(build.bignum_bits)
+    heap = Heap(build.heap, best_fit=best_fit)
+    heap.allocate(CORE_OWN - HEADER, Owner("test", 0))
+    for ta in tas:
+        group = groups(build, tables(build, ta, parameters=False))
+        for _ in range(ta.sessions):
+            heap.allocate_all((*ta.instance_heap(), *(TABLE_GROUP,) * group, SESSION), Owner("test", 0))
+            for kind, number in ta.set_ups:
+                heap.allocate_all(kinds[kind] * number, Owner("test", 0))
+    loaded = heap_with(build, tas)
+    assert loaded is not None
+    assert (loaded.largest_free, loaded.allocated) == (heap.largest_free, heap.allocated)
+
+
+def test_the_work_does_not_grow_with_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 0
+    allocate = Heap.allocate
+
+    def counted(heap: Heap, size: int, owner: Owner) -> int:
+        nonlocal count
+        count += 1
+        return allocate(heap, size, owner)
+
+    monkeypatch.setattr(Heap, "allocate", counted)
+    many = replace(SMALL_TA, sessions=65535, set_ups=(("rsa-sign", 65535),))
+    assert not sized(QEMU, many).fits
+    sized(replace(QEMU, heap=1 << 30), replace(SMALL_TA, set_ups=(("rsa-sign", 60000),)))
+    assert count < 2000
