@@ -78,7 +78,7 @@ ANSWERS = weighted(
     (2, [("command", Message(7, params=[Param(1, 1, cookie, 0)])) for cookie in range(1, 6)]),
     (2, [("command", request) for request in REQUESTS]),
     (1, [("alloc",)]),
-    (1, [("free", cookie) for cookie in (1, 2, 3)]),
+    (2, [("free", cookie) for cookie in (1, 2, 3)]),
     (1, [("interrupt",)]),
     (
         1,
@@ -128,6 +128,11 @@ LIMITS = st.fixed_dictionaries(
         "memory_kib": st.sampled_from([16, 96, 96]),
     }
 )
+FAST = [
+    *map(int, (Function.CALLS_UID, Function.CALLS_COUNT, Function.GET_SHM_CONFIG, Function.GET_OS_REVISION)),
+    *map(int, (Function.GET_THREAD_COUNT, Function.ENABLE_ASYNC_NOTIF, Function.ENABLE_SHM_CACHE)),
+    *[int(Function.EXCHANGE_CAPABILITIES), int(Function.DISABLE_SHM_CACHE)] * 3,
+]
 FORGED_RETURNS = st.tuples(
     st.just(int(Function.RETURN_FROM_RPC)),
     *[pick(WORDS)] * 2,
@@ -240,6 +245,13 @@ class History(RuleBasedStateMachine):
         self.trouble(who, *trouble or ())
         self.sides.smc(vm, (int(Function[function]), *words, 0, 0, 0, 2**64 - 1))
 
+    @rule(who=WHO, function=pick(FAST), words=st.tuples(*[pick(WORDS)] * 7), answer=ANSWERS)
+    def fast(self, who, function, words, answer):
+        before = len(self.sides.pending)
+        self.sides.smc(self.vms[who], (function, *words))
+        if len(self.sides.pending) > before:
+            self.answer(before, *answer)
+
     @rule(who=WHO, regs=strategies.REGISTERS | FORGED_RETURNS)
     def any_smc(self, who, regs):
         self.sides.smc(self.vms[who], regs)
@@ -339,7 +351,8 @@ class History(RuleBasedStateMachine):
         elif what == "unknown argument":
             sides.answer(index, (int(RpcReturn.CMD), 0, 5, thread))
         elif what == "free":
-            sides.answer(index, (int(RpcReturn.FREE), *to_pair(detail), thread))
+            cookie = min(guest["arguments"], default=detail) if detail < 3 else detail
+            sides.answer(index, (int(RpcReturn.FREE), *to_pair(cookie), thread))
         elif what == "raw":
             sides.answer(index, detail)
         elif what == "insist":
@@ -405,5 +418,5 @@ class History(RuleBasedStateMachine):
 
 TestHistory = History.TestCase
 TestHistory.settings = settings(
-    max_examples=1500 if NIGHTLY else 25, stateful_step_count=30, suppress_health_check=list(HealthCheck)
+    max_examples=3000 if NIGHTLY else 60, stateful_step_count=30, suppress_health_check=list(HealthCheck)
 )
