@@ -1,6 +1,7 @@
 """The fuzzer leaves a whole core alone, says the same for the same seed, and prints what it did."""
 
 import json
+import os
 from pathlib import Path
 from random import Random
 
@@ -18,12 +19,20 @@ from optee.abi.message import HEADER
 from optee.abi.smc import is_rpc
 from tests.shared import SHARED, needs_shared
 
+NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
+
 
 @pytest.mark.parametrize("policy", ["default", "xen", "minimal"])
 def test_the_core_survives(policy: str) -> None:
     report = fuzz(load_policy(policy), seed=1, calls=2500)
     assert report.failure is None
     assert report.calls >= 2500 and report.kept
+
+
+@pytest.mark.skipif(not NIGHTLY, reason="takes a minute or two")
+def test_every_edge_of_the_state_tables_is_taken_in_ten_minutes() -> None:
+    report = fuzz(load_policy("default"), calls=400_000, recorded=shipped())
+    assert report.failure is None and report.missing == []
 
 
 def test_the_same_seed_is_the_same_run() -> None:
