@@ -7,6 +7,7 @@ from random import Random
 
 import pytest
 
+from mediator import policies
 from mediator.cli import run
 from mediator.documents import DocumentError
 from mediator.fuzz import fuzz
@@ -19,6 +20,7 @@ from optee.abi.message import HEADER
 from optee.abi.smc import is_rpc
 from tests.shared import SHARED, needs_shared
 
+POLICY = Path(policies.__file__).with_name("default.yaml")
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 
 
@@ -99,3 +101,12 @@ def test_what_was_recorded_is_said_again() -> None:
     assert asked >= {HEADER.unpack_from(e.told)[0] for talk in shipped() for e in talk if e.answer == 0xFFFF0005}
     arena.finish()
     arena.close()
+
+
+def test_a_policy_with_flow_control_is_refused_and_not_accused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = tmp_path / "flow.yaml"
+    policy.write_text(POLICY.read_text().replace("flow: null", "flow: {queue: 8}"))
+    assert run(["fuzz", "--calls", "300", "--policy", str(policy)]) == 2
+    assert "flow control" in capsys.readouterr().err
