@@ -11,7 +11,8 @@ from mediator.core.steps import Forward, Preempt, Queue, Reply
 from mediator.policies import PolicyDocument, policy_text
 from optee.abi.smc import from_pair
 from tests.core.pair import Pair
-from tests.spec.specification import SERVED, Ram, Specification
+from tests.spec.specification.mediator import Specification
+from tests.spec.specification.terms import SERVED, Ram
 
 PAGES = 12
 THREADS = 3
