@@ -5,16 +5,16 @@ be written as a vector file.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Final, Literal
-
-import numpy as np
 
 from hv_models.memory import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 from hv_models.stage2 import Stage2Fault
 from mediator.conformance import vectors as v
-from mediator.conformance.facts import TMEM, Facts, decides, lists_named, note_message, note_parameters, strays, within
+from mediator.conformance.facts import Facts, lists_named, note_message, note_parameters, strays
+from mediator.conformance.image import changed_runs, differing_runs, first_difference
 from mediator.conformance.machine import VectorMachine, VectorMemory
+from mediator.conformance.secure_side import SecureSide
 from mediator.core.mediator import Mediator
 from mediator.core.policy import Policy
 from mediator.core.records import Call
@@ -22,17 +22,11 @@ from mediator.core.states import BufferState, GuestState
 from mediator.core.steps import RPC_UNDELIVERED, Forward, Preempt, Queue, Regs, Reply, Step, Ticket
 from mediator.invariants import Checker
 from optee.abi.message import (
-    ENTRIES_PER_PAGE,
     HEADER,
     HEADER_SIZE,
-    NONCONTIG,
     OFFSET_RET,
     PARAM,
-    PARAM_SIZE,
-    TYPE_MASK,
     Command,
-    list_pages,
-    page_count,
 )
 from optee.abi.rpc import RpcCommand
 from optee.abi.smc import Cookie, Function, RpcReturn, ThreadId, VmId
@@ -47,11 +41,7 @@ _RESUMES: Final = {
     RpcReturn.FOREIGN_INTR: "INTR",
     RpcReturn.FREE: "FREE",
 }
-OFFSET_BUF_PTR: Final = 8
 _NO_ANSWER: Final = (0, 0, 0, 0)
-_RESULT: Final = frozenset(range(OFFSET_RET, OFFSET_RET + 4))
-_MERGE: Final = 8
-"""Changed runs that are closer than this are written as one, as in the recorded files."""
 
 
 @dataclass(slots=True)
@@ -62,25 +52,6 @@ class Observed:
     facts: Facts
     memory: tuple[str, str] | None = None
     """The first guest bytes that are not as recorded: (recorded, ours)."""
-
-
-@dataclass(slots=True)
-class _Sent:
-    """A message that is with OP-TEE: where, and what of it OP-TEE has written.
-
-    text: the message; decisive: ranges of it that decide what is done with it; addresses: where a physical one stands;
-    null_cookies: of temporary references without a buffer; own: the guest's word where `ret` stands; result: offsets of
-    it that OP-TEE wrote.
-    """
-
-    pa: int
-    text: bytes
-    own: bytes
-    decisive: list[tuple[int, int]]
-    addresses: list[tuple[int, int]]
-    null_cookies: list[int]
-    result: set[int] = field(default_factory=set)
-    rewritten: bool = False
 
 
 class Run:
@@ -94,8 +65,7 @@ class Run:
         self.checker = Checker(self.mediator, self.machine)
         self.miscounted = False
         """Ours may have allocated more or less than the recorded mediator since failures were asked for."""
-        self._shadows: dict[str, _Sent] = {}
-        self._sent = 0
+        self._secure = SecureSide(self.machine)
         self._request: bytes | None = None
         self._dying: set[int] = set()
         self._recorded: dict[int, bytes] = {}
@@ -164,14 +134,14 @@ class Run:
             base = self.machine.described[domain].base_gfn << PAGE_SHIFT
             new = self.machine.image(domain)
             if new != old:
-                changes.extend(_changes(domain, base, old, new))
+                changes.extend(changed_runs(domain, base, old, new))
             expected = bytearray(old)
             for change in step.out.mem_changes:
                 if change.domain == domain and base <= change.ipa < base + len(old):
                     expected[change.ipa - base : change.ipa - base + len(change.hex)] = change.hex
             if expected != new:
-                difference = difference or _first(base, bytes(expected), new)
-                self._facts.differing += _runs(base, expected, new)
+                difference = difference or first_difference(base, bytes(expected), new)
+                self._facts.differing += differing_runs(base, expected, new)
                 self._recorded[domain] = bytes(expected)
         out = v.SmcOut(
             handled=handled,
@@ -225,7 +195,7 @@ class Run:
             done.append(observed)
             answer: Regs = _NO_ANSWER if record is None else tuple(record.answer.ret)
             if record is not None:
-                self._write(record.answer)
+                self._secure.write(record.answer, self.mediator.guests.get(self._serving))
             self._note(step.ticket, answer)
             step = self.checker.returned(step.ticket, answer)
         if domain is not None and not done and step.regs[0] == RpcReturn.CMD:
@@ -242,19 +212,8 @@ class Run:
         resumes: str | None = None
         guest = None if domain is None else self.mediator.guests.get(VmId(domain + 1))
         if guest is not None and regs[0] == Function.CALL_WITH_ARG:
-            name = symbol if symbol is not None and symbol.startswith("arg:") else f"arg:{self._sent}"
-            self._sent += 1
+            name, arg = self._secure.send(pa, symbol, self._own_result(domain))
             sym["a1:a2"] = name
-            arg = self._shadow(pa)
-            params = list(PARAM.iter_unpack(arg.hex[HEADER_SIZE:]))
-            null = [
-                cookie
-                for index, (attribute, _, _, cookie) in enumerate(params)
-                if attribute & TYPE_MASK in TMEM and index not in arg.translated
-            ]
-            at = [HEADER_SIZE + PARAM_SIZE * index + OFFSET_BUF_PTR for index in arg.translated]
-            addresses = [(first, first + 8) for first in at]
-            self._shadows[name] = _Sent(pa, arg.hex, self._own_result(domain), decides(arg.hex), addresses, null)
         elif guest is not None and regs[0] == Function.RETURN_FROM_RPC:
             call = step.ticket
             assert isinstance(call, Call)
@@ -266,7 +225,7 @@ class Run:
                     sym["a1:a2"] = f"rpc:{given:x}"
             elif resumes == "CMD" and call.argument is not None:
                 cookie = call.argument.cookie
-                rpc_arg = self._shadow(call.argument.page.pa)
+                rpc_arg = self._secure.shadow(call.argument.page.pa)
         return v.Forwarded(
             regs=regs,
             sym=sym,
@@ -281,63 +240,6 @@ class Run:
     def _own_result(self, domain: int | None) -> bytes:
         message = None if domain is None else self.machine.memory(domain).message
         return bytes(4) if message is None else message[OFFSET_RET : OFFSET_RET + 4]
-
-    def _shadow(self, pa: int) -> v.Shadow:
-        """A message or RPC argument as the secure world sees it."""
-        frame = self.machine.machine.memory.frame(pa)
-        num_params = HEADER.unpack_from(frame)[7]
-        size = min(HEADER_SIZE + PARAM_SIZE * num_params, PAGE_SIZE)
-        data = bytearray(frame[:size])
-        lists: dict[int, v.Translated] = {}
-        for index, (attribute, pointer, length, _) in enumerate(PARAM.iter_unpack(bytes(data[HEADER_SIZE:]))):
-            if attribute & TYPE_MASK in TMEM and attribute & NONCONTIG and pointer:
-                offset = pointer & (PAGE_SIZE - 1)
-                pages = page_count(length, offset)
-                at = HEADER_SIZE + PARAM_SIZE * index + OFFSET_BUF_PTR
-                data[at : at + 8] = offset.to_bytes(8, "little")
-                lists[index] = v.Translated(
-                    offset=offset,
-                    n_pages_from_size=pages,
-                    list_pages=list_pages(pages),
-                    pages=list(self._pages(pointer - offset, pages)),
-                )
-        return v.Shadow(
-            owner="mediator" if pa in self.machine.machine.pages else "guest",
-            hex=bytes(data),
-            num_params=num_params,
-            translated=lists,
-        )
-
-    def _pages(self, page: int, left: int) -> Iterator[tuple[int, int]]:
-        """Domain and guest frame of each entry of a page list of ours; (-1, 0) for what is nobody's."""
-        while left > 0 and page in self.machine.machine.pages:
-            words = np.frombuffer(self.machine.machine.memory.frame(page), "<u8")
-            part = min(left, ENTRIES_PER_PAGE)
-            for word in words[:part].tolist():
-                yield self.machine.owner(word) or (-1, 0)
-            left -= part
-            page = int(words[ENTRIES_PER_PAGE])
-
-    def _write(self, answer: v.Answer) -> None:
-        """What the scripted secure world writes before it answers."""
-        for target, offset, data in answer.writes:
-            kind, _, rest = target.partition(":")
-            sent = self._shadows.get(target)
-            pa = self._argument(int(rest, 16)) if kind == "rpc" else None if sent is None else sent.pa
-            if pa is None:
-                continue
-            frame = self.machine.machine.memory.frame(pa)
-            if sent is not None:
-                sent.result |= set(range(offset, offset + len(data))) & _RESULT
-                changed = (at for at, byte in enumerate(data, offset) if frame[at] != byte)
-                sent.rewritten |= any(within(at, sent.decisive) for at in changed)
-            frame[offset : offset + len(data)] = data
-
-    def _argument(self, cookie: int) -> int | None:
-        """Our page for an RPC argument of the guest that is being served."""
-        guest = self.mediator.guests.get(self._serving)
-        argument = None if guest is None else guest.arguments.get(Cookie(cookie))
-        return None if argument is None else int(argument.page.pa)
 
     # Facts for declarations
 
@@ -416,18 +318,12 @@ class Run:
             facts.final_answer = a0
             facts.command = ticket.command
             facts.message = ticket.ipa
-            shadow = ticket.shadow
-            latest = reversed(self._shadows.values())  # a page may have been that of a call whose domain ended
-            sent = next((sent for sent in latest if shadow is not None and sent.pa == shadow.pa), None)
+            sent = None if ticket.shadow is None else self._secure.end(ticket.shadow.pa)
             if sent is not None:
-                facts.result_left = a0 == 0 and sent.result != _RESULT
+                facts.result_left = a0 == 0 and not sent.has_result
                 facts.rewritten, facts.addresses, facts.sent = sent.rewritten, sent.addresses, sent.text
-                left = bytearray(self.machine.machine.memory.frame(sent.pa))
-                for at in _RESULT - sent.result:
-                    left[at] = sent.own[at - OFFSET_RET]
-                facts.left = bytes(left)
+                facts.left = self._secure.left(sent)
                 facts.null_names_buffer = any(Cookie(each) in ticket.guest.buffers for each in sent.null_cookies)
-                self._shadows = {name: each for name, each in self._shadows.items() if each is not sent}
             if ticket.command is Command.UNREGISTER_SHM and a0 == 0:
                 self._look_at_name(ticket, ticket.cookie)
         elif isinstance(ticket, Call) and a0 == RpcReturn.CMD:
@@ -465,30 +361,3 @@ class Run:
 def _given(regs: Sequence[int]) -> Cookie:
     """The cookie that a guest gives with a page, in a4:a5."""
     return Cookie((regs[4] & 0xFFFFFFFF) << 32 | regs[5] & 0xFFFFFFFF)
-
-
-def _changes(domain: int, base: int, old: bytes, new: bytes) -> Iterator[v.Change]:
-    """Runs of bytes that differ; runs that are close together are one."""
-    differing = np.flatnonzero(np.frombuffer(old, np.uint8) != np.frombuffer(new, np.uint8))
-    if not len(differing):
-        return
-    gaps = np.flatnonzero(np.diff(differing) >= _MERGE)
-    starts = [int(differing[0]), *differing[gaps + 1].tolist()]
-    ends = [*differing[gaps].tolist(), int(differing[-1])]
-    for start, end in zip(starts, ends, strict=True):
-        yield v.Change(domain=domain, ipa=base + start, hex=new[start : end + 1])
-
-
-def _runs(base: int, expected: bytes | bytearray, got: bytes) -> list[tuple[int, bytes]]:
-    """Runs of bytes that differ: the IPA of the first, and what was expected."""
-    differing = np.flatnonzero(np.frombuffer(expected, np.uint8) != np.frombuffer(got, np.uint8))
-    cuts = np.flatnonzero(np.diff(differing) > 1) + 1
-    return [(base + int(run[0]), bytes(expected[int(run[0]) : int(run[-1]) + 1])) for run in np.split(differing, cuts)]
-
-
-def _first(base: int, expected: bytes, got: bytes) -> tuple[str, str]:
-    at = int(np.flatnonzero(np.frombuffer(expected, np.uint8) != np.frombuffer(got, np.uint8))[0])
-    return (
-        f"{base + at:#x}: {expected[at : at + 16].hex()}",
-        f"{base + at:#x}: {got[at : at + 16].hex()}",
-    )
