@@ -7,6 +7,7 @@ from random import Random
 import pytest
 
 from mediator.conformance import compare as comparing
+from mediator.conformance.differences import differences
 from mediator.conformance.facts import Facts
 from mediator.conformance.intended import CONDITIONS, declarations
 from mediator.conformance.run import Observed
@@ -266,7 +267,7 @@ def test_the_model_of_the_reference_reproduces_what_was_recorded() -> None:
         recorded = visible(name)
         made = Reference(visible(name)).run()
         for theirs, mine in zip(*(Model.model_validate(each).steps for each in (recorded, made)), strict=True):
-            assert list(comparing.differences(theirs, Observed(mine, Facts()))) == [], name
+            assert list(differences(theirs, Observed(mine, Facts()))) == [], name
             if isinstance(theirs, Smc) and isinstance(mine, Smc):
                 assert theirs.out.mem_changes == mine.out.mem_changes, name
 
