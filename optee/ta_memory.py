@@ -14,9 +14,9 @@ from optee.abi.results import Result
 from optee.errors import TeeError
 from optee.memory.address_space import FIRST_VA, USER_VA, private_regions, tables_for
 from optee.memory.build import GROUP, PAGE
+from optee.memory.needs import groups
 from optee.memory.pool import Owner
 from optee.memory.pools import GuestPools
-from optee.memory.sizing import groups
 from optee.memory.structures import TABLE_GROUP, VM_REGION, ta_context
 from optee.parameters import Memref, Params
 

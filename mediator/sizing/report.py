@@ -7,9 +7,11 @@ from optee.memory.build import MIB, PAGE, Build
 from optee.memory.build_files import OPTIONS
 from optee.memory.changes import Change
 from optee.memory.explain import Line
+from optee.memory.failures import RESULTS
 from optee.memory.measurements import Row
+from optee.memory.needs import tables
 from optee.memory.profile import TaProfile
-from optee.memory.sizing import RESULTS, Limit, Sizing, nexus_guests, tables
+from optee.memory.sizing import Limit, Sizing, nexus_guests
 
 FORMAT: Final = "mediator-size/1"
 

@@ -15,18 +15,9 @@ from optee.abi.results import Result
 from optee.abi.smc import Function, ReturnCode, to_pair
 from optee.config import Config
 from optee.memory.build import PAGE, Build, up
+from optee.memory.failures import ALLOCATE, CREATE, INVOKE, LOAD, REGISTER, first_failure, set_up_heap_failure
 from optee.memory.profile import SET_UPS, TaProfile
-from optee.memory.sizing import (
-    ALLOCATE,
-    CREATE,
-    INVOKE,
-    LOAD,
-    REGISTER,
-    Load,
-    Sizing,
-    first_failure,
-    set_up_heap_failure,
-)
+from optee.memory.sizing import Load, Sizing
 from optee.secure_world import SecureWorld
 from optee.tas.exercise import sized_ta
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from optee.memory.build import MIB, PAGE, THREAD_STACK_PAGES, Build, up
 from optee.memory.build_files import OPTIONS
 from optee.memory.heap import HEADER, block_sizes
-from optee.memory.sizing import Load, Sizing, limits, size, tables
+from optee.memory.needs import tables
+from optee.memory.sizing import Load, Sizing, limits, size
 from optee.memory.structures import GUEST
 
 _LARGEST_HEAP = 1 << 30

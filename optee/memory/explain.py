@@ -8,8 +8,10 @@ from typing import NamedTuple
 from optee.memory.address_space import FIRST_VA, USER_VA
 from optee.memory.build import CORE_OWN, GROUP, MIB, PAGE, SCRATCH_POOL, THREAD_CONTEXT, THREAD_STACK, Build
 from optee.memory.heap import block_size, block_sizes
+from optee.memory.needs import groups, tables
 from optee.memory.profile import TaProfile, set_ups
-from optee.memory.sizing import Sizing, groups, register_peak, tables
+from optee.memory.shared_buffers import register_peak
+from optee.memory.sizing import Sizing
 from optee.memory.structures import GUEST, SESSION, TABLE_GROUP, shared_memory
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from optee.memory.build import MIB, Build
+from optee.memory.failures import usable_heap
 from optee.memory.profile import TEST_PROGRAM
-from optee.memory.sizing import usable_heap
 
 TITLE: Final = "OP-TEE/optee_os #6596, comment of 2024-03-03: MB of TA memory that could still be had"
 PREDICTED: Final = "predicted"

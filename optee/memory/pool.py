@@ -30,6 +30,10 @@ class Owner(NamedTuple):
         return f"{self.what} of guest {self.guest}{session}"
 
 
+SIZER: Final = Owner("size", 0)
+"""Of what arithmetic takes from a heap that nobody uses."""
+
+
 class Allocation(NamedTuple):
     """A block that is allocated."""
 

@@ -16,7 +16,7 @@ from optee.memory.build import KIB, MIB, Build
 from optee.memory.pool import Statistics
 from optee.memory.pools import LowMemory
 from optee.memory.profile import MAP_OF_7077, SET_UPS, SMALL_TA, TEST_PROGRAM, TaProfile
-from optee.memory.sizing import largest_buffer
+from optee.memory.shared_buffers import largest_buffer
 from optee.tas.acipher import Acipher
 from optee.tas.exercise import ExerciseTa, KeepAliveTa, sized_ta
 from tests.optee.rig import Rig, invoke_message, is_notification, open_message, register_message, value

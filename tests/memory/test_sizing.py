@@ -10,26 +10,14 @@ from optee.memory.boards import BOARDS
 from optee.memory.build import CORE_OWN, KIB, MIB, SHORT, Build
 from optee.memory.changes import solve
 from optee.memory.explain import explain
-from optee.memory.heap import HEADER, Heap
+from optee.memory.failures import CREATE, INVOKE, REGISTER
+from optee.memory.heap import HEADER, Heap, block_sizes
 from optee.memory.measurements import PREDICTED, rows
+from optee.memory.needs import groups, heap_with, tables
 from optee.memory.pool import Owner
 from optee.memory.profile import MAP_OF_7077, SMALL_TA, TEST_PROGRAM, TaProfile, set_ups
-from optee.memory.sizing import (
-    CREATE,
-    INVOKE,
-    REGISTER,
-    Load,
-    Sizing,
-    block_sizes,
-    count_buffers,
-    groups,
-    heap_with,
-    largest_buffer,
-    register_peak,
-    size,
-    tables,
-    total_pages,
-)
+from optee.memory.shared_buffers import count_buffers, largest_buffer, register_peak, total_pages
+from optee.memory.sizing import Load, Sizing, size
 from optee.memory.structures import SESSION, TABLE_GROUP, rsa_keypair, rsa_public_key, shared_memory
 
 QEMU = BOARDS["qemu_armv8a"].build
