@@ -15,31 +15,24 @@ import numpy as np
 import trio
 
 from hv_models.conduit import ConduitClosed
-from hv_models.link import Flavour
 from hv_models.machine import RAM_BASE
-from hv_models.memory import PAGE_SIZE, GuestRam, PageStore, PhysicalFault
-from hv_models.socket_conduit import SocketConduit
+from hv_models.memory import PAGE_SIZE, PhysicalFault
 from mediator.conformance.outside import Target, reached
 from mediator.core.steps import Regs, Ticket
-from mediator.fuzz.arena import HOSTILE_GUEST, flavour
+from mediator.fuzz.arena import HOSTILE_GUEST
 from mediator.fuzz.corpus import Corpus
 from mediator.fuzz.engine import Advance, FuzzReport
 from mediator.fuzz.failure import Failure
 from mediator.fuzz.moves import (
-    ENDLESS,
     FUNCTIONS,
-    LISTS,
     PAGES,
     RPC_COOKIES,
     YIELDING,
     Move,
-    endless_list,
-    first_lists,
     message,
-    page_list,
-    relocated,
     reply,
 )
+from mediator.fuzz.outside_guest import Guest
 from mediator.fuzz.seeds import Conversation, Exchange
 from mediator.fuzz.world import HostileWorld
 from mediator.invariants.outside import LOW, Outside, page_lists, read_text
@@ -52,56 +45,6 @@ ANSWER_SECONDS: Final = 10.0
 """For one SMC, and for the end of a VM: longer is never."""
 _OF_THE_HOST: Final = (Function.CALLS_UID, Function.GET_THREAD_COUNT, Function.VM_CREATED, Function.VM_DESTROYED)
 _WITH_MESSAGE: Final = (int(Function.CALL_WITH_ARG), int(Function.CALL_WITH_RPC_ARG))
-
-
-class Guest:
-    """A guest of the target. It knows what its own calls gave it: threads, and where RPC arguments are."""
-
-    def __init__(self, number: int) -> None:
-        self.name = f"guest-{number}"
-        self.flavour = Flavour.XEN if flavour(number) == "xen" else Flavour.KVM
-        self.ram = GuestRam(PageStore(self.name, PAGES), RAM_BASE)
-        self.pages: dict[int, int] = {}
-        self.arguments: dict[int, tuple[int, Regs]] = {}
-        """By thread: where the RPC argument behind its message is, and what the last answer was."""
-        self.client = 0
-        self.conduit: SocketConduit | None = None
-        self.blamed = False
-        """OP-TEE broke its contract with this guest: what becomes of it is open."""
-        self.outside: Outside | None = None
-        self.tickets: dict[int, Ticket] = {}
-        self.destroyed = trio.Event()
-        self._scope = trio.CancelScope()
-        self._unlinked = trio.Event()
-
-    async def live(self, target: Target, task_status: trio.TaskStatus[None]) -> None:
-        """Hold the link until `hang_up`. Raises StepFailed where the target does not want the VM."""
-        self._unlinked, self.destroyed = trio.Event(), trio.Event()
-        try:
-            with trio.CancelScope() as self._scope:
-                async with target.linked(self.flavour, self.name, 1, self.ram) as conduit:
-                    self.conduit, self.client = conduit, conduit.client_id
-                    task_status.started()
-                    await trio.sleep_forever()
-        finally:
-            self.conduit = None
-            self._unlinked.set()
-
-    async def hang_up(self) -> None:
-        """End the link."""
-        self._scope.cancel()
-        await self._unlinked.wait()
-
-    def furnish(self) -> None:
-        """Begin with memory as every guest does."""
-        self.ram.store.view[:] = bytes(PAGES * PAGE_SIZE)
-        for page, entries in zip(LISTS, first_lists(RAM_BASE), strict=True):
-            self.ram.write(RAM_BASE + page * PAGE_SIZE, entries)
-        self.ram.write(RAM_BASE + ENDLESS * PAGE_SIZE, endless_list(RAM_BASE))
-        self.pages.clear()
-        self.arguments.clear()
-        self.tickets.clear()
-        self.blamed = False
 
 
 class OutsideArena:
@@ -272,9 +215,9 @@ class OutsideArena:
         function = int(choose.choice(YIELDING) if recorded is None else recorded.function)
         if recorded is None:
             guest.ram.write(at, message(choose, RAM_BASE, hostile=hostile))
-            self._write_list(guest, choose, hostile=hostile)
+            guest.write_list(choose, hostile=hostile)
         else:
-            self._write_recorded(guest, at, recorded)
+            guest.write_recorded(at, recorded)
         operands = to_pair(at)
         if function == Function.CALL_WITH_REGD_ARG:
             operands = (0, choose.randrange(1, 6))
@@ -296,10 +239,10 @@ class OutsideArena:
             words = (last[1] & LOW, last[2] & LOW)
             if RAM_BASE <= place < RAM_BASE + (PAGES - 1) * PAGE_SIZE:
                 if recorded is not None and recorded.said:
-                    self._write_recorded(guest, place, recorded)
+                    guest.write_recorded(place, recorded)
                 else:
                     guest.ram.write(place, reply(choose, guest.ram.read(place, 160), RAM_BASE, hostile=hostile))
-                    self._write_list(guest, choose, hostile=hostile)
+                    guest.write_list(choose, hostile=hostile)
         if hostile and choose.random() < 0.2:
             words = (choose.getrandbits(32), choose.getrandbits(32))
         if last[0] & LOW == RpcReturn.ALLOC:
@@ -312,16 +255,6 @@ class OutsideArena:
             thread = answer[3] & LOW
             self._world.told[guest.client].append(thread)
             guest.arguments[thread] = behind, answer
-
-    def _write_list(self, guest: Guest, choose: Random, *, hostile: bool) -> None:
-        at = RAM_BASE + choose.choice(LISTS) * PAGE_SIZE
-        guest.ram.write(at, page_list(choose, RAM_BASE, hostile=hostile))
-
-    def _write_recorded(self, guest: Guest, at: int, recorded: Exchange) -> None:
-        data, lists = relocated(recorded.said, RAM_BASE)
-        guest.ram.write(at, data)
-        for page, entries in lists.items():
-            guest.ram.write(RAM_BASE + page * PAGE_SIZE, entries)
 
     async def _smc(self, guest: Guest, regs: Regs) -> Regs:
         """Execute an SMC, and look at its answer."""
