@@ -6,7 +6,7 @@ from typing import Final
 from hv_models.memory import PAGE_SIZE
 from mediator.core.policy import Policy, Word
 from mediator.core.steps import Regs
-from mediator.trace.format import ReturnEvent
+from mediator.trace.format import AnswerEvent, ForwardEvent, ReturnEvent, TraceEvent
 from optee.abi.message import (
     HEADER,
     HEADER_SIZE,
@@ -100,6 +100,19 @@ def strays(request: bytes, reply: bytes) -> bool:
         if taken[at] & TYPE_MASK in _MEMREFS and plain[at] & TYPE_MASK in _MEMREFS:
             plain[at : at + 8] = taken[at : at + 8]
     return plain != taken
+
+
+def own_answers(events: list[TraceEvent]) -> dict[int, list[tuple[ForwardEvent, AnswerEvent]]]:
+    """The recorded mediator's own calls and their answers, by function."""
+    found: dict[int, list[tuple[ForwardEvent, AnswerEvent]]] = {}
+    waiting: ForwardEvent | None = None
+    for event in events:
+        if isinstance(event, ForwardEvent) and event.id is None:
+            waiting = event
+        elif isinstance(event, AnswerEvent) and event.id is None and waiting is not None:
+            found.setdefault(waiting.regs[0] & LOW, []).append((waiting, event))
+            waiting = None
+    return found
 
 
 def answered_there(event: ReturnEvent) -> bool:

@@ -4,15 +4,13 @@ One VM has the recorded RAM, so that recorded addresses are its IPAs; no frame h
 and what the guest sees are compared with the recording. Source: the trace-file description, "Replaying".
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-
 from hv_models.machine import Machine, RamBlock
-from hv_models.memory import PAGE_MASK, PAGE_SIZE
+from hv_models.memory import PAGE_SIZE
 from hv_models.vm import VirtualMachine
 from mediator.core.mediator import Mediator
 from mediator.core.policy import Policy
@@ -23,11 +21,11 @@ from mediator.invariants import SCAN_EVERY, Checker
 from mediator.trace.expected import (
     LOW,
     MESSAGE_CALLS,
-    TMEM,
     answered_there,
     first_difference,
     message_size,
     output_fields,
+    own_answers,
     registers,
     strays,
     taken_reply,
@@ -43,17 +41,11 @@ from mediator.trace.format import (
     read_trace,
 )
 from mediator.trace.report import ReplayReport
+from mediator.trace.sight import Found, Sight
 from optee.abi.message import (
-    ENTRIES_PER_PAGE,
     HEADER,
     HEADER_SIZE,
-    NONCONTIG,
-    OFFSET_RET,
-    OFFSET_RET_ORIGIN,
-    PARAM,
     PARAM_SIZE,
-    TYPE_MASK,
-    page_count,
 )
 from optee.abi.smc import API_UID, Function, ReturnCode, RpcReturn, VmId, is_rpc
 
@@ -93,13 +85,13 @@ class Replay:
         self.vm: VirtualMachine = self.machine.create_xen(
             "recorded", [RamBlock(ipa, size) for ipa, size in header.ram], domain=self.client - 1
         )
-        self.ram = self.vm.ram
+        self._sight = Sight(self.machine, self.vm)
         host = Host(self.machine)
         self.mediator = Mediator(replace(policy, flow=None), host)  # a recording has its own order
         self.checker = Checker(self.mediator, host)
         self._as_xen = policy.name == "xen" and header.client_id is not None
         self._observer = observer
-        self._own = _own_answers(events)
+        self._own = own_answers(events)
         self._pending: dict[int, Pending] = {}
         self._replies: dict[int, Reply] = {}
         self._calls: dict[int, CallEvent] = {}
@@ -187,9 +179,10 @@ class Replay:
         self._calls[event.id] = event
         resumes = event.regs[0] & LOW == Function.RETURN_FROM_RPC
         for entry in event.memory:
-            if not resumes or entry.kind != "message":
-                # A driver leaves the message of a suspended call alone.
-                self._write_guest(entry.at, entry.data)
+            if resumes and entry.kind == "message":
+                continue  # a driver leaves the message of a suspended call alone
+            if not self._sight.write(entry.at, entry.data):
+                self._unexpected("recorded memory", "an address in RAM", hex(entry.at))
         if self.header.client_id is None:
             self._submit(event)
         else:
@@ -243,7 +236,7 @@ class Replay:
                 data = entry.data
                 if asked:
                     data = data[: message_size(data)]
-                seen = self._read_guest(entry.at, len(data))
+                seen = self._sight.read(entry.at, len(data))
                 if seen != data:
                     self._unexpected(f"guest's {entry.kind}", *first_difference(data, seen))
 
@@ -281,7 +274,8 @@ class Replay:
         """The message that OP-TEE sees equals the guest's but for addresses and ret (R11)."""
         for entry in call.memory:
             if entry.kind == "message":
-                self._check_shadow("message", entry.data[: message_size(entry.data)], pending.shadow, 0, preset=True)
+                message = entry.data[: message_size(entry.data)]
+                self._report(self._sight.shadow("message", message, pending.shadow, 0, preset=True))
                 return
 
     def _check_resume(self, call: CallEvent, pending: Pending) -> None:
@@ -299,7 +293,7 @@ class Replay:
                     given = bytes(entry.data[: len(pending.request)])
                     self._unexpected("forwarded rpc", *first_difference(given, taken_reply(pending.request, given)))
                     return
-                self._check_shadow("rpc", taken_reply(pending.request, entry.data), *place, preset=False)
+                self._report(self._sight.shadow("rpc", taken_reply(pending.request, entry.data), *place, preset=False))
 
     def _rpc_place(self, pending: Pending, cookie: int) -> tuple[int, int] | None:
         """Where OP-TEE sees the RPC argument: page and offset."""
@@ -310,46 +304,6 @@ class Replay:
             return pending.shadow, HEADER_SIZE + PARAM_SIZE * count
         page = self._arguments.get(cookie)
         return None if page is None else (page, 0)
-
-    def _check_shadow(self, what: str, guests: bytes, page: int, base: int, *, preset: bool) -> None:
-        if page not in self.machine.pages:
-            self._unexpected(f"forwarded {what}", "a page of the mediator's", hex(page))
-            return
-        seen = bytearray(self.machine.memory.frame(page)[base : base + len(guests)])
-        wanted = bytearray(guests)
-        if preset:
-            seen[OFFSET_RET:OFFSET_RET_ORIGIN] = wanted[OFFSET_RET:OFFSET_RET_ORIGIN] = bytes(4)
-        for at in range(HEADER_SIZE, len(guests) - PARAM_SIZE + 1, PARAM_SIZE):
-            attribute, pointer, size, _ = PARAM.unpack_from(guests, at)
-            if attribute & TYPE_MASK in TMEM and attribute & NONCONTIG and pointer:
-                self._check_list(pointer, int.from_bytes(seen[at + 8 : at + 16], "little"), size)
-                seen[at + 8 : at + 16] = wanted[at + 8 : at + 16] = bytes(8)
-        if seen != wanted:
-            self._unexpected(f"forwarded {what}", *first_difference(bytes(wanted), bytes(seen)))
-
-    def _check_list(self, guests: int, ours: int, size: int) -> None:
-        """Each address is the stage-2 image of the guest's, its page is pinned, and none is left as it was."""
-        if ours & PAGE_MASK != guests & PAGE_MASK:
-            self._unexpected("offset of a buffer", guests & PAGE_MASK, ours & PAGE_MASK)
-        left = page_count(size, guests & PAGE_MASK)
-        guest_page, page = guests & ~PAGE_MASK, ours & ~PAGE_MASK
-        while left:
-            if page not in self.machine.pages:
-                self._unexpected("page list", "a page of the mediator's", hex(page))
-                return
-            words = np.frombuffer(self.machine.memory.frame(page), "<u8")
-            recorded = np.frombuffer(self._read_guest(guest_page, PAGE_SIZE), "<u8")
-            part = min(left, ENTRIES_PER_PAGE)
-            for entry, ipa in zip(words[:part].tolist(), recorded[:part].tolist(), strict=True):
-                if self.vm.find(entry) != ipa or entry == ipa or not self._pinned(entry):
-                    self._unexpected("translated page", f"the pinned image of {ipa:#x}", hex(entry))
-                    return
-            left -= part
-            page, guest_page = int(words[ENTRIES_PER_PAGE]), int(recorded[ENTRIES_PER_PAGE])
-
-    def _pinned(self, pa: int) -> bool:
-        bank, number = self.machine.memory.find(pa)
-        return bool(bank.pins[number] > 0)
 
     def _recorded_forward(self, event: ForwardEvent) -> None:
         """What another mediator forwarded for the same call (policy `xen` only)."""
@@ -372,25 +326,12 @@ class Replay:
             self._unexpected("forward.regs", _hexes(recorded), _hexes(regs))
         if event.message is not None and regs[0] in MESSAGE_CALLS:
             # Between the first forward and the end the shadow is OP-TEE's.
-            self._compare_forward("message", event.message, pending.shadow)
+            self._report(self._sight.forward("message", event.message, pending.shadow))
         if event.rpc is not None:
             call = self._calls[event.id]
             place = self._rpc_place(pending, (call.regs[1] & LOW) << 32 | call.regs[2] & LOW)
             if place is not None and not place[1]:
-                self._compare_forward("rpc", event.rpc[: message_size(event.rpc)], place[0])
-
-    def _compare_forward(self, what: str, recorded: bytes, page: int) -> None:
-        theirs, ours = bytearray(recorded), bytearray(self.machine.memory.frame(page)[: len(recorded)])
-        if what == "message":
-            ours[OFFSET_RET:OFFSET_RET_ORIGIN] = theirs[OFFSET_RET:OFFSET_RET_ORIGIN] = bytes(4)
-        for at in range(HEADER_SIZE, len(theirs) - PARAM_SIZE + 1, PARAM_SIZE):
-            attribute, pointer, _, _ = PARAM.unpack_from(theirs, at)
-            if attribute & TYPE_MASK in TMEM and attribute & NONCONTIG and pointer:
-                for side in (theirs, ours):
-                    low = int.from_bytes(side[at + 8 : at + 16], "little") & PAGE_MASK
-                    side[at + 8 : at + 16] = low.to_bytes(8, "little")
-        if theirs != ours:
-            self._unexpected(f"forward.{what}", *first_difference(bytes(theirs), bytes(ours)))
+                self._report(self._sight.forward("rpc", event.rpc[: message_size(event.rpc)], place[0]))
 
     def _answer(self, identity: int, regs: Regs, message: bytes | None, rpc: bytes | None) -> None:
         """The scripted OP-TEE writes what the recorded one wrote, and answers."""
@@ -411,20 +352,9 @@ class Replay:
                     self.machine.memory.frame(page)[base : base + size] = rpc[:size]
         self._go_on(self._event, identity, self.checker.returned(pending.ticket, regs), pending)
 
-    # Memory of the guest
-
-    def _write_guest(self, ipa: int, data: bytes) -> None:
-        for ram in self.ram:
-            if ram.base <= ipa and ipa + len(data) <= ram.base + ram.size:
-                ram.write(ipa, data)
-                return
-        self._unexpected("recorded memory", "an address in RAM", hex(ipa))
-
-    def _read_guest(self, ipa: int, size: int) -> bytes:
-        for ram in self.ram:
-            if ram.base <= ipa and ipa + size <= ram.base + ram.size:
-                return ram.read(ipa, size)
-        return bytes(size)
+    def _report(self, found: Iterable[Found]) -> None:
+        for each in found:
+            self._unexpected(*each)
 
     def _unexpected(self, what: str, expected: Any, got: Any) -> None:
         self.report.unexpected += 1
@@ -443,19 +373,6 @@ _SCRIPTED: Final[dict[int, Regs]] = {
     int(Function.CALLS_UID): API_UID,
     int(Function.GET_THREAD_COUNT): (0, ROOMY_THREADS, 0, 0),
 }
-
-
-def _own_answers(events: list[TraceEvent]) -> dict[int, list[tuple[ForwardEvent, AnswerEvent]]]:
-    """The recorded mediator's own calls and their answers, by function."""
-    found: dict[int, list[tuple[ForwardEvent, AnswerEvent]]] = {}
-    waiting: ForwardEvent | None = None
-    for event in events:
-        if isinstance(event, ForwardEvent) and event.id is None:
-            waiting = event
-        elif isinstance(event, AnswerEvent) and event.id is None and waiting is not None:
-            found.setdefault(waiting.regs[0] & LOW, []).append((waiting, event))
-            waiting = None
-    return found
 
 
 def _hexes(regs: Sequence[int]) -> list[str]:
