@@ -121,9 +121,13 @@ def rewritten_written_back(facts: Facts, difference: Difference) -> bool:
     """The same, and the guest was given other fields than it asked for, that mediator's addresses too, or not all."""
     if not facts.rewritten or not _in_one_page(facts):
         return False
+    given = outputs(facts.left)
     recorded = ((first % PAGE_SIZE + at, byte) for first, run in facts.differing for at, byte in enumerate(run))
     return all(
-        within(at, facts.addresses) or byte in (facts.left[at], *facts.sent[at : at + 1]) for at, byte in recorded
+        within(at, facts.addresses)
+        or byte == facts.left[at]
+        or (byte in facts.sent[at : at + 1] and not within(at, given))
+        for at, byte in recorded
     )
 
 
