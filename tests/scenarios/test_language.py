@@ -143,6 +143,12 @@ def test_the_reference_has_every_step_with_its_keys() -> None:
         assert all(f"`{key}`" in cell for key in _keys(verb)), (verb, _keys(verb), cell)
 
 
+def test_every_row_of_the_reference_belongs_to_a_table() -> None:
+    lines = ["", *(DOCS / "reference" / "scenario.md").read_text(encoding="utf-8").splitlines(), ""]
+    firsts = [at for at, line in enumerate(lines) if line.startswith("|") and not lines[at - 1].startswith("|")]
+    assert firsts and [lines[at] for at in firsts if not lines[at + 1].startswith("|---")] == []
+
+
 @cache
 def schema() -> Any:
     """What `mediator show schema scenario` prints."""
