@@ -156,9 +156,9 @@ def _report(outcome: "Outcome") -> str:
     lines = []
     failure = outcome.failure
     if failure is not None:
-        whose = f" ({failure.guest})" if failure.guest else ""
+        step = f"{failure.step}{f' ({failure.guest})' if failure.guest else ''}: " if failure.step else ""
         lines += [
-            f"{failure.place or outcome.scenario.scenario}: {failure.step}{whose}: {failure.what}",
+            f"{failure.place or outcome.scenario.scenario}: {step}{failure.what}",
             f"  expected: {failure.expected}",
             f"  got:      {failure.got}",
         ]

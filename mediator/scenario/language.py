@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Final, Self
 
-from pydantic import Field, GetCoreSchemaHandler, model_validator
+from pydantic import Field, GetCoreSchemaHandler, PrivateAttr, model_validator
 from pydantic_core import CoreSchema, core_schema
 
 from mediator.documents import DocumentError, Path, Places, load_located
@@ -97,6 +97,13 @@ class Scenario(Strict):
     machine: Machine = Machine()
     steps: Annotated[list[AnyStep], Field(min_length=1)]
 
+    _timeout_place: str = PrivateAttr(default="")
+
+    @property
+    def timeout_place(self) -> str:
+        """file:line of `timeout`, or where that is not said, of the scenario."""
+        return self._timeout_place
+
     @model_validator(mode="after")
     def _timed_once(self) -> Self:
         if self.machine.costs and self.answers_take_time:
@@ -144,6 +151,7 @@ def load_scenario(text: str, name: str) -> Scenario:
     """
     scenario, places = load_located(Scenario, text, name)
     scenario.stand_at(name)
+    scenario._timeout_place = places.line(("timeout",))
     errors = list(_Check(scenario, places).errors())
     if errors:
         raise DocumentError(errors)

@@ -133,7 +133,8 @@ class Run:
         self._died: str | None = None
         self._given_up: StepFailed | None = None
         self._play_scope = trio.CancelScope()
-        self._interrupted: list[tuple[float, str]] = []
+        self._interrupted: list[tuple[float, Step, str | None]] = []
+        """Steps that did not end by themselves: when, and whose."""
 
     @property
     def board(self) -> Board:
@@ -345,8 +346,7 @@ class Run:
         except trio.Cancelled:
             failed = False
             if not isinstance(step, Flow):
-                whose = "" if actor.guest_name is None else f" of {actor.guest_name}"
-                self._interrupted.append((trio.current_time(), f"{step.place}: {step.words()}{whose}"))
+                self._interrupted.append((trio.current_time(), step, actor.guest_name))
             raise
         finally:
             if failed:
@@ -400,16 +400,22 @@ class Run:
             self._told(event)
 
     def _failure(self, group: BaseExceptionGroup[Exception]) -> StepFailed:
-        """The first failure of a group; a hang is one as well."""
+        """The first failure of a group; a hang is one as well, of the first step that still waits."""
         first: BaseException = group
         while isinstance(first, BaseExceptionGroup):
             first = first.exceptions[0]
         if isinstance(first, StepFailed):
             return first
         now = trio.current_time()
-        waiting = [words for time, words in self._interrupted if time == now][:_UNDER_WAY]
-        got = "still waiting: " + "; ".join(waiting) if waiting else "still waiting for guests to end"
-        return StepFailed("the scenario", f"an end within {self.scenario.timeout:g} s of virtual time", got)
+        waiting = [(step, guest) for time, step, guest in self._interrupted if time == now][:_UNDER_WAY]
+        words = [f"{step.place}: {step.words()}{f' of {guest}' if guest else ''}" for step, guest in waiting]
+        got = "still waiting: " + "; ".join(words) if words else "still waiting for guests to end"
+        failed = StepFailed("the scenario", f"an end within {self.scenario.timeout:g} s of virtual time", got)
+        failed.place, failed.step = self.scenario.timeout_place, "timeout"
+        if waiting:
+            step, failed.guest = waiting[0]
+            failed.place, failed.step = step.place, step.words()
+        return failed
 
 
 class _Blaming:

@@ -92,6 +92,25 @@ def test_a_hang_names_who_waits_for_what() -> None:
     assert outcome.failure is not None
     assert outcome.failure.expected == "an end within 5 s of virtual time"
     assert outcome.failure.got == "still waiting: f.yaml:6: open: hello_world of kvm-1"
+    assert (outcome.failure.place, outcome.failure.step) == ("f.yaml:6", "open: hello_world")
+    assert outcome.failure.guest == "kvm-1" and outcome.events
+
+
+@pytest.mark.parametrize(
+    ("body", "headline"),
+    [
+        ("timeout: 0\nsteps:\n- {open: hello_world}\n", ":3: timeout: the scenario"),
+        ("steps:\n- {advance: 2 h}\n", ":4: advance: 7200.0 (kvm-1): the scenario"),
+        ("machine: {guests: {a: , b: }}\nsteps:\n- {advance: 2 h}\n", ":5: advance: 7200.0: the scenario"),
+    ],
+)
+def test_a_hang_has_its_line_in_the_headline(
+    body: str, headline: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "f.yaml"
+    file.write_text(HEAD + body, encoding="utf-8")
+    assert run(["run", str(file)]) == 1
+    assert f"\n{file}{headline}\n" in capsys.readouterr().out
 
 
 def test_a_sweep_reports_the_first_seed_that_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
