@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 DEFAULT_GUESTS: Final = 4
 """Two of each flavour."""
+_SHOWN_VIOLATIONS: Final = 10
 
 
 class Hypervisor(StrEnum):
@@ -108,6 +109,10 @@ def serve(
         emit_json(summary.as_data())
     else:
         _show(summary)
+    for violation in summary.violations[:_SHOWN_VIOLATIONS]:
+        note(violation)
+    if summary.violated > _SHOWN_VIOLATIONS:
+        note(f"and {summary.violated - _SHOWN_VIOLATIONS} more violations")
     for fault in summary.faults:
         note(fault)
     return verdict(summary.good)
@@ -136,7 +141,5 @@ def _show(summary: "Summary") -> None:
     for guest in summary.guests:
         for text in guest.notes:
             note(f"{guest.name}: {text}")
-    for violation in summary.violations:
-        note(violation)
     for name in summary.refused_guests:
         note(f"{name}: OP-TEE refused the guest{summary.split}")

@@ -82,6 +82,10 @@ class Checker:
         self.host = host
         self.thorough = thorough
         self.violations: list[Violation] = []
+        self.keep: int | None = None
+        """Violations that are kept, the first ones; None: all."""
+        self.violated = 0
+        """How many there were, kept or not."""
         self.steps = 0
         self.forwards = 0
         self.translated = 0
@@ -256,7 +260,9 @@ class Checker:
 
     def report(self, invariant: int, vm: VmId | None, expected: str, got: str) -> None:
         """Note a violation."""
-        self.violations.append(Violation(invariant, vm, self.steps, expected, got))
+        self.violated += 1
+        if self.keep is None or len(self.violations) < self.keep:
+            self.violations.append(Violation(invariant, vm, self.steps, expected, got))
 
     # Each step
 

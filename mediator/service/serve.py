@@ -39,6 +39,8 @@ from optee.config import Config
 from optee.memory.boards import BOARDS
 from optee.tas.catalogue import BUILT_IN
 
+KEPT_VIOLATIONS: Final = 100
+"""Violations that the summary keeps: the first. All are counted; stops what repeats itself from filling memory."""
 SHOWN_PANICS: Final = 8
 """TA panics whose report the summary keeps: the newest."""
 IDLE_SECONDS: Final = 10.0
@@ -79,6 +81,8 @@ class Bench:
         self._room = ""  # in words, for whom OP-TEE has room, if it is ours
         self.board, self._reach = self._assemble(policy)
         self.board.service.on_fault = self._secure_world_died
+        if self.board.checker is not None:
+            self.board.checker.keep = KEPT_VIOLATIONS
         self.guests: list[ServedGuest] = []
         self._strangers: deque[ServedGuest] = deque()
         self.images = images(*(ta for ta in BUILT_IN if not ta.is_pseudo))
@@ -387,6 +391,7 @@ class Bench:
         world, clients = board.world, board.clients
         guests = [guest for guest in self.guests if guest.accounts is not None]
         left, counts = board.left(), world.counts_of(0)
+        untranslated = self._untranslated(guests)
         faults = [self._fault] if self._fault else []
         if self._recordings is not None:
             faults += self._recordings.failures
@@ -394,7 +399,8 @@ class Bench:
             guests=tuple(guest.status() for guest in guests),
             reserved_offered=sum(guest.status().vmid in world.reserved_offered for guest in guests),
             strangers=sum(n for (_, client), n in world.inbox.items() if client and client not in clients),
-            violations=[*board.violations, *self._untranslated(guests)],
+            violations=[*board.violations, *untranslated][:KEPT_VIOLATIONS],
+            violated=(0 if board.checker is None else board.checker.violated) + len(untranslated),
             checked=self.options.check,
             left={
                 "pages": left["pins"],

@@ -19,13 +19,15 @@ class Summary:
     """The whole run.
 
     reserved_offered: guests to which OP-TEE offered reserved shared memory, whatever the mediator then let them see;
-    strangers: calls at OP-TEE whose a7 was no guest's and not the hypervisor's.
+    strangers: calls at OP-TEE whose a7 was no guest's and not the hypervisor's; violated: how many invariants were,
+    of which `violations` are the first.
     """
 
     guests: tuple[GuestStatus, ...]
     reserved_offered: int
     strangers: int
     violations: list[str]
+    violated: int
     checked: bool
     left: dict[str, int | None]
     """What cannot be known is None: a secure world elsewhere need not say what it holds."""
@@ -51,7 +53,7 @@ class Summary:
         """
         return not (
             any(guest.errors or (guest.ended == "failed" and not guest.stranger) for guest in self.guests)
-            or self.violations
+            or self.violated
             or any(self.left.values())
             or self.refused_guests
             or self.faults
@@ -84,7 +86,7 @@ class Summary:
                 "quota_refusals": sum(guest.quota_refusals for guest in self.guests),
             },
             "ta_invokes": self.ta_invokes,
-            "violations": len(self.violations),
+            "violations": self.violated,
             "left": self.left,
             "panic_reports": [report.to_json() for report in self.panic_reports],
             "up_seconds": round(self.up_seconds, 3),
@@ -105,6 +107,6 @@ class Summary:
             f"pages translated: {data['pages_translated']}, of which IPA = PA: {data['pages_with_pa_equal_to_ipa']}",
             f"quota refusals: {data['quota_refusals']}",
             f"calls denied: {self.totals()['denied']}",
-            f"violations: {len(self.violations)}{looked}",
+            f"violations: {self.violated}{looked}",
             "left behind: " + (", ".join(f"{value} {name}" for name, value in self.left.items() if value) or "nothing"),
         ]

@@ -1,11 +1,13 @@
 """`mediator serve` as a whole, in virtual time: what the summary says, and what it says if we are wrong."""
 
+import json
 import signal
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
 import pytest
+import structlog
 import trio
 from trio.testing import MockClock
 
@@ -13,6 +15,7 @@ import guests
 from guests.workloads import Report, hello, mixed, shm
 from hv_models.stage2 import Pinned
 from hv_models.vm import VirtualMachine
+from mediator.cli import run as cli
 from mediator.core import fast
 from mediator.core.ledger import Charge
 from mediator.core.mediator import Mediator
@@ -308,7 +311,28 @@ def test_a_mediator_that_is_wrong_makes_the_run_bad(
     summary = run("hello", policy=policy, duration=5.0, check=check)
     assert summary.violations
     assert not summary.good
-    assert summary.as_data()["violations"] == len(summary.violations)
+    assert summary.as_data()["violations"] == summary.violated >= len(summary.violations)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"]], ids=["text", "json"])
+def test_what_is_violated_is_said_and_does_not_fill_the_screen(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first ten on standard error, and how many more; of what is kept, too, there is no more than a bound."""
+    _refund_removed(None)(monkeypatch)
+    monkeypatch.setattr(serve, "KEPT_VIOLATIONS", 12)
+    summary = run("hello", duration=5.0)
+    assert summary.violated > 12 == len(summary.violations)
+    monkeypatch.setattr(serve, "run_bench", lambda options: summary)
+    monkeypatch.setattr(structlog, "configure", lambda **options: None)
+    assert cli(["serve", *arguments]) == 1
+    out, err = capsys.readouterr()
+    said = [line for line in err.splitlines() if line.startswith("and ") or line in summary.violations]
+    assert said == [*summary.violations[:10], f"and {summary.violated - 10} more violations"]
+    if arguments:
+        assert json.loads(out)["violations"] == summary.violated
+    else:
+        assert f"violations: {summary.violated}" in out
 
 
 def test_reserved_memory_that_a_guest_sees_makes_the_run_bad(monkeypatch: pytest.MonkeyPatch) -> None:
