@@ -7,17 +7,19 @@ from typing import Final
 
 import structlog
 
-from mediator.core.steps import Event
+from mediator.core.steps import LIMITS_CHANGED, POOL_CHANGED, Event
 from optee.memory.pools import LowMemory
 
 LINES_PER_SECOND: Final = 20
 """Lines that one guest can cause. Stops a hostile guest from filling the log, and from slowing the others down."""
+_CHANGES: Final = frozenset({LIMITS_CHANGED, POOL_CHANGED})
+"""What the host alone causes, and wants to find again: logged always, and not counted against a guest."""
 _STRANGERS: Final = 0
 """No guest has this client id."""
 
 
 class EventLog:
-    """Logs events: errors always, the others while `everything` says so. `clock` gives seconds."""
+    """Logs events: errors and new quotas always, the others while `everything` says so. `clock` gives seconds."""
 
     def __init__(self, clock: Callable[[], float], everything: Callable[[], bool]) -> None:
         self._clock = clock
@@ -31,6 +33,8 @@ class EventLog:
         """Log one event, or count it as left out."""
         if event.level == "error":
             self._log.error(event.name, guest=event.vm, **event.detail)
+        elif event.name in _CHANGES:
+            self._log.info(event.name, guest=event.vm, **event.detail)
         elif self._everything() and self._room(event.vm):
             log = self._log.info if event.level == "info" else self._log.debug
             log(event.name, guest=event.vm, **event.detail)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from structlog.testing import capture_logs
 
 from hv_models.machine import RAM_BASE
 from mediator.cli import ctl, run
@@ -86,7 +87,12 @@ async def test_status(running: Running, tmp_path: Path) -> None:
 
 async def test_a_quota_is_changed_while_its_guest_runs(running: Running) -> None:
     first, second = running.bench.guests
-    now = await running.request(ask="quota", guest="kvm-1", limits={"pages": 0x900, "reserved_pages": 7, "calls": 2})
+    with capture_logs() as log:
+        now = await running.request(
+            ask="quota", guest="kvm-1", limits={"pages": 0x900, "reserved_pages": 7, "calls": 2}
+        )
+    changed = {"pages": [65536, 0x900], "calls": [8, 2], "reserved_pages": [0, 7]}
+    assert log == [{"event": "limits_changed", "log_level": "info", "guest": 1, **changed}]
     assert now["guest"] == "kvm-1" and (now["limits"]["pages"], now["limits"]["calls"]) == (0x900, 2)
     assert first.accounts is not None and second.accounts is not None
     assert first.accounts.ledger.limits.pages == 0x900 and second.accounts.ledger.limits.pages == 65536
@@ -190,7 +196,12 @@ async def test_a_policy_is_read_again_or_stays(tmp_path: Path, capsys: Capture) 
 
         quotas = "guests:\n  xen-2: {pages: 100}\npool:"
         good = text.replace("pages: 65536", "pages: 5000").replace("pool:", quotas)
-        assert await reread(good) == ([5000, 100], f"policy {path} was read again\n")
+        with capture_logs() as log:
+            assert await reread(good) == ([5000, 100], f"policy {path} was read again\n")
+        assert [(line["event"], line["guest"], line["pages"]) for line in log] == [
+            ("limits_changed", 1, [65536, 5000]),
+            ("limits_changed", 2, [65536, 100]),
+        ]
         for bad, words in [
             (good.replace("pages: 100", "pages: 0"), "pages"),
             (good.replace("pages: 5000", "pages: no"), "no"),

@@ -29,6 +29,20 @@ def test_a_guest_that_floods_is_bounded_and_the_others_are_heard() -> None:
     assert lines[0]["lines"] == 1000 - LINES_PER_SECOND
 
 
+def test_what_the_host_changes_is_logged_always_and_whole() -> None:
+    """A new policy for a hundred guests is a line for each, and takes no guest's share of lines."""
+    log = EventLog(lambda: 0.0, lambda: False)
+    with capture_logs() as lines:
+        for guest in range(1, 101):
+            log(Event("limits_changed", "info", guest, {"pages": [65536, 100]}))
+        log(Event("pool_changed", "info", 0, {"pages": [None, 5000]}))
+    wanted = [("limits_changed", guest, [65536, 100]) for guest in range(1, 101)]
+    assert [(line["event"], line["guest"], line["pages"]) for line in lines] == [
+        *wanted,
+        ("pool_changed", 0, [None, 5000]),
+    ]
+
+
 def test_only_errors_unless_everything_is_asked_for() -> None:
     log = EventLog(lambda: 0.0, lambda: False)
     with capture_logs() as lines:
