@@ -183,14 +183,19 @@ def _quota_table(status: dict[str, Any]) -> "Table":
 
 def _refusals(status: dict[str, Any]) -> list[str]:
     """The last refusal of each guest, in words."""
+    from optee.abi.registers import name_of
+    from optee.abi.smc import Function
+
     lines = []
     for guest in status["guests"]:
         last = guest.get("last_refusal")
         if last is not None:
             where = "a0" if last["origin"] is None else f"ret, origin {last['origin']}"
+            call = [] if last["call"] is None else [f"call {last['call']}"]  # refused in registers, it has no number
+            command = [last["command"]] if last.get("command") else []
+            which = ", ".join([last["rule"], *call, *command, f"function {name_of(Function, last['function'])}"])
             lines.append(
-                f"{guest['name']}: last refused ({last['rule']}, function {last['function']:#x}): {last['why']}; "
-                f"answer {last['answer']:#x} in {where}"
+                f"{guest['name']}: last refused ({which}): {last['why']}; answer {last['answer']:#x} in {where}"
             )
     return lines
 

@@ -126,8 +126,23 @@ async def test_a_refusal_is_found_in_the_status(running: Running) -> None:
     last = found["guests"][0]["last_refusal"]
     keys = {"call", "function", "rule", "resource", "asked", "held", "limit", "answer", "origin", "why"}
     assert keys <= last.keys() and last["asked"] > last["limit"] == 16384 and last["rule"] == "R21"
-    assert any("kvm-1: last refused (R21" in line for line in ctl._refusals(found))
+    where = f"kvm-1: last refused (R21, call {last['call']}, REGISTER_SHM, function CALL_WITH_RPC_ARG): {last['why']}; "
+    assert any(line.startswith(where) for line in ctl._refusals(found))
     assert ctl._quota_table(found).row_count == 10
+
+
+@pytest.mark.parametrize(
+    ("detail", "words"),
+    [
+        ({"call": None, "function": 0x32000004}, "R21, function CALL_WITH_ARG"),
+        ({"call": 7, "function": 0x32000013, "command": None}, "R21, call 7, function CALL_WITH_REGD_ARG"),
+        ({"call": 7, "function": 0x3200FFFF, "command": "CANCEL"}, "R21, call 7, CANCEL, function 0x3200ffff"),
+    ],
+)
+def test_a_refusal_names_as_much_of_its_call_as_is_known(detail: dict[str, Any], words: str) -> None:
+    last = {**detail, "rule": "R21", "why": "calls: 1 of at most 1", "answer": 1, "origin": None}
+    (line,) = ctl._refusals({"guests": [{"name": "xen-2", "last_refusal": last}]})
+    assert line == f"xen-2: last refused ({words}): calls: 1 of at most 1; answer 0x1 in a0"
 
 
 async def test_the_memory_manager_is_found_in_the_status(tmp_path: Path, capsys: Capture) -> None:
