@@ -144,6 +144,11 @@ class Witness:
             if is_rpc(step.regs[0]):
                 outside.waiting.pop(thread, None)
                 outside.told(resumed, step.regs)
+            elif resumed in outside.fresh:
+                # It had waited for its turn, and ended before OP-TEE heard of it.
+                outside.waiting.pop(thread, None)
+                self.paused.pop(resumed, None)
+                outside.told(resumed, step.regs)
             elif step.regs[0] & LOW == ReturnCode.ERESUME:
                 self._refused(regs, resumed)
         else:

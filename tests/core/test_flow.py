@@ -539,6 +539,21 @@ def test_a_rejected_call_holds_no_core(make):
     pair.settle(guest)
 
 
+def test_a_call_that_is_rejected_when_it_comes_back_for_its_turn_has_ended(make):
+    """OP-TEE never heard of it: nobody, the checker included, may count it as live."""
+    pair = make(controlled(secure_cores=1))
+    guest, other = pair.guest(), pair.guest()
+    holder = other.submit(smc(Function.CALL_WITH_ARG, *to_pair(other.write(invoke()))))
+    step, ipa = waiting(guest, invoke(guest.tmem(1)._replace(a=1 << 40)))
+    thread = pair.checker.give_back(step.ticket).regs[3]
+    pair.drive(pair.returned(holder.ticket, pair.answer(holder)))
+    assert guest.smc(Function.RETURN_FROM_RPC, 0, 0, thread)[0] == 0
+    assert guest.read(ipa).ret == BAD_PARAMETERS
+    assert guest.invoke().ret == 0
+    assert pair.checker.violations == []
+    pair.settle(guest)
+
+
 def test_cancel_is_not_held_up(make):
     """Its command is known before it could wait: it passes calls that came before it."""
     pair = make(controlled(calls=2, queue=2))
