@@ -21,6 +21,7 @@ from hv_models.machine import DEFAULT_RAM, DEFAULT_VCPUS, Machine, RamBlock
 from hv_models.vm import VirtualMachine
 from mediator.core.mediator import Mediator
 from mediator.core.policy import Policy
+from mediator.core.states import GuestState
 from mediator.core.steps import Event
 from mediator.costs import Costs, VirtualTime
 from mediator.invariants import Checker
@@ -180,6 +181,10 @@ class MediatedMachine:
         if released and vm.alive:
             self.machine.destroy(vm, force=force)
 
+    def _quarantined(self, vm: VirtualMachine) -> bool:
+        guest = self.core.guests.get(vm.client_id)
+        return guest is not None and guest.state is GuestState.QUARANTINED
+
     async def abandon(self, vm: VirtualMachine) -> bool:
         """Give back the memory of a VM of which OP-TEE did not let go; False if there is no such VM (R24)."""
         with trio.CancelScope(shield=True):
@@ -197,7 +202,8 @@ class MediatedMachine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for vm in list(self.machine.vms.values()):
-            await self.destroy(vm)
+            if not (self.service.died and self._quarantined(vm)):  # a dead secure world does not change its mind
+                await self.destroy(vm)
         self.scan()
         self.machine.close()
 

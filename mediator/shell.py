@@ -133,6 +133,8 @@ class Service:
         self.memories: dict[int, GuestMemoryCount] = {}
         self.seen: dict[int, Seen] = {}
         self.on_fault: Callable[[str], object] = lambda why: None
+        self.died = False
+        """Whether the secure world has died: it answers nothing any more."""
         self.recorders: dict[int, Recorder] = {}
         """Who writes down the calls of a guest, by client id."""
         self.memory_of: Callable[[VirtualMachine], GuestMemoryCount] = GuestMemoryCount
@@ -347,6 +349,7 @@ class Service:
         self._give_turns()
         self._changed.unpark_all()
         self.tell(after.events)
+        self.died = True
         self.on_fault(str(fault))
         return after
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from structlog.testing import capture_logs
 from trio.testing import MockClock
 
 from guests.workloads import hello, mixed, shm
@@ -447,10 +448,15 @@ def test_whenever_optee_dies_the_run_ends_in_order(
     monkeypatch.setattr(SecureWorld, "call", call)
     path = tmp_path / "optee"
     try:
-        summary = run(path, workload="hello")
+        with capture_logs() as log:
+            summary = run(path, workload="hello")
     except* BoardError as group:
         assert calls < 7 and str(group.exceptions[0]) == "OP-TEE does not know virtualization"
     else:
         assert summary.faults == (f"the secure world at {path}: OP-TEE died: external abort",)
         assert summary.violations == [] and not summary.good
         assert {guest.ended for guest in summary.guests} <= {"failed", "killed"}
+        told = [(line["event"], line["guest"], line.get("why")) for line in log if line["log_level"] == "error"]
+        assert len(set(told)) == len(told), "a fact is told once"
+        quarantined = sorted(guest for event, guest, _ in told if event == "guest_quarantined")
+        assert quarantined == [guest.vmid for guest in summary.guests]
