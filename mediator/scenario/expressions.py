@@ -93,6 +93,16 @@ class Names(Protocol):
         ...
 
 
+class _Nothing:
+    """No names: for what refers to nothing."""
+
+    def look_up(self, name: str) -> Value:
+        raise EvaluationError(f"${name} is not known here")
+
+
+NOTHING: Final = _Nothing()
+
+
 class Expression:
     """One such text, parsed. `references` are the names that it needs, `names` those of the ABI that it has."""
 
@@ -154,6 +164,11 @@ class Expression:
         for operator, term in self._rest:
             number = _OPERATORS[operator](number, as_number(_term(term, names), self.text))
         return number
+
+    @property
+    def constant(self) -> int | None:
+        """What it is whatever happens, with its sign; None where that depends on a `$name`."""
+        return None if self.references else as_number(self.value(NOTHING), self.text)
 
     def number(self, names: Names) -> int:
         """The same as a number of 64 bits; a negative one is its two's complement. Raises EvaluationError."""

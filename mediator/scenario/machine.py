@@ -13,7 +13,7 @@ from mediator.core.policy import Policy, PolicyLimits
 from mediator.documents import DocumentError
 from mediator.policies import FlowDocument, PolicyDocument, QuotaDocument, load_policy, read_quota
 from mediator.scenario.client import TaName, ta_uuid
-from mediator.scenario.expressions import EvaluationError, Expression, Number, Seconds, Value
+from mediator.scenario.expressions import NOTHING, Expression, Number, Seconds
 from mediator.scenario.guest import SUPPLICANTS
 from mediator.scenario.steps import Name, Strict
 from mediator.scenario.world import LimitName
@@ -29,20 +29,10 @@ MAX_SIZE: Final = 1 << 40
 """Bytes of one size in the machine's description."""
 
 
-class _Nothing:
-    """No names: what describes the machine refers to nothing."""
-
-    def look_up(self, name: str) -> Value:
-        raise EvaluationError(f"${name} is not known here")
-
-
-_NOTHING: Final = _Nothing()
-
-
 def _size(size: Expression) -> Expression:
     if size.references:
         raise ValueError("a size such as 32 MiB is wanted")
-    if size.number(_NOTHING) > MAX_SIZE:
+    if size.number(NOTHING) > MAX_SIZE:
         raise ValueError(f"{size} is more than {MAX_SIZE >> 40} TiB")
     return size
 
@@ -71,7 +61,7 @@ def _quotas(quotas: dict[LimitName, Number]) -> dict[LimitName, Number]:
 def _quota(quotas: Mapping[LimitName, Expression]) -> QuotaDocument:
     """The same as a policy has it. Raises ValueError."""
     try:
-        return read_quota({name: value.number(_NOTHING) for name, value in quotas.items()})
+        return read_quota({name: value.number(NOTHING) for name, value in quotas.items()})
     except DocumentError as error:
         raise ValueError("; ".join(error.lines)) from None
 
@@ -98,10 +88,10 @@ class GuestSpec(Strict):
     def _consistent(self) -> Self:
         if self.supplicant not in SUPPLICANTS:
             raise ValueError(f"supplicant: {self.supplicant!r} is none of {', '.join(SUPPLICANTS)}")
-        base = self.ram_base.number(_NOTHING)
+        base = self.ram_base.number(NOTHING)
         if base % 4096 or base >= 1 << 39:
             raise ValueError("ram_base: a whole page below 512 GiB is wanted")
-        size = self.ram.number(_NOTHING)
+        size = self.ram.number(NOTHING)
         if size % 4096 or not 64 << 10 <= size <= 16 << 30:
             raise ValueError("ram: whole pages, 64 KiB to 16 GiB")
         if base + size > 1 << 39:
@@ -111,12 +101,12 @@ class GuestSpec(Strict):
     @property
     def ram_bytes(self) -> int:
         """Bytes of RAM."""
-        return self.ram.number(_NOTHING)
+        return self.ram.number(NOTHING)
 
     @property
     def ram_blocks(self) -> list[RamBlock]:
         """RAM as the machine is told."""
-        return [RamBlock(self.ram_base.number(_NOTHING), self.ram_bytes)]
+        return [RamBlock(self.ram_base.number(NOTHING), self.ram_bytes)]
 
     @property
     def has_driver(self) -> bool:
@@ -150,7 +140,7 @@ class TaSizes(Strict):
         """The TA of that name with these sizes."""
         known = _known_ta(name)
         given = {"stack_size": self.stack, "data_size": self.heap, "code_size": self.code}
-        sizes = {key: size.number(_NOTHING) for key, size in given.items() if size is not None}
+        sizes = {key: size.number(NOTHING) for key, size in given.items() if size is not None}
         return type(known.__name__, (known,), sizes)
 
 
@@ -216,7 +206,7 @@ class OpteeSpec(Strict):
 
     @staticmethod
     def _bytes(size: Number | None) -> int | None:
-        return None if size is None else size.number(_NOTHING)
+        return None if size is None else size.number(NOTHING)
 
 
 class Machine(Strict):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Annotated, Final
+
+from pydantic import AfterValidator
 
 from guests import SharedMemory
 from mediator.scenario.expressions import (
@@ -18,6 +20,23 @@ if TYPE_CHECKING:
     from mediator.scenario.actor import Actor
 
 _PAGE: Final = 4096
+
+
+def whole_page(address: int) -> int:
+    """An address where a page begins. Raises EvaluationError for any other."""
+    if address % _PAGE:
+        raise EvaluationError(f"{address:#x} is not where a page begins")
+    return address
+
+
+def _whole_page(address: Expression) -> Expression:
+    if address.constant is not None:
+        whole_page(address.constant)
+    return address
+
+
+PageAddress = Annotated[Number, AfterValidator(_whole_page)]
+"""Where a page begins."""
 
 
 class MemoryExpectation(Strict):
@@ -54,7 +73,10 @@ def read_ram(actor: Actor, at: int, size: int) -> bytes:
 
 
 def page_addresses(actor: Actor, at: Expression, pages: Expression | None) -> Sequence[int]:
-    """The pages that a place means: all of named pages or shared memory, or `pages` from an address on."""
+    """The pages that a place means: all of named pages or shared memory, or `pages` from an address on.
+
+    Raises EvaluationError for more pages than the guest has.
+    """
     value = actor.value(at)
     if isinstance(value, Record) and pages is None:
         if value.kind == "pages":
@@ -63,8 +85,11 @@ def page_addresses(actor: Actor, at: Expression, pages: Expression | None) -> Se
         if value.kind == "memory":
             assert isinstance(value.thing, SharedMemory)
             return value.thing.kernel_memory.buffer.pages
-    first = actor.number(at)
-    return range(first, first + _PAGE * (1 if pages is None else actor.size(pages)), _PAGE)
+    first, count = actor.number(at), 1 if pages is None else actor.number(pages)
+    owned = sum(ram.size for ram in actor.guest.vm.ram) // _PAGE
+    if count > owned:
+        raise EvaluationError(f"{count} pages, where {actor.guest.name} has {owned}")
+    return range(first, first + _PAGE * count, _PAGE)
 
 
 def frames_of(actor: Actor, ipas: Sequence[int]) -> list[int]:

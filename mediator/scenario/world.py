@@ -25,7 +25,7 @@ from mediator.scenario.expressions import (
     Status,
 )
 from mediator.scenario.guest import PowerCut
-from mediator.scenario.memory import page_addresses
+from mediator.scenario.memory import PageAddress, page_addresses, whole_page
 from mediator.scenario.secure_side import Conversation
 from mediator.scenario.steps import Name, Octets, Step, StepFailed, Strict, octets
 from optee.abi.message import HEADER_SIZE, OFFSET_NUM_PARAMS, OFFSET_RET, OFFSET_SESSION, PARAM, PARAM_SIZE
@@ -183,20 +183,21 @@ class Stage2(Step):
     """
 
     verb = "stage2"
-    stage2: Number
+    stage2: PageAddress
     pages: Number | None = None
     becomes: Literal["none", "ram_rw", "ram_ro", "mmio", "grant_rw", "grant_ro", "foreign_rw"] = "ram_rw"
     page: Number | None = None
     source: Annotated[Name | None, Field(alias="from")] = None
-    from_at: Number | None = None
+    from_at: PageAddress | None = None
 
     async def run(self, actor: Actor) -> None:
         """See `Step`."""
         vm, kind = actor.guest.vm, PageKind[self.becomes.upper()]
         for number, ipa in enumerate(page_addresses(actor, self.stage2, self.pages)):
+            whole_page(ipa)
             if self.source is not None:
                 other = actor.of(self.source)
-                at = 0 if self.from_at is None else other.number(self.from_at)
+                at = 0 if self.from_at is None else whole_page(other.number(self.from_at))
                 vm.map_frames_of(other.guest.vm, at + number * 4096, ipa, 1, kind)
             elif self.page is not None:
                 vm.set_kind(ipa, kind, page=actor.size(self.page) + number)

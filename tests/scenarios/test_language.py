@@ -95,6 +95,9 @@ MISTAKES = [
     ("machine: {optee: {sizes: {exercise: {heap: 2000000 MiB}}}}\n" + STEP, "3:44", "more than 1 TiB"),
     ("machine: {optee: {sizes: {invoke_tests: {heap: 1 MiB}}}}\n" + STEP, "3:41", "no user TA"),
     ("steps:\n- {open: hello_world}\n- {invoke: -1}\n", "5:12", "it has 32 bits"),
+    ("steps:\n- {stage2: 0x1, pages: 9, becomes: none}\n", "4:12", "0x1 is not where a page begins"),
+    ("steps:\n- {stage2: 4 KiB + 8, becomes: none}\n", "4:12", "0x1008 is not where a page begins"),
+    ("steps:\n- {stage2: 0, from: kvm-1, from_at: 4097}\n", "4:37", "0x1001 is not where a page begins"),
     ("steps:\n- {for_each: x, do: []}\n", "4:3", "either in, or to"),
     ("steps:\n- {open: '{8aaaf200-2450-11e4-abe2-0002a5d5c51b}'}\n", "4:10", "no UUID"),
 ]
@@ -186,7 +189,15 @@ BEYOND = (
         "not known here",
         "a size such as",
     ),
-    *("at most 5 pages", "more than 1 TiB", "no user TA", "quota: calls", "none of default", "either in, or to"),
+    *(
+        "at most 5 pages",
+        "more than 1 TiB",
+        "no user TA",
+        "where a page begins",
+        "quota: calls",
+        "none of default",
+        "either in, or to",
+    ),
 )
 """Words of mistakes that no schema can tell: about names, sizes as text, and keys that go together."""
 

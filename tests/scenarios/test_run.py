@@ -309,6 +309,21 @@ def test_others_have_their_turn_while_op_tee_takes_its_time() -> None:
     assert outcome.seconds == 5.0
 
 
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        ("{stage2: 0, pages: 999999999, becomes: none}", "999999999 pages, where kvm-1 has 8192"),
+        ("{expect: {pins: [{at: 0, pages: 8193, count: 0}]}}", "8193 pages, where kvm-1 has 8192"),
+        ("{stage2: $pages + 8}", "is not where a page begins"),
+        ("{stage2: $pages, from: kvm-1, from_at: $pages + 8}", "is not where a page begins"),
+    ],
+)
+def test_a_step_is_about_whole_pages_and_no_more_than_there_are(step: str, words: str) -> None:
+    outcome = play(f"steps:\n- {{pages: 1}}\n- {step}\n")
+    assert outcome.failure is not None and outcome.failure.place == "f.yaml:5" and words in outcome.failure.got
+    assert play("machine: {each: {ram: 8 MiB}}\nsteps:\n- {stage2: $guest.ram, pages: 2048}\n").good
+
+
 @pytest.mark.parametrize("step", ["kill", "destroy", "abandon"])
 def test_a_guest_of_which_op_tee_does_not_let_go_stays_until_it_is_ended_again(step: str) -> None:
     body = (
