@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from contextlib import suppress
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -92,12 +93,14 @@ def test_lost_swapped_and_old_files(tmp_path: Path) -> None:
     (damage,) = StoreReader(path, StorageKeys()).damages
     assert (damage.file, damage.part) == ("4", "file") and "lost" in damage.reason
     (path / "4").write_bytes(lost)
-    for one, other in (("3", "4"), ("4", "5")):  # of the same TA, and of another
+    names = [stored.entry.file_name for stored in StoreReader(path, StorageKeys()).objects]
+    assert "0" in names  # the core's list of TAs, which is empty, and whose first node is like any other empty file's
+    for one, other in combinations(names, 2):  # of the same TA, of another, and of the core
         first, second = (path / one).read_bytes(), (path / other).read_bytes()
         (path / one).write_bytes(second)
         (path / other).write_bytes(first)
         found = StoreReader(path, StorageKeys()).damages
-        assert [(d.file, d.part) for d in found] == [(one, "file"), (other, "file")]
+        assert [(d.file, d.part) for d in found] == [(one, "file"), (other, "file")], found
         assert f"it is file {other}" in found[0].reason and f"it is file {one}" in found[1].reason
         (path / one).write_bytes(first)
         (path / other).write_bytes(second)
