@@ -76,8 +76,10 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True)
 
 
-_Pages = Annotated[int, Field(ge=1, le=1 << 32)]
-_Reserved = Annotated[int, Field(ge=0, le=1 << 32)]
+MAX_PAGES: Final = 1 << 32
+"""Pages of one quota, and of the pool."""
+_Pages = Annotated[int, Field(ge=1, le=MAX_PAGES)]
+_Reserved = Annotated[int, Field(ge=0, le=MAX_PAGES)]
 _Buffers = Annotated[int, Field(ge=1, le=1 << 20)]
 _PagesPerBuffer = Annotated[int, Field(ge=1, le=1 << 24)]
 _Arguments = Annotated[int, Field(ge=1, le=1 << 20)] | None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Self
 
 import trio
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from mediator.scenario.expectations import StateExpectation
 from mediator.scenario.expressions import EvaluationError, Expression, Number, Seconds, Value
@@ -20,6 +20,19 @@ if TYPE_CHECKING:
 MAX_TURNS: Final = 1_000_000
 """Turns of one loop: stops a file from running for ever."""
 _POLL: Final = 0.001
+
+
+def _turns(count: int) -> int:
+    """A number of turns. Raises EvaluationError for what is none."""
+    if not 0 <= count <= MAX_TURNS:
+        raise EvaluationError(f"{count} turns, where 0 to {MAX_TURNS} are possible")
+    return count
+
+
+def _constant_turns(count: Expression) -> Expression:
+    if count.constant is not None:
+        _turns(count.constant)
+    return count
 
 
 class Flow(Step):
@@ -70,19 +83,22 @@ async def _branch(actor: Actor, steps: Sequence[Step]) -> None:
         return
 
 
+def _numbers(first: int, last: int) -> range:
+    """All numbers first ... last. Raises EvaluationError for too many."""
+    _turns(max(last - first + 1, 0))
+    return range(first, last + 1)
+
+
 class Repeat(Flow):
     """Do steps so many times, one turn after the other."""
 
     verb = "repeat"
-    repeat: Number
+    repeat: Annotated[Number, AfterValidator(_constant_turns)]
     do: list[AnyStep]
 
     async def run(self, actor: Actor) -> None:
         """See `Step`."""
-        turns = actor.number(self.repeat)
-        if turns > MAX_TURNS:
-            raise EvaluationError(f"repeat: {turns} is more than {MAX_TURNS}")
-        for _ in range(turns):
+        for _ in range(_turns(actor.number(self.repeat))):
             await actor.run_steps(self.do)
 
 
@@ -104,6 +120,11 @@ class ForEach(Flow):
     def _of_something(self) -> Self:
         if (self.values is None) is (self.last is None) or (self.values is not None and self.first is not None):
             raise ValueError("for_each: either in, or to (and from), is wanted")
+        first = 1 if self.first is None else self.first.constant
+        if self.last is not None and self.last.constant is not None and first is not None:
+            if min(first, self.last.constant) < 0:
+                raise ValueError("for_each: from and to are 0 or more")
+            _numbers(first, self.last.constant)
         return self
 
     async def run(self, actor: Actor) -> None:
@@ -114,11 +135,7 @@ class ForEach(Flow):
             ]
         else:
             assert self.last is not None
-            first = 1 if self.first is None else actor.number(self.first)
-            last = actor.number(self.last)
-            if last - first >= MAX_TURNS:
-                raise EvaluationError(f"for_each: more than {MAX_TURNS} turns")
-            values = list(range(first, last + 1))
+            values = list(_numbers(1 if self.first is None else actor.number(self.first), actor.number(self.last)))
         if not self.at_once:
             for value in values:
                 actor.define(self.for_each, value)

@@ -17,6 +17,7 @@ from mediator.invariants import TITLES
 from mediator.scenario import client, driver, flow, load, storage, world
 from mediator.scenario.expressions import Expression, Seconds
 from mediator.scenario.machine import Machine
+from mediator.scenario.memory import MapsTo
 from mediator.scenario.steps import Step, Strict
 
 EVERY: Final = "every"
@@ -216,6 +217,8 @@ class _Check:
         if step.guest is not None:
             self._known(step.guest, (*path, "guest"), every=True)
             guest = step.guest
+        if isinstance(step, world.Stage2) and step.source is not None:
+            self._known(step.source, (*path, "from"), every=False)
         if isinstance(step, world.OnGuest):
             self._known(getattr(step, step.verb), (*path, step.verb), every=False)
         elif step.needs_guest and not guest:
@@ -242,6 +245,8 @@ class _Check:
             self._references += [(path, reference) for reference in value.references]
         elif isinstance(value, Strict):
             value.stand_at(self._places.line(path))
+            if isinstance(value, MapsTo) and value.guest is not None:
+                self._known(value.guest, (*path, "guest"), every=False)
             for name, field in type(value).model_fields.items():
                 self._walk(getattr(value, name), (*path, field.alias or name))
         elif isinstance(value, list):

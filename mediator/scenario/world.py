@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal
 
 import trio
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from hv_models.kvm import KvmVm
 from hv_models.memory import PhysicalFault
 from hv_models.stage2 import PageKind
 from mediator.core.ledger import OverLimit
 from mediator.core.steps import Regs
+from mediator.documents import DocumentError
+from mediator.policies import MAX_PAGES, read_quota
 from mediator.scenario.driver import ParamSpec, write_ram
 from mediator.scenario.expressions import (
     EvaluationError,
@@ -153,6 +155,18 @@ class Resume(OnGuest):
             raise StepFailed("resume", "a paused guest", "one that is not")
 
 
+def _constant_limits(quotas: dict[QuotaName, Number]) -> dict[QuotaName, Number]:
+    constants = {name: value.constant for name, value in quotas.items() if value.constant is not None}
+    pool = constants.pop("pool_pages", None)
+    if pool is not None and not 1 <= pool <= MAX_PAGES:
+        raise ValueError(f"quota: pool_pages: 1 to {MAX_PAGES} are possible")
+    try:
+        read_quota(constants)
+    except DocumentError as error:
+        raise ValueError("; ".join(error.lines)) from None
+    return quotas
+
+
 class Quota(Step):
     """Change what the guest may hold, from now on; what it holds it keeps. `pool_pages` is the host's pool.
 
@@ -160,7 +174,7 @@ class Quota(Step):
     """
 
     verb = "quota"
-    quota: dict[QuotaName, Number]
+    quota: Annotated[dict[QuotaName, Number], AfterValidator(_constant_limits)]
     refused: bool = False
 
     async def run(self, actor: Actor) -> None:

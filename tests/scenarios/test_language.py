@@ -98,6 +98,16 @@ MISTAKES = [
     ("steps:\n- {stage2: 0x1, pages: 9, becomes: none}\n", "4:12", "0x1 is not where a page begins"),
     ("steps:\n- {stage2: 4 KiB + 8, becomes: none}\n", "4:12", "0x1008 is not where a page begins"),
     ("steps:\n- {stage2: 0, from: kvm-1, from_at: 4097}\n", "4:37", "0x1001 is not where a page begins"),
+    ("steps:\n- {stage2: 0, from: zoe}\n", "4:21", "no guest of this machine"),
+    ("steps:\n- {expect: {maps_to: [{at: 0, guest: zoe}]}}\n", "4:38", "no guest of this machine"),
+    ("steps:\n- {repeat: -1, do: []}\n", "4:12", "-1 turns, where 0 to 1000000 are possible"),
+    ("steps:\n- {repeat: 100_000 * 1_000_000, do: []}\n", "4:12", "100000000000 turns, where"),
+    ("steps:\n- {for_each: x, to: 1000001, do: []}\n", "4:3", "1000001 turns, where"),
+    ("steps:\n- {quota: {calls: 0, buffers: -1}}\n", "4:11", "quota: calls: Input"),
+    ("steps:\n- {quota: {calls: 0, buffers: -1}}\n", "4:11", "quota: buffers: Input"),
+    ("steps:\n- {quota: {pages: $guest.ram, calls: 0}}\n", "4:11", "quota: calls: Input"),
+    ("steps:\n- {for_each: x, to: -1, do: []}\n", "4:3", "from and to are 0 or more"),
+    ("steps:\n- {quota: {pool_pages: -1}}\n", "4:11", "quota: pool_pages: 1 to 4294967296"),
     ("steps:\n- {for_each: x, do: []}\n", "4:3", "either in, or to"),
     ("steps:\n- {open: '{8aaaf200-2450-11e4-abe2-0002a5d5c51b}'}\n", "4:10", "no UUID"),
 ]
@@ -115,6 +125,13 @@ def test_all_mistakes_are_told_at_once() -> None:
     with pytest.raises(DocumentError) as raised:
         load_scenario(text, "f.yaml")
     assert [line.split(":")[1] for line in raised.value.lines] == ["1", "4", "5", "6"]
+
+
+def test_constants_and_guests_that_cannot_be_are_told_at_once() -> None:
+    steps = ("{repeat: -1, do: [{quota: {calls: 0}}]}", "{quota: {pages: -1}}", "{stage2: 1}")
+    with pytest.raises(DocumentError) as raised:
+        load_scenario(HEAD + "steps:\n" + "".join(f"- {step}\n" for step in steps), "f.yaml")
+    assert [line.split(":")[1] for line in raised.value.lines] == ["4", "4", "5", "6"]
 
 
 def test_the_command_line_says_it_and_exits_with_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,7 +211,9 @@ BEYOND = (
         "more than 1 TiB",
         "no user TA",
         "where a page begins",
-        "quota: calls",
+        "turns, where",
+        "are 0 or more",
+        "quota:",
         "none of default",
         "either in, or to",
     ),

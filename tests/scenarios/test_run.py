@@ -324,6 +324,13 @@ def test_a_step_is_about_whole_pages_and_no_more_than_there_are(step: str, words
     assert play("machine: {each: {ram: 8 MiB}}\nsteps:\n- {stage2: $guest.ram, pages: 2048}\n").good
 
 
+@pytest.mark.parametrize("step", ["repeat: $n", "for_each: x, to: $n"])
+def test_turns_that_are_known_late_are_bounded_when_the_step_runs(step: str) -> None:
+    outcome = play(f"steps:\n- {{let: {{n: 1000001}}}}\n- {{{step}, do: []}}\n")
+    assert outcome.failure is not None and outcome.failure.place == "f.yaml:5"
+    assert "1000001 turns, where 0 to 1000000" in outcome.failure.got
+
+
 @pytest.mark.parametrize("step", ["kill", "destroy", "abandon"])
 def test_a_guest_of_which_op_tee_does_not_let_go_stays_until_it_is_ended_again(step: str) -> None:
     body = (
