@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 
 from hv_models.stage2 import PageKind
-from mediator.core.ledger import OverLimit
-from mediator.core.mediator import Mediator
 from mediator.core.rpc import MAX_UNDELIVERED
 from mediator.core.steps import (
     CALL_ADMITTED,
@@ -29,7 +27,6 @@ from mediator.core.steps import (
     RPC_UNDELIVERED,
     SECURE_WORLD_FAULT,
     Event,
-    Forward,
     Queue,
 )
 from optee.abi.message import NONCONTIG, Command, Message, Param
@@ -44,7 +41,6 @@ from tests.core.pair import (
     VALUE_IN,
     VALUE_INOUT,
     VALUE_OUT,
-    CountedHost,
     GuestSide,
     Pair,
     ask,
@@ -417,23 +413,6 @@ def test_who_is_not_created_is_told_why(make):
             },
         ),
     ]
-
-
-def test_a_host_without_memory_for_a_guest_says_so():
-    def no_room(limits: object) -> Any:
-        raise OverLimit("memory")
-
-    pair = Pair()
-    mediator = Mediator(policy_of(), CountedHost(pair.machine), no_room)
-    step = mediator.probe()
-    while isinstance(step, Forward):
-        step = mediator.returned(step.ticket, pair.world.call(step.regs))
-    vm = pair.machine.create_kvm("x", 1 << 20)
-    events = mediator.create(vm.client_id, vm).events
-    (event,) = events
-    assert (event.name, event.vm, event.detail["why"]) == (GUEST_REFUSED, vm.client_id, "no memory for another guest")
-    assert (event.detail["resource"], event.detail["answer"]) == ("memory", ReturnCode.ENOMEM)
-    pair.close()
 
 
 def test_a_quarantined_guest_is_told_with_what_it_keeps(make):

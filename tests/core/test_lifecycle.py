@@ -7,7 +7,7 @@ import pytest
 from mediator.core.ledger import OverLimit
 from mediator.core.mediator import Mediator
 from mediator.core.states import GuestState
-from mediator.core.steps import Forward, Preempt, Queue, Reply
+from mediator.core.steps import GUEST_REFUSED, Forward, Preempt, Queue, Reply
 from optee.abi.message import Message, Param
 from optee.abi.rpc import RpcCommand
 from optee.abi.smc import Function, ReturnCode, RpcReturn, to_pair
@@ -583,6 +583,9 @@ def test_a_guest_for_which_the_host_has_no_memory_is_not_created():
     step = mediator.create(vm.client_id, vm)
     assert isinstance(step, Reply) and step.regs[0] == ReturnCode.ENOMEM
     assert not mediator.guests and len(pair.world.inbox) == before
+    (event,) = step.events
+    assert (event.name, event.vm, event.detail["why"]) == (GUEST_REFUSED, vm.client_id, "no memory for another guest")
+    assert (event.detail["resource"], event.detail["answer"]) == ("memory", ReturnCode.ENOMEM)
     pair.close()
 
 

@@ -37,6 +37,7 @@ def test_a_command_ends_as_the_page_says(
     words = shlex.split(line.removeprefix("$ "), comments=True)
     if words[1] == "run":
         assert {word for word in words[2:] if re.fullmatch("[a-z-]{3,}", word) and word[0] != "-"} <= set(library())
+    # These take minutes together, which the fifteen of a check do not have; nothing else of a page is left out.
     if words[1] in SLOW and not NIGHTLY:
         pytest.skip("takes a while, and what is run has tests of its own: in the nightly run")
     code = re.search(r"exit code (\d)", line)
