@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mediator.cli.options import Json
+from mediator.cli.options import Json, SecureWorldOfTarget, Target
 from mediator.cli.output import BadInput, emit_json, heading, note, policy_of, progress, show, table, verdict
 
 if TYPE_CHECKING:
@@ -48,14 +48,8 @@ def conform(
     junit: Annotated[
         Path | None, typer.Option("--junit", metavar="FILE", help="Write the verdicts as a JUnit report, too.")
     ] = None,
-    target: Annotated[
-        Path | None,
-        typer.Option("--target", metavar="SOCKET", help="Test the mediator that serves guests at this socket."),
-    ] = None,
-    secure_world: Annotated[
-        Path | None,
-        typer.Option("--secure-world", metavar="SOCKET", help="With --target: where it finds its secure world, ours."),
-    ] = None,
+    target: Target = None,
+    secure_world: SecureWorldOfTarget = None,
     json: Json = False,
 ) -> int:
     """Conformance to the SMC ABI: cases of the catalogue, or a comparison with recorded vectors."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mediator.cli.options import Json, PolicyName
+from mediator.cli.options import Json, PolicyName, SecureWorldOfTarget, Target
 from mediator.cli.output import BadInput, emit_json, heading, note, on_terminal, policy_of, show, table, verdict
 
 if TYPE_CHECKING:
@@ -29,14 +29,8 @@ def fuzz(
         typer.Option("--corpus", metavar="TRACE", help="Begin from the calls of this trace, too; may be repeated."),
     ] = None,
     unguided: Annotated[bool, typer.Option("--unguided", help="Learn nothing of earlier episodes.")] = False,
-    target: Annotated[
-        Path | None,
-        typer.Option("--target", metavar="SOCKET", help="Attack the mediator that serves guests at this socket."),
-    ] = None,
-    secure_world: Annotated[
-        Path | None,
-        typer.Option("--secure-world", metavar="SOCKET", help="With --target: where it finds its secure world, ours."),
-    ] = None,
+    target: Target = None,
+    secure_world: SecureWorldOfTarget = None,
     json: Json = False,
 ) -> int:
     """Attack the core with guests and a secure world that mean harm, looking at all invariants."""

@@ -11,3 +11,11 @@ PolicyName: TypeAlias = Annotated[
 ]
 Trace: TypeAlias = Annotated[Path, typer.Argument(metavar="TRACE", help="A trace file, gzip'd or not.")]
 Traces: TypeAlias = Annotated[list[Path], typer.Argument(metavar="TRACE...", help="Trace files, gzip'd or not.")]
+Target: TypeAlias = Annotated[
+    Path | None,
+    typer.Option("--target", metavar="SOCKET", help="The mediator under test serves guests at this socket."),
+]
+SecureWorldOfTarget: TypeAlias = Annotated[
+    Path | None,
+    typer.Option("--secure-world", metavar="SOCKET", help="With --target: where it finds its secure world, ours."),
+]
