@@ -113,12 +113,15 @@ class SocketConduit:
 
     async def _lead(self) -> None:
         """Receive one message. Raises LinkClosed, LinkError; a cancellation has to wait until the answer is there."""
-        try:
-            await self._link.readable()
-        except trio.Cancelled:
-            with trio.CancelScope(shield=True):  # costs more than all else here, so it is the exception
+        await trio.lowlevel.cancel_shielded_checkpoint()  # others' turn, while the mediator works
+        message = self._link.poll()
+        if message is None:
+            try:
                 await self._link.readable()
-        message = self._link.receive_nowait()
+            except trio.Cancelled:
+                with trio.CancelScope(shield=True):  # costs more than all else here, so it is the exception
+                    await self._link.readable()
+            message = self._link.receive_nowait()
         if message is not None:
             self._take(message)
 

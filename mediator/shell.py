@@ -139,6 +139,8 @@ class Service:
         """Who writes down the calls of a guest, by client id."""
         self.memory_of: Callable[[VirtualMachine], GuestMemoryCount] = GuestMemoryCount
         """What the mediator gets as the memory of a VM."""
+        self.latest: VirtualMachine | None = None
+        """Whose call came last."""
         self._time = time
         self._distant: DistantSecureWorld | None = time
         if time is None and isinstance(world, DistantSecureWorld):
@@ -212,6 +214,7 @@ class Service:
 
     def enter(self, vm: VirtualMachine, vcpu: int, regs: Regs) -> Step | None:
         """Begin a guest's call and do what needs no waiting; all but a `Reply` is to be given to `finish`."""
+        self.latest = vm
         client = vm.client_id
         if client in self.recorders:
             return None

@@ -146,18 +146,21 @@ class Link:
 
     async def _take_calls(self, vm: VirtualMachine, calls: trio.Nursery) -> None:
         """Until the peer says STOP. Raises LinkClosed, LinkError."""
+        service = self._board.service
+        alone = False
         while True:
-            message = await self._link.receive()
+            message = await self._link.receive(poll=alone and not self._busy)
             if message.fds:
                 link.close_all(message.fds)
                 link.refuse(message, "carries no file descriptors")
             if message.request == Request.CALL and not message.reply:
+                alone = service.latest is vm
                 vcpu, regs = link.read_call(message)
                 if vcpu not in vm.vcpus:
                     link.refuse(message, f"names vCPU {vcpu}, which there is not")
                 if vcpu in self._busy:
                     link.refuse(message, f"names vCPU {vcpu}, whose last call has not returned")
-                step = self._board.service.enter(vm, vcpu, regs)
+                step = service.enter(vm, vcpu, regs)
                 if not isinstance(step, Reply) or not self._link.send_nowait(
                     link.call_record(vcpu, step.regs, reply=True)
                 ):
