@@ -13,17 +13,14 @@ from mediator.scenario import find_scenario, library, run_scenario
 from tests.docs.pages import DOCS, TOP, rows
 
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
-SEEDS = range(1, 51) if NIGHTLY else (1,)
-QUICK_SEEDS = range(1, 51) if NIGHTLY else (1, 2)
 
 
 @pytest.mark.parametrize("name", library())
 def test_a_scenario_of_the_library(name: str) -> None:
     scenario = find_scenario(name)
     assert scenario.scenario == name and scenario.purpose.endswith(".")
-    for seed in QUICK_SEEDS if scenario.quick else SEEDS:
-        outcome = run_scenario(scenario, seed)
-        assert outcome.good, outcome.as_data()
+    outcome = run_scenario(scenario, 1)
+    assert outcome.good, outcome.as_data()
 
 
 @pytest.mark.parametrize("guests", [2, 8])
