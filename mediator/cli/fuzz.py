@@ -60,8 +60,6 @@ def fuzz(
     if target is not None and secure_world is not None:
         report = _search_outside(target, secure_world, common)
     else:
-        if policy_of(policy).flow is not None:
-            raise BadInput(f"fuzz: {policy} has flow control, and the fuzzer gives no turns")
         policy_text = "" if policy in BUILT_IN else read_document(Path(policy))
         report = search(policy_of(policy), policy_text=policy_text, **common)
     if on_terminal(sys.stderr):

@@ -29,10 +29,11 @@ from mediator.fuzz.moves import (
     reply,
 )
 from mediator.fuzz.seeds import Exchange
+from mediator.fuzz.turns import MICROSECOND, TAKES, Turns
 from mediator.fuzz.world import HostileWorld
 from mediator.host import Host
 from mediator.invariants import Checker
-from optee.abi.smc import Function, RpcReturn, ThreadId, is_rpc, to_pair
+from optee.abi.smc import Function, ReturnCode, RpcReturn, ThreadId, is_rpc, to_pair
 
 HELD: Final = 12
 """Requests that OP-TEE or the shell may leave lying about."""
@@ -72,6 +73,9 @@ class Arena(Host):
         ]
         self.world = HostileWorld(self.machine.memory, self.items)
         self._held: list[Forward | Preempt] = []
+        flow = self.mediator.flow
+        self._turns = None if flow is None else Turns(self.checker, flow, self._keep, self._held)
+        """Who waits for a turn, where the policy has flow control."""
         self._choose = Random(0)
         self._changed: defaultdict[int, set[int]] = defaultdict(set)
         self.depths: set[tuple[str, int]] = set()
@@ -90,6 +94,8 @@ class Arena(Host):
         hostile = choose.random() < HOSTILE_GUEST
         guest = self.mediator.guests.get(client)
         recorded = self.world.planned = move.recorded
+        if self._turns is not None:
+            self._turns.let_pass(TAKES[move.detail % len(TAKES)] * MICROSECOND)
         if move.what == "call":
             at = base + choose.randrange(8) * 4096
             if recorded is not None:
@@ -127,6 +133,8 @@ class Arena(Host):
             self.world.refusing = choose.random() < REFUSED
             self._end(vm, again=move.what == "reset")
             self.world.refusing = False
+        if self._turns is not None:
+            self._turns.give()
         self.world.planned = None
         if guest is not None:
             limits, ledger = guest.ledger.limits, guest.ledger
@@ -138,12 +146,17 @@ class Arena(Host):
                 ("memory", EIGHTHS * ledger.memory // limits.memory),
             )
             self.depths.update(held)
+            if guest.lane.waiting:
+                self.depths.add(("waiting", guest.lane.waiting))
 
     def finish(self) -> None:
         """Let everything come to its end; what is left then is somebody's mistake."""
         self._choose = self.world.choose = Random(0)
-        while self._held:
-            self._go_on(self._held.pop(), plain=True)
+        while self._held or (self._turns is not None and self._turns.anybody):
+            if self._held:
+                self._go_on(self._held.pop(), plain=True)
+            if self._turns is not None:
+                self._turns.let_pass(0 if self._held else TAKES[-1] * MICROSECOND)
         self.checker.finish()
         self.journal = None  # a scenario's guests end by themselves
         for vm in self.vms:
@@ -176,9 +189,15 @@ class Arena(Host):
     def _submit(self, vm: VirtualMachine, regs: Regs) -> None:
         self.calls += 1
         self.items.add(("function", regs[0] & 0xFFFFFFFF if regs[0] & 0xFFFFFFFF in FUNCTIONS else -1))
+        guest = self.mediator.guests.get(vm.client_id)
+        own = 0 if guest is None else guest.ledger.calls + guest.lane.waiting
         step = self.checker.submit(vm.client_id, 0, regs)
-        if self.journal is not None and not isinstance(step, Queue):  # of a paused guest, who tries again later
-            self.journal.called(vm.name, regs, step)
+        if isinstance(step, Reply) and step.regs[0] == ReturnCode.ETHREAD_LIMIT and not own:
+            self.checker.report(
+                6, vm.client_id, "a place, for no call of this guest is in flight (R29)", "ETHREAD_LIMIT"
+            )
+        if self.journal is not None and not (isinstance(step, Queue) and step.ticket is None):
+            self.journal.called(vm.name, regs, step)  # a paused guest tries again later
         self._keep(vm.client_id, step)
 
     def _write_recorded(self, vm: VirtualMachine, at: int, recorded: Exchange) -> None:
@@ -226,6 +245,8 @@ class Arena(Host):
                 self._held.append(step)
             else:
                 self._go_on(step)
+        elif isinstance(step, Queue) and step.ticket is not None and self._turns is not None:
+            self._turns.wait(step.ticket)
 
     def _go_on(self, step: Forward | Preempt, *, plain: bool = False) -> None:
         guest = getattr(step.ticket, "guest", None)
@@ -237,7 +258,7 @@ class Arena(Host):
 
     def _next(self, step: Forward | Preempt, *, plain: bool) -> Step:
         if isinstance(step, Preempt):
-            then = self.checker.proceed(step.ticket)
+            then: Step = self.checker.proceed(step.ticket)
         else:
             answer = self.world.answer(step.regs, plain=plain)
             if self.journal is not None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from hv_models.stage2 import PageKind
-from mediator.core.steps import Forward, Preempt, Regs, Step, Ticket
+from mediator.core.steps import Forward, Preempt, Queue, Regs, Step, Ticket
 
 Writes = list[tuple[str, int, bytes]]
 """What OP-TEE writes before it answers: into the call's "message" or "argument", at which offset, which bytes."""
@@ -113,7 +113,7 @@ class Journal:
             self._goes_on(call, then)
 
     def _goes_on(self, call: Called, step: Step) -> None:
-        if isinstance(step, Forward | Preempt):
+        if isinstance(step, Forward | Preempt | Queue) and step.ticket is not None:
             self._calls[step.ticket] = call
         if isinstance(step, Forward):
             self._with_optee[step.ticket] = step.regs[0]

@@ -9,13 +9,16 @@ import re
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FunctionType
 from typing import Any, NamedTuple
 
 import pytest
 
 from mediator.core import fast, ledger, rpc, sharing, yielding
+from mediator.core.flow import Flow
 from mediator.core.mediator import Mediator
+from mediator.core.policy import FlowPolicy
 from mediator.fuzz import fuzz
 from mediator.policies import load_policy
 
@@ -77,6 +80,17 @@ FAULTS = {
         ledger.Charge.refund, r"ledger\.pages -= self\.pages", "ledger.pages -= 2 * self.pages"
     ),
     "a refund forgets memory": Fault(ledger.Charge.refund, r"ledger\.memory -= self\.memory", "pass"),
+    "one call more waits than may": Fault(Flow.enter, r"waiting > self", "waiting - 1 > self", "flow"),
+    "a call is sent away with none in flight": Fault(Flow.enter, r"waiting > self\.policy\.queue", "True", "flow"),
+    "a secure core is not given back": Fault(Flow.leave, r"self\.running -= 1", "pass", "flow"),
+    "a guest's share of the cores is not given back": Fault(Flow.leave, r"place\.lane\.inside -= 1", "pass", "flow"),
+    "a secure core is not counted": Fault(Flow._grant, r"self\.running \+= 1", "pass", "flow"),
+    "a call that is let in is not charged": Fault(Flow._grant, r"place\.charge\.take_call\(\)", "pass", "flow"),
+    "a call whose vCPU is away has its turn": Fault(Flow.away, r"place\.stand = Stand\.AWAY", "pass", "flow"),
+    "who waits when its guest goes is forgotten": Fault(Flow.drop, r"self\._granted\.append\(place\)", "pass", "flow"),
+    "a resumed guest does not line up again": Fault(Flow.unpause, r"self\._lanes\[lane\] = None", "pass", "flow"),
+    "a begun call waits behind new ones": Fault(Flow.resume, r"place\.urgent = True", "pass", "flow"),
+    "nobody says when the next turn is": Fault(Flow.next_turn, r"return min\(.*\)", "return None", "flow"),
 }
 
 
@@ -102,6 +116,12 @@ def found_by_fuzz() -> bool:
     return fuzz(load_policy("default"), seed=0, seconds=SECONDS, shrink_it=False).failure is not None
 
 
+def found_with_flow_control() -> bool:
+    """Whether the fuzzer finds something wrong where calls wait for turns."""
+    policy = replace(load_policy("default"), flow=FlowPolicy(queue=2, rate=2000.0, burst=2, secure_cores=2))
+    return fuzz(policy, seed=0, seconds=SECONDS, shrink_it=False).failure is not None
+
+
 def found_when_exhausted() -> bool:
     """Whether it is found when the mediator has no page left for an RPC argument."""
     from tests.core.pair import Pair, ask_alloc, interrupt, invoke
@@ -118,7 +138,11 @@ def found_when_exhausted() -> bool:
         pair.close()
 
 
-BY: dict[str, Callable[[], bool]] = {"fuzz": found_by_fuzz, "exhausted": found_when_exhausted}
+BY: dict[str, Callable[[], bool]] = {
+    "fuzz": found_by_fuzz,
+    "flow": found_with_flow_control,
+    "exhausted": found_when_exhausted,
+}
 
 
 @pytest.mark.parametrize("name", FAULTS)

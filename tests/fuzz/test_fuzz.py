@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -9,12 +10,15 @@ import pytest
 
 from mediator import policies
 from mediator.cli import run
+from mediator.core.flow import Flow
+from mediator.core.policy import FlowPolicy
 from mediator.documents import DocumentError
 from mediator.fuzz import fuzz
 from mediator.fuzz.arena import Arena
 from mediator.fuzz.moves import as_recorded
 from mediator.fuzz.seeds import conversations, distil, lines, read_seeds, shipped
 from mediator.policies import load_policy
+from mediator.scenario import load_scenario
 from mediator.trace.format import read_trace
 from optee.abi.message import HEADER
 from optee.abi.smc import is_rpc
@@ -103,10 +107,28 @@ def test_what_was_recorded_is_said_again() -> None:
     arena.close()
 
 
-def test_a_policy_with_flow_control_is_refused_and_not_accused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+FLOWS = {
+    "a place for each": FlowPolicy(queue=4),
+    "one core, one place": FlowPolicy(queue=1, secure_cores=1),
+    "a rate": FlowPolicy(queue=2, rate=2000.0, burst=2, secure_cores=2),
+}
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_nobody_waits_too_long_or_for_nothing(name: str) -> None:
+    policy = replace(load_policy("default"), flow=FLOWS[name])
+    reports = [fuzz(policy, seed=2, calls=1000, recorded=shipped()) for _ in range(2)]
+    assert reports[0].failure is None
+    assert ("waiting", FLOWS[name].queue) in reports[0].depths
+    assert reports[0].edges == reports[1].edges and reports[0].items == reports[1].items
+
+
+def test_a_failure_under_flow_control_is_made_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = tmp_path / "flow.yaml"
-    policy.write_text(POLICY.read_text().replace("flow: null", "flow: {queue: 8}"))
-    assert run(["fuzz", "--calls", "300", "--policy", str(policy)]) == 2
-    assert "flow control" in capsys.readouterr().err
+    policy.write_text(POLICY.read_text().replace("flow: null", "flow: {queue: 8, secure_cores: 1}"))
+    assert run(["fuzz", "--calls", "300", "--policy", str(policy)]) == 0
+    monkeypatch.setattr(Flow, "leave", lambda self, place: None)
+    assert run(["fuzz", "--calls", "300", "--policy", str(policy), "--out", str(tmp_path)]) == 1
+    (written,) = tmp_path.glob("fuzz-*.yaml")
+    scenario = load_scenario(written.read_text(), "fuzz")
+    assert scenario.machine.policy is not None and "secure_cores" in written.read_text()
