@@ -72,8 +72,9 @@ def _drawn(arrow: Arrow) -> Iterator[str]:
     shaft = "─" * (COLUMN - 2)
     yield _over(left, f"├{shaft}►│" if arrow.source < arrow.target else f"│◄{shaft}┤")
     for note in arrow.notes:
-        indent = "  │" + " " * (len(note) - len(note.lstrip()) + 5)
-        yield from textwrap.wrap(note.lstrip(), 3 * COLUMN, initial_indent=indent, subsequent_indent=indent + "  ")
+        at = 8 + len(note) - len(note.lstrip())
+        for text in textwrap.wrap(note.lstrip(), 3 * COLUMN - at, subsequent_indent="  "):
+            yield _over(at, text)
 
 
 def _over(at: int, text: str) -> str:

@@ -188,6 +188,8 @@ def test_arrows_lie_between_their_life_lines() -> None:
     assert [(line.index("─"), line.rindex("─")) for line in shafts] == [(COLUMN + 4, 2 * COLUMN + 1), (3, COLUMN)]
     assert "◄" in shafts[0] and "►" in shafts[1]
     assert all(line[2] in "│├" for line in lines) and max(map(len, lines)) <= 3 * COLUMN
+    (noted,) = (line for line in lines if "particular" in line)
+    assert [at for at, sign in enumerate(noted) if sign == "│"] == [2, COLUMN + 2, 2 * COLUMN + 2]
 
 
 @needs_shared
