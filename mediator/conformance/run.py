@@ -4,6 +4,7 @@ What comes out has the vector format itself, so that comparing is a matter of tw
 be written as a vector file.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
@@ -69,6 +70,7 @@ class Run:
         self._request: bytes | None = None
         self._dying: set[int] = set()
         self._recorded: dict[int, bytes] = {}
+        self._adopted: defaultdict[int, list[v.MemoryWrite]] = defaultdict(list)
         self._facts = Facts()
         self._serving = VmId(0)
 
@@ -77,8 +79,14 @@ class Run:
         self.machine.close()
 
     def adopt(self) -> None:
-        """Leave guests with the memory that was recorded: what they do next follows from what they found there."""
+        """Leave guests with the memory that was recorded: what they do next follows from what they found there.
+
+        In what is observed a guest writes it before its next call, so that it can be played again.
+        """
         for domain, image in self._recorded.items():
+            base = self.machine.described[domain].base_gfn << PAGE_SHIFT
+            changes = changed_runs(domain, base, self.machine.image(domain), image)
+            self._adopted[domain] += (v.MemoryWrite(ipa=change.ipa, hex=change.hex) for change in changes)
             self.machine.restore(domain, image)
 
     def steps(self) -> Iterator[Observed]:
@@ -151,7 +159,8 @@ class Run:
             pins=self._pins(step.domain),
             state=self._state(step.domain),
         )
-        done = v.Smc(op="smc", domain=step.domain, regs=step.regs, mem_writes=step.mem_writes, out=out)
+        writes = [*self._adopted.pop(step.domain, ()), *step.mem_writes]
+        done = v.Smc(op="smc", domain=step.domain, regs=step.regs, mem_writes=writes, out=out)
         return Observed(done, self._facts, difference)
 
     def _relinquish(self, step: v.Relinquish) -> v.Relinquish:

@@ -98,6 +98,16 @@ def test_what_is_observed_is_a_vector_file_that_agrees_with_us(tmp_path: Path) -
     assert report.agree == report.steps == whole().steps
 
 
+def test_what_is_observed_says_what_memory_a_guest_was_left_with(tmp_path: Path) -> None:
+    """After a step that differs as a rule demands, guests go on with the memory that was recorded."""
+    changed = visible("random_93")
+    changed["steps"][8]["regs"][2] = "0x0"
+    report = compare(document(changed), xen(), observe=True)
+    assert report.intended["R18"]
+    again = compare(load_vectors(write(tmp_path / "observed.json", *report.observed, format=FORMAT)), xen())
+    assert again.agree == again.steps and not again.differ
+
+
 def test_another_policy_is_not_taken_for_xen() -> None:
     vectors = document(visible("fast_calls_all"), visible("register_unregister"))
     report = compare(vectors, load_policy("default"))
