@@ -38,7 +38,7 @@ class _NoRegion(Region):
         self.base = Ipa(0)
         self.size = self.pages = 0
         self.base_word = np.array(0, dtype=np.uint64)
-        self.entries = np.zeros(1, dtype=np.int64)
+        self.pas = np.zeros(1, dtype=np.uint64)
 
 
 _NO_REGION: Final[Region] = _NoRegion()
@@ -86,7 +86,7 @@ class GuestMemory:
             entry = region.lookup[offset >> PAGE_SHIFT]
             if entry:
                 start = (entry - 1 << PAGE_SHIFT) + within
-                return region.view[start : start + size].tobytes()
+                return region.octets[start : start + size]
         bank, page = self._resolve(ipa, size, writable)
         return bank.page_view(page)[within : within + size].tobytes()
 
@@ -149,7 +149,7 @@ class GuestMemory:
             raise ValueError(f"{pinned!r} is not pinned by {self.name}")
         pinned.owner = None
         for part in pinned.parts:
-            part.bank.unpin(part.entries)
+            part.bank.unpin(part.pas)
         if self._removed:
             self._release_removed()
 
@@ -258,11 +258,11 @@ class GuestMemory:
         """Pin pages all of which are in the TLB of one region; None if they are not."""
         offsets = ipas - region.base_word
         index = (offsets >> _SHIFT).view(_INT64)
-        entries = region.entries.take(index, mode="clip")
-        if np.count_nonzero(entries) != len(entries) or np.count_nonzero(offsets & _MASK):
+        pas = region.pas.take(index, mode="clip")
+        if np.count_nonzero(pas) != len(pas) or np.count_nonzero(offsets & _MASK):
             return None
-        bank = region.bank
-        return Pinned(self, bank.pin(entries), (Part(bank, entries, region, index, None),))
+        region.bank.pin(pas)
+        return Pinned(self, pas, (Part(region.bank, pas, region, index, None),))
 
     def _pin_slowly(self, ipas: PageArray) -> Pinned:
         """Pin pages that are not all in the first region's TLB."""
@@ -280,10 +280,12 @@ class GuestMemory:
             ipa = int(ipas[position])
             bank, page = self._shareable(ipa)
             named, index = self._place(ipa) or (None, 0)
-            parts.append(Part(bank, np.array([page + 1]), named, np.array([index]), np.array([position])))
+            pa = np.array([bank.frames.address(page)], dtype=np.uint64)
+            parts.append(Part(bank, pa, named, np.array([index]), np.array([position])))
         pas = np.zeros(len(ipas), dtype=np.uint64)
         for part in parts:
-            pas[part.positions] = part.bank.pin(part.entries)
+            part.bank.pin(part.pas)
+            pas[part.positions] = part.pas
         return Pinned(self, pas, tuple(parts))
 
     def _gather(self, ipas: PageArray) -> tuple[list[Part], IndexArray]:
@@ -293,10 +295,10 @@ class GuestMemory:
         missing = np.ones(len(ipas), dtype=np.bool_)
         for region in self.regions:
             index = ((ipas - region.base_word) >> _SHIFT).view(np.int64)
-            entries = region.entries.take(index, mode="clip")
-            positions = np.flatnonzero((entries != 0) & aligned)
+            pas = region.pas.take(index, mode="clip")
+            positions = np.flatnonzero((pas != 0) & aligned)
             if len(positions):
-                parts.append(Part(region.bank, entries[positions], region, index[positions], positions))
+                parts.append(Part(region.bank, pas[positions], region, index[positions], positions))
                 missing[positions] = False
         return parts, np.flatnonzero(missing)
 

@@ -91,8 +91,10 @@ class PageStore:
     def _adopt(self, fd: int, offset: int, pages: int) -> None:
         self.fd = fd
         self.pages = pages
-        self.view = memoryview(mmap.mmap(fd, pages * PAGE_SIZE, offset=offset))
-        """All bytes, writable."""
+        self.octets: mmap.mmap | bytes = mmap.mmap(fd, pages * PAGE_SIZE, offset=offset)
+        """All bytes; a slice of them is a copy."""
+        self.view = memoryview(self.octets)
+        """The same, writable; a slice of it is a view."""
         self.words: PageArray = np.frombuffer(self.view, dtype="<u8").reshape(pages, WORDS_PER_PAGE)
         """The same memory as u64, shape (pages, 512)."""
         self.file: tuple[int, int] | None = None
@@ -123,7 +125,8 @@ class PageStore:
         """Give up the file; the memory goes when the last view of it does."""
         self._closer()
         self.fd = -1
-        self.view = memoryview(b"")
+        self.octets = b""
+        self.view = memoryview(self.octets)
         self.words = np.empty((0, WORDS_PER_PAGE), dtype=np.uint64)
 
 
@@ -208,10 +211,7 @@ class Frames:
 
 
 class Bank:
-    """The frames of one page store, and how often each is pinned.
-
-    Translation tables number the pages of a bank from 1 and let 0 mean "no page".
-    """
+    """The frames of one page store, and how often each is pinned."""
 
     def __init__(self, name: str, store: PageStore, frames: Frames) -> None:
         if frames.pages != store.pages:
@@ -219,38 +219,29 @@ class Bank:
         self.name = name
         self.store = store
         self.frames = frames
-        # Filled as pages are pinned, since looking up is quicker than arithmetic, and most pages never are.
-        self._entry_pa: PageArray = sparse_zeros(store.pages + 1, np.dtype(np.uint64))
-        self._entry_pins: npt.NDArray[np.int32] = sparse_zeros(store.pages + 1, np.dtype(np.int32))
-        self._uncounted: dict[int, IndexArray] = {}
+        self._pins: npt.NDArray[np.int32] = sparse_zeros(store.pages, np.dtype(np.int32))
+        self._uncounted: dict[int, PageArray] = {}
 
     def __repr__(self) -> str:
         return f"<Bank {self.name}: {self.store.pages} pages from PA {self.frames.base:#x}>"
 
-    def pin(self, entries: IndexArray) -> PageArray:
-        """Hold a reference on each of the pages with these numbers, one per mention, until `unpin` of this array.
-
-        Returns the PA of each.
-        """
+    def pin(self, pas: PageArray) -> None:
+        """Hold a reference on each of these frames, one per mention, until `unpin` of this array."""
         # Most pins are gone before anybody asks for counts, and counting takes longer than translating.
-        self._uncounted[id(entries)] = entries
-        pas: PageArray = self._entry_pa[entries]
-        if np.count_nonzero(pas) != len(pas):
-            pas = self._entry_pa[entries] = self.frames.addresses(entries - 1)
-        return pas
+        self._uncounted[id(pas)] = pas
 
-    def unpin(self, entries: IndexArray) -> None:
+    def unpin(self, pas: PageArray) -> None:
         """Give the references of one `pin` back."""
-        if self._uncounted.pop(id(entries), None) is None:
-            np.subtract.at(self._entry_pins, entries, _ONE)
+        if self._uncounted.pop(id(pas), None) is None:
+            np.subtract.at(self._pins, self.frames.find(pas), _ONE)
 
     @property
     def pins(self) -> npt.NDArray[np.int32]:
         """References held on each page of the store."""
-        for entries in self._uncounted.values():
-            np.add.at(self._entry_pins, entries, _ONE)
+        for pas in self._uncounted.values():
+            np.add.at(self._pins, self.frames.find(pas), _ONE)
         self._uncounted.clear()
-        return self._entry_pins[1:]
+        return self._pins
 
     @property
     def pa(self) -> PageArray:
@@ -262,6 +253,12 @@ class Bank:
         pins = self.pins
         pages = np.flatnonzero(pins)
         return dict(zip(pages.tolist(), pins[pages].tolist(), strict=True))
+
+    def frame(self, pa: int) -> memoryview:
+        """The 4096 bytes of the frame at a PA that is in this bank."""
+        page = self.frames.page(pa)
+        assert page is not None
+        return self.page_view(page)
 
     def page_view(self, page: int) -> memoryview:
         """The 4096 bytes of one page."""

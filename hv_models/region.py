@@ -17,9 +17,9 @@ from hv_models.memory import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Bank, IndexArray,
 class Region:
     """A contiguous range of IPAs that is backed, page by page, by one bank (a KVM memory slot).
 
-    `entries[n]` is 1 + the number of the bank's page at IPA base + 4096 * n if that page is normal
-    read-write RAM which may be shared with OP-TEE, and 0 otherwise. One more element, always 0, stands at
-    the end for every address outside: look-ups clip to it.
+    `pas[n]` is the PA of the page at IPA base + 4096 * n if that page is normal read-write RAM which may be shared
+    with OP-TEE, and 0 otherwise. One more element, always 0, stands at the end for every address outside: look-ups
+    clip to it.
     """
 
     def __init__(self, base: int, bank: Bank) -> None:
@@ -30,8 +30,11 @@ class Region:
         self.pages = bank.store.pages
         self.size = self.pages * PAGE_SIZE
         self.view = bank.store.view
+        self.octets = bank.store.octets
         self.base_word: PageArray = np.array(base, dtype=np.uint64)
-        self.entries: IndexArray = sparse_zeros(self.pages + 1, np.dtype(np.int64))
+        self.pas: PageArray = sparse_zeros(self.pages + 1, np.dtype(np.uint64))
+        self.entries: npt.NDArray[np.int32] = sparse_zeros(self.pages + 1, np.dtype(np.int32))
+        """1 + the number of the bank's page where `pas` is not 0, and 0 elsewhere."""
         self.lookup = memoryview(self.entries.data)
         """The same entries for look-up of single pages (`memoryview` indexes faster than an array)."""
         self.dirty: npt.NDArray[np.bool_] | None = None
@@ -67,8 +70,8 @@ class Part(NamedTuple):
     """Pages of a pin that lie in one bank."""
 
     bank: Bank
-    entries: IndexArray
-    """1 + the number of the bank's page, for each."""
+    pas: PageArray
+    """PA of each."""
     region: Region | None
     """The region that the guest named them in; None for addresses outside of its RAM."""
     places: IndexArray
@@ -103,8 +106,8 @@ class Pinned:
         """The 4096 bytes of one of the pages."""
         for part in self.parts:
             if part.positions is None:
-                return part.bank.page_view(int(part.entries[position]) - 1)
+                return part.bank.frame(int(part.pas[position]))
             place = int(np.searchsorted(part.positions, position))
             if place < len(part.positions) and part.positions[place] == position:
-                return part.bank.page_view(int(part.entries[place]) - 1)
+                return part.bank.frame(int(part.pas[place]))
         raise IndexError(position)

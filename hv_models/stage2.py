@@ -54,6 +54,7 @@ _PAGE_SHIFT = np.uint64(PAGE_SHIFT)
 _GROUP_SHIFT = np.uint64(LEVEL_SHIFT[2])
 _GROUP_MASK = (1 << LEVEL_SHIFT[2]) - 1
 _INDEX_MASK = np.uint64(ENTRIES - 1)
+_NOWHERE = np.uint64(0)
 
 
 class Stage2:
@@ -340,15 +341,18 @@ class Stage2:
         if not descriptors.any():
             if region.entries[index].any():  # what is not written costs no memory
                 region.entries[index] = 0
+                region.pas[index] = 0
             return
-        pages = region.bank.frames.find(descriptors & _ADDRESS)
-        shareable = is_ram_rw(descriptors)
+        pas = descriptors & _ADDRESS
+        pages = region.bank.frames.find(pas)
+        shareable = is_ram_rw(descriptors) & (pages >= 0)
         shared = self._sharing.shared_pages(region.bank)
         if shared:
             shareable &= ~np.isin(pages, shared)
         region.entries[index] = np.where(shareable, pages + 1, 0)
+        region.pas[index] = np.where(shareable, pas, _NOWHERE)
         if region.base == 0:
-            region.entries[0] = 0
+            region.entries[0] = region.pas[0] = 0
 
 
 def _groups(ipa: int, pages: int) -> Iterator[tuple[int, int, int]]:

@@ -48,6 +48,7 @@ class TestFaults:
         assert pinned.pas.tolist() == vm.regions[0].bank.pa[numbers].tolist()
         assert mapped(vm) == set(numbers)
         assert np.flatnonzero(vm.regions[0].entries).tolist() == sorted(set(numbers))
+        assert np.flatnonzero(vm.regions[0].pas).tolist() == sorted(set(numbers))
         machine.close()
 
     def test_a_fault_does_not_override_a_kind(self, vm: KvmVm) -> None:

@@ -14,7 +14,7 @@ from hv_models.memory import (
     Bank,
     Frames,
     GuestRam,
-    IndexArray,
+    PageArray,
     PageStore,
     PhysicalFault,
     PhysicalMemory,
@@ -156,10 +156,10 @@ class TestPins:
     ) -> None:
         """A list of pages is pinned, a number unpins one of those, None asks for the counts."""
         bank = bank_of(4)
-        held: list[tuple[list[int], IndexArray]] = []
+        held: list[tuple[list[int], PageArray]] = []
         for step in [*steps, None]:
             if isinstance(step, list):
-                held.append((step, np.array(step, dtype=np.int64) + 1))
+                held.append((step, bank.frames.addresses(np.array(step, dtype=np.int64))))
                 bank.pin(held[-1][1])
             elif step is None:
                 counts = Counter(page for pages, _ in held for page in pages)

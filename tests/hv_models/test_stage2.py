@@ -96,10 +96,12 @@ def test_tables_walker_and_tlb_agree_with_a_plain_dictionary(steps: list[tuple[o
     assert stage2.lookup(np.array(ipas[::-1], dtype=np.uint64)).tolist() == leaves.tolist()[::-1]
     assert [describe(leaf) for leaf in leaves.tolist()] == expected
     shareable = {region.bank.pa[page]: page + 1 for page in range(REGION_PAGES)}
-    assert region.entries.tolist() == [
-        shareable.get(entry.pa, 0) if (entry := model.get(page)) and entry.kind is PageKind.RAM_RW else 0
+    pas = [
+        entry.pa if (entry := model.get(page)) and entry.kind is PageKind.RAM_RW and entry.pa in shareable else 0
         for page in range(REGION_PAGES)
-    ] + [0]
+    ]
+    assert region.pas.tolist() == [*pas, 0]
+    assert region.entries.tolist() == [shareable.get(pa, 0) for pa in [*pas, 0]]
     for pa in (FRAMES, FRAMES + 512 * PAGE_SIZE, FRAMES + 5000 * PAGE_SIZE):
         assert stage2.find(pa + 9) == [
             RAM + page * PAGE_SIZE for page in window if page in model and model[page].pa == pa
