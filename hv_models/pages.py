@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from hv_models.memory import PAGE_SHIFT, PAGE_SIZE, Bank, Frames, PageArray, PageStore, PhysicalMemory
+from hv_models.memory import PAGE_SHIFT, PAGE_SIZE, Bank, Frames, PageStore, PhysicalMemory
 
 BANK_PAGES: Final = 1024
 """A pool grows by 4 MiB of address space at a time; memory is committed page by page."""
@@ -19,7 +19,7 @@ class Page:
         self.pa = bank.frames.address(page)
         self.view: memoryview = bank.page_view(page)
         """4096 writable bytes."""
-        self.words: PageArray = bank.store.words[page]
+        self.words = self.view.cast("Q")
         """The same bytes as 512 u64."""
         self.live = False
 

@@ -101,9 +101,12 @@ class Charge:
             if ledger.lender is not None:
                 ledger.lender.give_back(ledger, self.pages)
             ledger.pages -= self.pages
-        ledger.buffers -= self.buffers
-        ledger.rpc_arguments -= self.rpc_arguments
-        ledger.calls -= self.calls
+        if self.buffers:
+            ledger.buffers -= self.buffers
+        if self.rpc_arguments:
+            ledger.rpc_arguments -= self.rpc_arguments
+        if self.calls:
+            ledger.calls -= self.calls
         ledger.memory -= self.memory
 
 

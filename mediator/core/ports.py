@@ -67,8 +67,8 @@ class SharedPage(Protocol):
         ...
 
     @property
-    def words(self) -> npt.NDArray[np.uint64]:
-        """The same page as 512 little-endian words."""
+    def words(self) -> memoryview:
+        """The same page as 512 u64."""
         ...
 
 

@@ -89,46 +89,44 @@ class Counters:
 
 
 class Pins:
-    """What one `pin` returned, shared by the `buffers` of one message: the last one that is released unpins.
+    """What was pinned for the page lists of one message. All buffers of it share this, and go together.
 
-    written: OP-TEE may write some of these pages.
+    written: those of `pinned` of which OP-TEE may write some pages.
     """
 
-    __slots__ = ("buffers", "pinned", "written")
+    __slots__ = ("pinned", "written")
 
-    def __init__(self, pinned: Pinned, buffers: int) -> None:
-        self.pinned = pinned
-        self.buffers = buffers
-        self.written = False
+    def __init__(self) -> None:
+        self.pinned: list[Pinned] = []
+        self.written: list[Pinned] = []
 
 
 class Buffer:
     """A shared buffer: `pages` pinned pages of the guest, and for a while a page list of ours for OP-TEE.
 
-    `offset` is that of the first byte in the first page; `written` says that OP-TEE may write it.
+    `offset` is that of the first byte in the first page.
     """
 
-    __slots__ = ("charge", "cookie", "lists", "offset", "pages", "pins", "state", "written")
+    __slots__ = ("charge", "cookie", "lists", "offset", "pages", "pins", "state")
 
-    def __init__(self, cookie: Cookie, offset: int, pages: int, written: bool, charge: Charge) -> None:
+    def __init__(self, cookie: Cookie, offset: int, pages: int, charge: Charge, pins: Pins) -> None:
         self.cookie = cookie
         self.offset = offset
         self.pages = pages
-        self.written = written
         self.charge = charge
+        self.pins = pins
         self.state = _PINNED
-        self.pins: list[Pins] = []
         self.lists: list[SharedPage] = []
 
     def load(self, memory: GuestMemory, offset: int, size: int) -> bytes:
         """Copy bytes of a registered buffer, `offset` counted from its first page; both were checked."""
-        if len(self.pins) == 1:
-            return memory.load(self.pins[0].pinned, offset, size)
+        if len(self.pins.pinned) == 1:
+            return memory.load(self.pins.pinned[0], offset, size)
         parts = []
-        for pins in self.pins:
-            length = len(pins.pinned.pas) * PAGE_SIZE
+        for pinned in self.pins.pinned:
+            length = len(pinned.pas) * PAGE_SIZE
             if offset < length and size:
-                part = memory.load(pins.pinned, offset, min(size, length - offset))
+                part = memory.load(pinned, offset, min(size, length - offset))
                 parts.append(part)
                 size -= len(part)
                 offset = length
@@ -138,8 +136,7 @@ class Buffer:
     def store_fields(self, memory: GuestMemory, base: int, data: bytes, fields: Sequence[slice]) -> None:
         """Write fields of `data`, of a message `base` bytes behind the start of the first page; all was checked."""
         first = 0
-        for pins in self.pins:
-            pinned = pins.pinned
+        for pinned in self.pins.pinned:
             length = len(pinned.pas) * PAGE_SIZE
             if first <= base and base + len(data) <= first + length:
                 memory.store_fields(pinned, base - first, data, fields)

@@ -57,17 +57,18 @@ Work = Generator[None, None, None]
 class _Batch:
     """Page lists that are read but not pinned yet: one pin serves all buffers of a message.
 
-    `entries` are the addresses that stand in the guest's lists, one run of bytes for each of our own `lists`.
+    `entries` are the addresses that stand in the guest's lists, one run of bytes for each of our own `lists`;
+    `written`: OP-TEE may write some of these pages.
     """
 
-    __slots__ = ("buffers", "entries", "lists")
+    __slots__ = ("entries", "lists", "written")
 
     def __init__(self) -> None:
-        self.buffers: list[Buffer] = []
         self.entries: list[bytes] = []
         self.lists: list[SharedPage] = []
+        self.written = False
 
-    def read(self, memory: GuestMemory, source: Ipa, left: int, buffer: Buffer, page: SharedPage) -> Ipa:
+    def read(self, memory: GuestMemory, source: Ipa, left: int, page: SharedPage) -> Ipa:
         """Copy the guest's list page at `source`, once, for a page of ours; returns the address of the next one.
 
         The list ends after the `left` entries that are left, by count and never by trust (R7).
@@ -76,9 +77,6 @@ class _Batch:
             MessageRejected: there is no such list page.
 
         """
-        if not self.buffers or self.buffers[-1] is not buffer:
-            # Even if there is no such page: what was read of the list before is pinned, and undone with the buffer.
-            self.buffers.append(buffer)
         try:
             if source & OFFSET_MASK:
                 raise Stage2Fault(source, Reason.UNALIGNED)
@@ -94,7 +92,7 @@ class _Batch:
         self.lists.append(page)
         return source
 
-    def pin(self, guest: Guest) -> None:
+    def pin(self, guest: Guest, pins: Pins) -> None:
         """Translate and pin what was read, in one step, and fill in our own lists (R6).
 
         Raises:
@@ -107,11 +105,9 @@ class _Batch:
             pinned = guest.memory.pin(np.frombuffer(b"".join(self.entries), _ADDRESSES))
         except Stage2Fault as fault:
             raise MessageRejected(Result.BAD_PARAMETERS, str(fault)) from None
-        pins = Pins(pinned, len(self.buffers))
-        for buffer in self.buffers:
-            buffer.pins.append(pins)
-            if buffer.written:
-                pins.written = True
+        pins.pinned.append(pinned)
+        if self.written:
+            pins.written.append(pinned)
         octets = pinned.pas.data.cast("B")
         at = 0
         for page, entries in zip(self.lists, self.entries, strict=True):
@@ -141,8 +137,8 @@ def translate(
 
     """
     guest = call.guest
+    pins = Pins()
     batch = _Batch()
-    done = 0
     try:
         for at in temporary:
             attribute, pointer, size, cookie = PARAM.unpack_from(message, at)
@@ -152,21 +148,19 @@ def translate(
                 raise MessageRejected(Result.BAD_PARAMETERS, "a contiguous buffer outside reserved memory")
             offset = pointer & OFFSET_MASK
             written = attribute & TYPE_MASK != TMEM_INPUT
-            buffer = _open(core.world, guest, cookie, offset, size, written, buffers)
+            buffer = _open(core.world, guest, cookie, offset, size, pins, buffers)
             source = pointer - offset
             left = buffer.pages
             for page in buffer.lists:
-                if done == LISTS_PER_STEP:
-                    batch.pin(guest)
+                if len(batch.lists) == LISTS_PER_STEP:
+                    batch.pin(guest, pins)
                     batch = _Batch()
                     yield
-                    done = 0
-                source = batch.read(guest.memory, source, left, buffer, page)
+                batch.written |= written
+                source = batch.read(guest.memory, source, left, page)
                 left -= ENTRIES_PER_PAGE
-                done += 1
             list_pa = buffer.lists[0].pa | offset
-            at += base + _BUF_PTR
-            shadow.view[at : at + 8] = list_pa.to_bytes(8, "little")
+            shadow.words[base + at + _BUF_PTR >> 3] = list_pa
             if core.tracing:
                 guest.events.append(
                     Event(
@@ -178,13 +172,13 @@ def translate(
                 )
     except MessageRejected:
         # A page of an earlier parameter that cannot be shared comes first.
-        batch.pin(guest)
+        batch.pin(guest, pins)
         raise
-    batch.pin(guest)
+    batch.pin(guest, pins)
 
 
 def _open(
-    world: SecureWorld, guest: Guest, cookie: Cookie, offset: int, size: int, written: bool, buffers: list[Buffer]
+    world: SecureWorld, guest: Guest, cookie: Cookie, offset: int, size: int, pins: Pins, buffers: list[Buffer]
 ) -> Buffer:
     """Charge a buffer, give it its name and list pages; limits are looked at before the name, as the reference does."""
     limits = guest.ledger.limits
@@ -202,7 +196,7 @@ def _open(
     if cookie in guest.buffers:
         charge.refund()
         raise MessageRejected(Result.BAD_PARAMETERS, "a buffer with this cookie is live")
-    buffer = Buffer(cookie, offset, pages, written, charge)
+    buffer = Buffer(cookie, offset, pages, charge, pins)
     guest.buffers[cookie] = buffer
     buffers.append(buffer)
     while lists:
@@ -227,13 +221,14 @@ def return_lists(core: "Mediator", buffer: Buffer) -> None:
 def release_buffer(core: "Mediator", guest: Guest, buffer: Buffer) -> None:
     """Unpin, refund and forget one buffer."""
     advance(buffer, _RELEASE, BUFFER_TABLE)
-    for pins in buffer.pins:
-        pins.buffers -= 1
-        if not pins.buffers:
-            if pins.written:
-                guest.memory.mark_dirty(pins.pinned)
-            guest.memory.unpin(pins.pinned)
-    buffer.pins.clear()
+    pins = buffer.pins
+    if pins.pinned:
+        for pinned in pins.written:
+            guest.memory.mark_dirty(pinned)
+        for pinned in pins.pinned:
+            guest.memory.unpin(pinned)
+        pins.written.clear()
+        pins.pinned.clear()
     for page in buffer.lists:
         core.world.take_back(page)
     buffer.lists.clear()
@@ -256,5 +251,5 @@ def mark_written(guest: Guest, cookie: Cookie) -> None:
     """Report the pages of the buffer with this cookie dirty: OP-TEE may have written them (R27)."""
     buffer = guest.buffers.get(cookie)
     if buffer is not None:
-        for pins in buffer.pins:
-            guest.memory.mark_dirty(pins.pinned)
+        for pinned in buffer.pins.pinned:
+            guest.memory.mark_dirty(pinned)

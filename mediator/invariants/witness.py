@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from hv_models.memory import PAGE_SIZE
+from hv_models.stage2 import Pinned
 from mediator.core.fast import FastCall
 from mediator.core.flow import Flow
-from mediator.core.records import Buffer, Call, Guest, Pins
+from mediator.core.records import Buffer, Call, Guest
 from mediator.core.states import GuestState
 from mediator.core.steps import Forward, Preempt, Queue, Regs, Reply, Step, Ticket
 from mediator.invariants.lifecycles import ARGUMENT_EDGES, BUFFER_EDGES, CALL_EDGES, GUEST_EDGES, LifeCycle, Move
@@ -304,7 +305,7 @@ class Witness:
         for name, count in held.items():
             if getattr(guest.ledger, name) != count:
                 self._report(2, f"{count} {name} in the ledger", str(getattr(guest.ledger, name)))
-        expected = sum(len(pins.pinned.pas) for pins in _groups(guest)) + len(guest.arguments)
+        expected = sum(len(pinned.pas) for pinned in _pinned(guest)) + len(guest.arguments)
         count = self.checker.host.pin_count(self.vm)
         if count != expected and not self.checker.policy.shared_pages:
             self._report(1, f"{expected} pins", str(count))
@@ -316,8 +317,8 @@ class Witness:
     def check_pins(self, guest: Guest) -> None:
         """Invariant 1, page by page."""
         expected: Counter[int] = Counter()
-        for pins in _groups(guest):
-            expected.update(pins.pinned.pas.tolist())
+        for pinned in _pinned(guest):
+            expected.update(pinned.pas.tolist())
         for argument in guest.arguments.values():
             expected.update(argument.pinned.pas.tolist())
         held = dict(self.checker.host.pins(self.vm))
@@ -405,6 +406,7 @@ def _buffers_of(call: Call) -> list[Buffer]:
     return [*call.buffers, *(buffer for buffer in others if buffer is not None)]
 
 
-def _groups(guest: Guest) -> list[Pins]:
+def _pinned(guest: Guest) -> list[Pinned]:
     """What was pinned for the live buffers, each pin once."""
-    return list({id(pins): pins for buffer in guest.buffers.values() for pins in buffer.pins}.values())
+    each = {id(pinned): pinned for buffer in guest.buffers.values() for pinned in buffer.pins.pinned}
+    return list(each.values())

@@ -169,10 +169,10 @@ class Recorder:
     def _in_buffer(self, cookie: int, offset: int) -> int | None:
         """IPA of a byte of a registered buffer."""
         buffer = self._guest.buffers.get(Cookie(cookie))
-        if buffer is None or not buffer.pins:
+        if buffer is None:
             return None
         page, within = divmod(buffer.offset + offset, PAGE_SIZE)
-        pas = [pa for pins in buffer.pins for pa in pins.pinned.pas[: page + 1].tolist()]
+        pas = [pa for pinned in buffer.pins.pinned for pa in pinned.pas[: page + 1].tolist()]
         ipa = self._vm.find(pas[page]) if page < len(pas) else None
         return None if ipa is None else ipa + within
 

@@ -180,8 +180,8 @@ BREAKAGES = {
         "if 0:\n        return",
         suspension,
     ),
-    "an IPA is forwarded": (4, sharing.translate, r"shadow\.view\[.*\] = .*", "pass", shared_buffer),
-    "an IPA is forwarded in a reply": (4, sharing.translate, r"shadow\.view\[.*\] = .*", "pass", offered_buffer),
+    "an IPA is forwarded": (4, sharing.translate, r"shadow\.words\[.*\] = .*", "pass", shared_buffer),
+    "an IPA is forwarded in a reply": (4, sharing.translate, r"shadow\.words\[.*\] = .*", "pass", offered_buffer),
     "a list of IPAs is forwarded": (
         4,
         sharing._Batch.pin,

@@ -44,7 +44,7 @@ FAULTS = {
     "an RPC page is not taken back": Fault(sharing.release_argument, r"world\.take_back\(.*\)", "pass"),
     "an RPC argument is not refunded": Fault(sharing.release_argument, r"argument\.charge\.refund\(\)", "pass"),
     "an RPC argument is not forgotten": Fault(sharing.release_argument, r"del guest\.arguments\[.*\]", "pass"),
-    "an IPA is forwarded": Fault(sharing.translate, r"shadow\.view\[.*\] = .*", "pass"),
+    "an IPA is forwarded": Fault(sharing.translate, r"shadow\.words\[.*\] = .*", "pass"),
     "a live cookie is taken again": Fault(sharing._open, r"if cookie in guest\.buffers", "if False"),
     "a duplicate cookie keeps its charge": Fault(sharing._open, r"charge\.refund\(\)\n(\s+)raise", r"pass\n\1raise"),
     "no pages are charged": Fault(sharing._open, r"charge\(pages, 1", "charge(0, 1"),

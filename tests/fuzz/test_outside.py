@@ -19,7 +19,7 @@ FAULTS = {
     ),
     "IPAs in page lists": (
         "from mediator.core import sharing as s; import numpy as n; "
-        "f = s._Batch.pin; s._Batch.pin = lambda self, guest: f(self, guest) or "
+        "f = s._Batch.pin; s._Batch.pin = lambda self, *where: f(self, *where) or "
         "[p.view.__setitem__(slice(0, len(e)), e) for p, e in zip(self.lists, self.entries)] and None",
         "invariant 4",
     ),

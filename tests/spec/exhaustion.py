@@ -283,7 +283,7 @@ class Walk:
             held = 0
             for buffer in guest.buffers.values():
                 held += buffer.pages
-                pinned = sum(len(each.pinned.pas) for each in buffer.pins)
+                pinned = sum(len(each.pas) for each in buffer.pins.pinned)
                 assert pinned == buffer.pages or buffer in partly
                 pins -= pinned
             assert pins == len(guest.arguments)
@@ -312,7 +312,7 @@ class Walk:
             return ("GONE", vm in self.away)
         calls = sorted(self._call(call) for call in guest.calls.values())
         buffers = sorted(
-            (cookie, each.state.name, len(each.lists), len(each.pins)) for cookie, each in guest.buffers.items()
+            (cookie, each.state.name, len(each.lists), len(each.pins.pinned)) for cookie, each in guest.buffers.items()
         )
         return (guest.state.name, vm in self.away, guest.in_flight, tuple(calls), tuple(buffers), len(guest.arguments))
 
