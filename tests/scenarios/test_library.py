@@ -12,6 +12,8 @@ from mediator.cli import run
 from mediator.scenario import find_scenario, library, run_scenario
 from tests.docs.pages import DOCS, TOP, rows
 
+pytestmark = pytest.mark.no_cover
+
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 
 

@@ -10,6 +10,8 @@ import pytest
 
 from mediator.scenario import find_scenario, library, run_scenario
 
+pytestmark = pytest.mark.no_cover
+
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 SWEPT = [name for name in library() if NIGHTLY or find_scenario(name).quick]
 
