@@ -684,6 +684,11 @@ def test_bytes_of_a_very_large_buffer_are_those_of_its_pages(make):
     ):  # fmt: skip
         words = [large[at // PAGE_SIZE].to_bytes(8, "little") for at in range(start, start + length, 8)]
         assert buffer.load(guest.vm, start, length) == b"".join(words)
+        for fields in ((slice(0, length),), (slice(0, 8), slice(8, length))):
+            written = bytes(at % 251 for at in range(start, start + length))
+            buffer.store_fields(guest.vm, start, written, fields)
+            assert buffer.load(guest.vm, start, length) == written
+            buffer.store_fields(guest.vm, start, b"".join(words), fields)
     assert guest.unregister(9).ret == 0
 
 

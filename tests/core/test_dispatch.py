@@ -265,3 +265,14 @@ def test_op_tee_says_how_long_rpc_arguments_are(make):
     pair.world.fast[Function.EXCHANGE_CAPABILITIES] = (0, 0xFD, 0x42, 0xAB06)
     guest.smc(Function.EXCHANGE_CAPABILITIES)
     assert pair.mediator.rpc_argument_size == 32 + 6 * 32
+
+
+@pytest.mark.parametrize("last", Word)
+def test_each_register_of_an_answer_is_passed_kept_or_zeroed_alone(make, last):
+    policy = policy_of()
+    tables = [(first, second, last) for first in Word for second in Word]
+    for table in tables:
+        guest = make(replace(policy, answers={**policy.answers, "CALLS_UID": table})).guest()
+        answer = guest.smc(Function.CALLS_UID, *HOSTILE)
+        seen = {Word.PASS: guest.pair.world.fast[Function.CALLS_UID], Word.KEEP: (0, *HOSTILE), Word.ZERO: (0,) * 4}
+        assert answer[1:] == (*(seen[word][at] for at, word in enumerate(table, 1)), *HOSTILE[3:])

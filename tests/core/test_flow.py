@@ -351,6 +351,12 @@ def test_rates_look_back_a_second():
     assert rate.calls == 20 and rate.per_second(2 * SECOND - 1) == pytest.approx(10, abs=0.1)
     assert rate.per_second(2 * SECOND + SECOND // 2) == pytest.approx(5, abs=0.1)
     assert rate.per_second(9 * SECOND) == 0
+    rate.count(9 * SECOND)
+    rate.count(11 * SECOND)
+    assert rate.per_second(11 * SECOND) == 1  # nothing in the second before
+    idle = Rate()
+    idle.count(0)
+    assert idle.per_second(SECOND) == 1
 
 
 def test_a_guest_cannot_fill_memory_with_sessions_and_tas():
@@ -358,7 +364,10 @@ def test_a_guest_cannot_fill_memory_with_sessions_and_tas():
     for number in range(3 * MAX_SESSIONS):
         traffic.opened(number, number.to_bytes(16, "little"))
         traffic.invoked(number, 0)
-    assert len(traffic.sessions) <= MAX_SESSIONS and len(traffic.tas) <= 256
+    assert len(traffic.sessions) == len(traffic.tas) == 256
+    for number in range(3 * MAX_SESSIONS):
+        traffic.opened(number, bytes(16))
+    assert len(traffic.sessions) == MAX_SESSIONS and len(traffic.tas) == 256
     for number in range(3 * MAX_SESSIONS):
         traffic.closed(number)
     assert not traffic.sessions

@@ -38,6 +38,12 @@ TIME = Message(RpcCommand.GET_TIME, params=[Param(VALUE_OUT)])
 # Golden sequences: generators that yield whenever something happened to the guest; they use `step` for each SMC.
 
 
+def waits_for(step):
+    """What somebody is told to wait for before the same is asked for again."""
+    assert isinstance(step, Queue) and step.ticket is None
+    return step.until
+
+
 def with_alloc(guest):
     script = guest.pair.world.script
     script += [
@@ -210,7 +216,7 @@ def test_vm_created_comes_before_anything_else_and_calls_wait_for_it(pair):
     before = len(pair.world.inbox)
     early = pair.checker.submit(vm.client_id, 0, smc(Function.CALLS_UID))
     assert isinstance(early, Queue) or early.regs[0] == NOT_HANDLED
-    assert isinstance(pair.checker.destroy(vm.client_id), Queue)
+    assert waits_for(pair.checker.destroy(vm.client_id)) == "the guest is created"
     assert not pair.mediator.pause(vm.client_id)
     assert len(pair.world.inbox) == before
     assert pair.drive(step)[0] == 0
@@ -279,7 +285,7 @@ def test_a_destroy_waits_for_the_calls_that_are_with_op_tee(pair, guest, kinds):
     for step in steps:
         before = len(pair.world.inbox)
         for _ in range(2):
-            assert isinstance(pair.checker.destroy(guest.id), Queue)
+            assert waits_for(pair.checker.destroy(guest.id)) == "the calls that are with OP-TEE have returned"
         assert len(pair.world.inbox) == before
         assert guest.smc(Function.CALLS_UID)[0] == NOT_HANDLED  # no new ones
         assert pair.returned(step.ticket, pair.answer(step)).regs[0] == NOT_HANDLED
@@ -303,11 +309,11 @@ def test_destroying_again_while_a_guest_is_destroyed_waits(pair):
         for cookie in range(80):
             guest.register(Param(TMEM_OUT, guest.page_list([guest.page()]), 1, cookie + 1))
         step = pair.note(pair.checker.destroy(guest.id))
-        assert isinstance(again(guest.id), Queue)
+        assert waits_for(again(guest.id)) == "the calls that are with OP-TEE have returned"
         step = pair.returned(step.ticket, pair.answer(step))
         assert isinstance(step, Preempt)
         before = len(pair.world.inbox)
-        assert isinstance(again(guest.id), Queue)
+        assert waits_for(again(guest.id)) == "the calls that are with OP-TEE have returned"
         assert pair.drive(pair.checker.abandon(guest.id))[0] == ReturnCode.ENOTAVAIL
         assert pair.drive(step)[0] == 0
         assert len(pair.world.inbox) == before
@@ -358,8 +364,7 @@ def test_abandoning_in_pieces_can_be_asked_for_once_only(make):
     step = pair.note(pair.checker.abandon(guest.id))
     assert isinstance(step, Preempt)
     for again in (pair.checker.abandon, pair.checker.destroy):
-        second = again(guest.id)
-        assert isinstance(second, Queue) or (isinstance(second, Reply) and second.regs[0] != 0)
+        assert waits_for(again(guest.id)) == "the guest is released"
     assert pair.drive(step)[0] == 0
     assert guest.pins() == 0 and guest.id not in pair.mediator.guests
 
@@ -388,7 +393,7 @@ def test_a_paused_guests_calls_wait_and_change_nothing(pair, guest):
         smc(Function.RETURN_FROM_RPC),
         smc(Function.CALL_WITH_ARG),
     ):
-        assert isinstance(guest.submit(regs), Queue)
+        assert waits_for(guest.submit(regs)) == "the guest is resumed"
     assert (len(pair.world.inbox), guest.record.counters.calls) == before
     assert pair.drive(outstanding)[0] == 0
     pair.settle(guest)
