@@ -141,6 +141,8 @@ class Service:
         """What the mediator gets as the memory of a VM."""
         self.latest: VirtualMachine | None = None
         """Whose call came last."""
+        self.under_way = 0
+        """Calls of guests and requests of the host that have to wait before they are answered."""
         self._time = time
         self._distant: DistantSecureWorld | None = time
         if time is None and isinstance(world, DistantSecureWorld):
@@ -304,25 +306,29 @@ class Service:
         whose: VM and vCPU of a guest's call, None for a request of the host.
         """
         began = self.now()
-        while not isinstance(step, Reply):
-            if self._time is not None and whose is not None:
-                await self._time.translate(self._translated(whose[0]))
-            if isinstance(step, Forward):
-                step = await self._far(step, witness)
-            elif isinstance(step, Preempt):
-                # Not to be cancelled: the guest's call has begun.
-                await trio.lowlevel.cancel_shielded_checkpoint()
-                if whose is not None and self._park is not None and self.now() >= began + self._park:
-                    step = self._settle(self.mediator.give_back(step.ticket), witness)
+        self.under_way += 1
+        try:
+            while not isinstance(step, Reply):
+                if self._time is not None and whose is not None:
+                    await self._time.translate(self._translated(whose[0]))
+                if isinstance(step, Forward):
+                    step = await self._far(step, witness)
+                elif isinstance(step, Preempt):
+                    # Not to be cancelled: the guest's call has begun.
+                    await trio.lowlevel.cancel_shielded_checkpoint()
+                    if whose is not None and self._park is not None and self.now() >= began + self._park:
+                        step = self._settle(self.mediator.give_back(step.ticket), witness)
+                    else:
+                        step = self._settle(self.mediator.proceed(step.ticket), witness)
+                elif isinstance(step, Queue) and step.ticket is not None:
+                    assert whose is not None and self._park is not None
+                    step = self._settle(await self._wait(step.ticket, *whose, began + self._park), witness)
                 else:
-                    step = self._settle(self.mediator.proceed(step.ticket), witness)
-            elif isinstance(step, Queue) and step.ticket is not None:
-                assert whose is not None and self._park is not None
-                step = self._settle(await self._wait(step.ticket, *whose, began + self._park), witness)
-            else:
-                assert isinstance(step, Queue)
-                await self._changed.park()
-                step = self._settle(request(), witness)
+                    assert isinstance(step, Queue)
+                    await self._changed.park()
+                    step = self._settle(request(), witness)
+        finally:
+            self.under_way -= 1
         return step.regs
 
     async def _far(self, step: Forward, witness: Witness | None) -> Step:

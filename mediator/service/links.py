@@ -62,7 +62,7 @@ class Link:
         try:
             interrupts = await self._set_up()
             assert self.vm is not None
-            ending, self.reason = Ending.KILLED, "the mediator ends"  # unless something else is found out
+            ending, self.reason = Ending.KILLED, "the mediator ends the VM"  # unless something else is found out
             born(self.vm)
             async with trio.open_nursery() as calls:
                 if interrupts:
@@ -149,7 +149,7 @@ class Link:
         service = self._board.service
         alone = False
         while True:
-            message = await self._link.receive(poll=alone and not self._busy)
+            message = await self._link.receive(poll=alone and not service.under_way and not self._busy)
             if message.fds:
                 link.close_all(message.fds)
                 link.refuse(message, "carries no file descriptors")

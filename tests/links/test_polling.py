@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 import trio
+import trio.testing
 
 from hv_models import socket_link
 from hv_models.link import Flavour, Message, Request, number
@@ -110,6 +111,31 @@ async def test_the_mediator_looks_for_the_next_call_of_a_vm_that_alone_is_busy(
             for conduit in conduits:
                 assert (await conduit.call(0, FAST))[0] == 0
     assert looks(asked[True]) and asked[False] > 0
+
+
+async def test_while_a_call_of_another_vm_is_under_way_nobody_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mediator has work then: the rest of a long list, or an answer that comes from elsewhere."""
+    asked: list[bool] = []
+    receive = SocketLink.receive
+
+    async def received(self: SocketLink, *, poll: bool = False) -> Message:
+        asked.append(poll)
+        return await receive(self, poll=poll)
+
+    async with Board() as board, vms_by_socket(board, ["busy", "long"]) as (busy, long):
+        paused = board.machine.vms[long.client_id]
+        async with trio.open_nursery() as nursery:
+            assert board.service.pause(paused)
+            nursery.start_soon(long.call, 0, FAST)
+            await trio.testing.wait_all_tasks_blocked()
+            monkeypatch.setattr(SocketLink, "receive", received)
+            for _ in range(ROUNDS):
+                assert (await busy.call(0, FAST))[0] == 0
+            meanwhile, asked = asked, []
+            assert board.service.resume(paused)
+        for _ in range(ROUNDS):
+            await busy.call(0, FAST)
+        assert meanwhile and not any(meanwhile) and any(asked)
 
 
 async def test_a_guest_that_waits_for_an_answer_first_lets_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
