@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 TIMEOUT_SECONDS: Final = 10.0
 """For an answer of a `serve` that may be busy."""
+_STRANGER: Final = "whoever serves there is no mediator of this version"
 _QUOTA_KEYS: Final = ("held", "limit", "reserved", "borrowed", "peak")
 _COLUMNS: Final = ("id", "calls", "invokes", "RPCs", "denied", "refused", "errors", "pages pinned", "threads")
 
@@ -50,9 +51,11 @@ def _ask(control: Path, **request: Any) -> dict[str, Any]:
         raise BadInput(f"{control}: {error.strerror or error}") from None
     except ValueError:
         raise BadInput(f"{control}: the answer was cut short") from None
+    if not isinstance(answer, dict):
+        raise BadInput(f"{control}: {_STRANGER}")
     if "error" in answer:
         raise BadInput(f"ctl: {answer['error']}")
-    return dict(answer)
+    return answer
 
 
 def _address(text: str) -> int:
@@ -114,6 +117,8 @@ def status(
 
 def _print_status(control: Path, json: bool) -> None:
     found = _ask(control, ask="status")
+    if found.get("format") != "mediator-ctl/1":
+        raise BadInput(f"{control}: {_STRANGER}")
     if json:
         emit_json(found)
         return

@@ -336,6 +336,19 @@ def test_ctl_without_a_serve_is_one_line(command: str, tmp_path: Path, capsys: C
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize("answer", ["", "5", "[]", "null", "{}", '"status"', '{"format": "mediator-ctl/2"}'])
+async def test_ctl_before_somebody_else_is_one_line(answer: str, tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "control"
+
+    async def serve(sock: trio.socket.SocketType) -> None:
+        await sock.recv(MAX_REQUEST)
+        await sock.send(answer.encode())
+
+    async with listening(path, socket.SOCK_STREAM, serve):
+        assert await trio.to_thread.run_sync(run, ["ctl", "status", "--control", str(path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 @pytest.mark.parametrize("limits", ["pages", "pages=", "pages=x", "pages=-1", "pages=1 pages=2", "=1"])
 def test_ctl_wants_limits(limits: str, tmp_path: Path, capsys: Capture) -> None:
     assert run(["ctl", "quota", "--control", str(tmp_path / "none"), "kvm-1", *limits.split()]) == 2
