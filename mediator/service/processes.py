@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Final
@@ -20,10 +20,10 @@ import trio
 
 import guests
 from guests.process import BEGIN, MAX_REPORT, STOP, Settings
+from guests.process_parent import MAX_ANSWER
 from guests.workloads import Report
 
 _ENDINGS: Final = ("", "finished", "failed")
-_ANSWER: Final = 32
 
 
 class GuestProcess:
@@ -94,6 +94,10 @@ def _take(report: Report, record: bytes) -> str:
     return str(ended)
 
 
+class NoProcess(Exception):
+    """A guest process could not be started; the text is one line that says why."""
+
+
 class WarmParent:
     """Makes guest processes quickly."""
 
@@ -102,16 +106,22 @@ class WarmParent:
         self._lock = trio.Lock()
 
     async def spawn(self, settings: Settings) -> GuestProcess:
-        """Start a guest process. Raises OSError if the parent is gone."""
+        """Start a guest process. Raises NoProcess."""
         ours, theirs = trio.socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         reports, reporting = trio.socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, reporting:
             async with self._lock:
                 request = json.dumps(asdict(settings)).encode()
-                await _send_fds(self._control, request, theirs.fileno(), reporting.fileno())
-                answer, ancillary, _, _ = await self._control.recvmsg(_ANSWER, socket.CMSG_SPACE(4))
-        if not answer or not ancillary:
-            raise OSError("the parent of guest processes is gone")
+                try:
+                    await _send_fds(self._control, request, theirs.fileno(), reporting.fileno())
+                    answer, ancillary, _, _ = await self._control.recvmsg(MAX_ANSWER, socket.CMSG_SPACE(4))
+                except ConnectionError:
+                    answer, ancillary = b"", []
+        if not ancillary:
+            ours.close()
+            reports.close()
+            why = answer.decode() or "the parent of guest processes is gone"
+            raise NoProcess(f"{settings.name}: {why}")
         return GuestProcess(int(answer), int.from_bytes(ancillary[0][2], sys.byteorder), ours, reports)
 
 
@@ -120,9 +130,12 @@ async def _send_fds(sock: trio.socket.SocketType, record: bytes, *fds: int) -> N
     await sock.sendmsg([record], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, data)])
 
 
-def _ignore_interrupts() -> None:
-    """Ctrl-C on a terminal goes to all its processes, from the start; it is the mediator that ends the guests."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ignore_signals() -> None:
+    """Ctrl-C on a terminal goes to all its processes, from the start, and so does what `timeout` or a service manager
+    sends; it is the mediator that ends the guests.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @asynccontextmanager
@@ -140,7 +153,7 @@ async def open_warm_parent(images: Mapping[UUID, bytes]) -> AsyncIterator[WarmPa
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            preexec_fn=_ignore_interrupts,
+            preexec_fn=_ignore_signals,
         )
     sock = trio.socket.from_stdlib_socket(control)
     try:
@@ -149,7 +162,8 @@ async def open_warm_parent(images: Mapping[UUID, bytes]) -> AsyncIterator[WarmPa
                 json.dumps({str(uuid): base64.b64encode(data).decode() for uuid, data in images.items()}).encode()
             )
             file.flush()
-            await _send_fds(sock, b"images", file.fileno())
+            with suppress(ConnectionError):  # it is gone already, which `spawn` tells
+                await _send_fds(sock, b"images", file.fileno())
         yield WarmParent(sock)
     finally:
         sock.close()

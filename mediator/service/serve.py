@@ -30,7 +30,7 @@ from mediator.service.links import Ending, Link
 from mediator.service.listener import listening
 from mediator.service.log import EventLog
 from mediator.service.options import ServeOptions
-from mediator.service.processes import GuestProcess, WarmParent, open_warm_parent
+from mediator.service.processes import GuestProcess, NoProcess, WarmParent, open_warm_parent
 from mediator.service.quota import adopt
 from mediator.service.recording import Recordings
 from mediator.service.served import ServedGuest
@@ -188,7 +188,13 @@ class Bench:
     async def _start_process(self, guest: ServedGuest, parent: WarmParent, running: trio.Nursery) -> None:
         self.guests.append(guest)
         settings = Settings(guest.name, guest.hypervisor, self.options.workload, DEFAULT_RAM, RAM_BASE, DEFAULT_VCPUS)
-        guest.process = await parent.spawn(settings)
+        try:
+            guest.process = await parent.spawn(settings)
+        except NoProcess as error:
+            self.guests.remove(guest)
+            self._fault = self._fault or str(error)
+            self.stop()
+            return
         if self._stopping.is_set():
             await guest.process.stop()
         running.start_soon(self._run_process, guest, guest.process, len(self.guests))

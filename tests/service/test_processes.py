@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -10,14 +11,18 @@ import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 import guests
+from guests import process_parent
+from guests.process import Settings
 from guests.workloads import Report, hello
 from hv_models import link
 from hv_models.link import Flavour, Request
@@ -27,6 +32,7 @@ from hv_models.socket_link import SocketLink
 from mediator.policies import load_policy
 from mediator.service import serve
 from mediator.service.options import ServeOptions
+from mediator.service.processes import NoProcess, WarmParent
 from mediator.service.serve import Bench, run_bench
 from mediator.service.summary import Summary
 from tests.progress import without_progress
@@ -67,6 +73,10 @@ def _alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def _descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 @pytest.mark.parametrize("workload", ["hello", "shm"])
@@ -121,10 +131,7 @@ def test_a_signal_ends_the_program_in_order(name: str, flags: tuple[str, ...]) -
         command, cwd=TOP, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     assert process.stderr is not None and any("2 guests are up" in line for line in process.stderr)
-    if name == "SIGINT":
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
-    else:
-        process.terminate()
+    os.killpg(process.pid, signal.Signals[name])  # as a terminal does it, `timeout`, or a service manager
     out, err = process.communicate(timeout=60)
     assert (process.returncode, without_progress(err)) == (0, "")
     told = json.loads(out)
@@ -134,7 +141,8 @@ def test_a_signal_ends_the_program_in_order(name: str, flags: tuple[str, ...]) -
         os.killpg(process.pid, 0)
 
 
-def test_a_signal_while_guests_are_started_ends_the_program_in_order(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_while_guests_are_started_ends_the_program_in_order(name: str, tmp_path: Path) -> None:
     """As soon as there is a door: the parent of the guests is still at its imports."""
     door, control = tmp_path / "door", tmp_path / "control"
     doors = ["--external", "--socket", str(door), "--control", str(control)]
@@ -144,7 +152,7 @@ def test_a_signal_while_guests_are_started_ends_the_program_in_order(tmp_path: P
     )
     while not control.exists() and process.poll() is None:
         os.sched_yield()
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
+    os.killpg(process.pid, signal.Signals[name])
     out, err = process.communicate(timeout=60)
     assert (process.returncode, without_progress(err)) == (0, "")
     told = json.loads(out)
@@ -162,6 +170,53 @@ def test_a_mediator_that_is_killed_takes_its_guests_along() -> None:
     process.stderr.read()  # until nobody is left that has it
     process.wait()
     process.stderr.close()
+
+
+def test_the_parent_of_guests_says_nothing_of_a_mediator_that_was_killed() -> None:
+    """Which leaves what it was told last unread."""
+    control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    link_end, link_start = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    command = [sys.executable, "-m", "guests.process_parent", str(theirs.fileno())]
+    with control, theirs, link_end, link_start, os.fdopen(os.memfd_create("images"), "wb") as images:
+        images.write(b"{}")
+        images.flush()
+        parent = subprocess.Popen(command, cwd=TOP, stderr=subprocess.PIPE, text=True, pass_fds=[theirs.fileno()])
+        socket.send_fds(control, [b"images"], [images.fileno()])
+        settings = json.dumps(asdict(Settings("kvm-1", "kvm", "hello", 1 << 20, RAM_BASE, 1))).encode()
+        socket.send_fds(control, [settings], [link_start.fileno(), link_start.fileno()])
+        assert int(control.recv(200, socket.MSG_PEEK))
+    assert (parent.communicate(timeout=60)[1], parent.returncode) == ("", 0)
+
+
+async def test_a_guest_for_which_there_is_no_process_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fork() -> int:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(os, "fork", fork)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs, trio.socket.from_stdlib_socket(ours) as control:
+        told: list[str] = []
+
+        async def spawn() -> None:
+            with pytest.raises(NoProcess) as refusal:
+                await WarmParent(control).spawn(Settings("kvm-1", "kvm", "hello", 1 << 20, RAM_BASE, 1))
+            told.append(str(refusal.value))
+
+        before = _descriptors()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(spawn)
+            await trio.testing.wait_all_tasks_blocked()
+            record, fds, _, _ = socket.recv_fds(theirs, 4096, 2)
+            process_parent._make_guest(theirs, record, fds, {})
+        assert told == ["kvm-1: Resource temporarily unavailable"]
+        assert _descriptors() == before
+
+
+def test_a_parent_of_guests_that_is_gone_ends_the_run_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    summary = run_bench(ServeOptions(guests=2, in_process=False))
+    assert summary.faults == ("kvm-1: the parent of guest processes is gone",)
+    assert summary.guests == () and summary.left == NOTHING_LEFT and not summary.good
 
 
 @pytest.mark.parametrize("hypervisor", ["kvm", "xen"])
