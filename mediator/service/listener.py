@@ -33,13 +33,15 @@ async def listening(path: Path, kind: socket.SocketKind, serve: Serve) -> AsyncI
     """
     with trio.socket.socket(socket.AF_UNIX, kind) as listener:
         await _bind(listener, path)
+        bound = _identity(path)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_accept, listener, serve)
                 yield
                 nursery.cancel_scope.cancel()
         finally:
-            _remove(path)
+            if _identity(path) == bound:  # else somebody has taken it away, and perhaps put another there
+                _remove(path)
 
 
 async def _bind(listener: trio.socket.SocketType, path: Path) -> None:
@@ -52,6 +54,15 @@ async def _bind(listener: trio.socket.SocketType, path: Path) -> None:
     finally:
         os.umask(mask)
     listener.listen(BACKLOG)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Of the file that is there now, if there is one; nobody else's is the same as long as the socket is open."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _remove(path: Path) -> None:

@@ -327,6 +327,19 @@ async def test_a_socket_that_is_served_is_not_taken_away(tmp_path: Path) -> None
     assert path.read_text() == "not a socket"
 
 
+async def test_a_socket_that_somebody_else_put_there_stays(tmp_path: Path) -> None:
+    path = tmp_path / "control"
+
+    async def ignore(sock: trio.socket.SocketType) -> None:
+        await trio.lowlevel.checkpoint()
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as others:
+        async with listening(path, socket.SOCK_STREAM, ignore):
+            path.unlink()
+            others.bind(str(path))
+        assert path.is_socket()
+
+
 @pytest.mark.parametrize(
     "command", ["status", "destroy kvm-1", "quota kvm-1 pages=5", "trace on", "translate kvm-1 0x40000000"]
 )
