@@ -14,7 +14,7 @@ import mmap
 import os
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, NewType, TypeAlias
 
 import numpy as np
@@ -163,6 +163,10 @@ class Frames:
     pages: int
     stride: int = 1
     permutation: int = 0
+    end: int = field(init=False, repr=False, compare=False)
+    """First PA behind every place a frame may have."""
+    _shift: int = field(init=False, repr=False, compare=False)
+    """log2 of the distance of two frames in bytes."""
 
     def __post_init__(self) -> None:
         if self.base <= 0 or self.base % PAGE_SIZE:
@@ -171,12 +175,9 @@ class Frames:
             raise ValueError("frames need pages and a permutation of at least 0")
         if self.stride <= 0 or self.stride & (self.stride - 1):
             raise ValueError(f"the stride of frames is a power of two, not {self.stride}")
-
-    @property
-    def end(self) -> int:
-        """First PA behind every place a frame may have."""
         places = 1 << max((self.pages - 1).bit_length(), self.permutation.bit_length())
-        return self.base + (places * self.stride << PAGE_SHIFT)
+        object.__setattr__(self, "end", self.base + (places * self.stride << PAGE_SHIFT))
+        object.__setattr__(self, "_shift", PAGE_SHIFT + self.stride.bit_length() - 1)
 
     def addresses(self, pages: IndexArray | None = None) -> PageArray:
         """PA of each of some pages, or of all."""
@@ -205,9 +206,14 @@ class Frames:
         between = np.uint64((self.stride - 1) << PAGE_SHIFT)
         return np.where((offsets & between == 0) & (pages < self.pages), pages.view(np.int64), -1)
 
-    @property
-    def _shift(self) -> int:
-        return PAGE_SHIFT + self.stride.bit_length() - 1
+    def are_all(self, pas: PageArray) -> bool:
+        """Tell whether each of the addresses is that of a frame's first byte."""
+        offsets = pas - np.uint64(self.base)
+        if np.count_nonzero(offsets & np.uint64((1 << self._shift) - 1)):
+            return False
+        pages = offsets >> np.uint64(self._shift)
+        pages ^= np.uint64(self.permutation)
+        return not np.count_nonzero(pages >= np.uint64(self.pages))
 
 
 class Bank:

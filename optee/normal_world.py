@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hv_models.memory import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PhysicalFault, PhysicalMemory
+from hv_models.memory import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Frames, PhysicalFault, PhysicalMemory
 
 _MANY_PAGES = 16  # from here on numpy beats a loop
 
@@ -47,15 +47,13 @@ class NormalWorld:
     def are_pages(self, pages: Sequence[int]) -> bool:
         """`is_page` for each of them."""
         if len(pages) >= _MANY_PAGES and self.is_page(pages[0]):
-            addresses = np.array(pages, dtype=np.uint64)
             frames = self.memory.find(pages[0])[0].frames
-            if (
-                not any(base < frames.end and frames.base < end for base, end in self._secure)
-                and not np.bitwise_or.reduce(addresses) & PAGE_MASK
-                and (frames.find(addresses) >= 0).all()
-            ):
+            if not self._reaches_secure(frames) and frames.are_all(np.asarray(pages, dtype=np.uint64)):
                 return True
         return all(map(self.is_page, pages))
+
+    def _reaches_secure(self, frames: Frames) -> bool:
+        return any(base < frames.end and frames.base < end for base, end in self._secure)
 
     def reserved_window(self, pa: int, size: int) -> Window | None:
         """Map bytes of the static shared memory; None if they do not all lie in it."""

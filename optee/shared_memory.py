@@ -6,7 +6,6 @@ made for one call or one RPC is *guarded*: it answers to its cookie, but UNREGIS
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator, Sequence
 
 from hv_models.memory import PAGE_MASK, PAGE_SHIFT
@@ -21,7 +20,7 @@ from optee.steps import Steps
 from optee.threads import Thread
 from optee.wait_queue import Condition, Mutex
 
-_LIST_PAGE = struct.Struct(f"<{ENTRIES_PER_PAGE}QQ")
+_NEXT = ENTRIES_PER_PAGE * PAGE_ADDRESS  # where a list page has the address of the next one
 _LIST_PAGE_MAPPED = (shared_memory(1), MAPPING)
 _SIZE_MASK = (1 << 64) - 1  # size_t of AArch64
 
@@ -92,18 +91,19 @@ class SharedMemoryTable:
         finally:
             self._heap.free(array)
 
-    def _read_list(self, list_pa: int, count: int) -> tuple[int, ...] | None:
-        pages: tuple[int, ...] = ()
+    def _read_list(self, list_pa: int, count: int) -> Sequence[int] | None:
+        lists: list[memoryview] = []
         while True:
             if not self.normal_world.is_page(list_pa):
                 return None
             self._heap.pass_through(_LIST_PAGE_MAPPED, self._owner)
             frame = self.normal_world.memory.frame(list_pa)
-            left = count - len(pages)
-            if left <= ENTRIES_PER_PAGE:
-                return pages + struct.unpack_from(f"<{left}Q", frame)
-            *entries, list_pa = _LIST_PAGE.unpack(frame)
-            pages += tuple(entries)
+            if count <= ENTRIES_PER_PAGE:
+                lists.append(frame[: count * PAGE_ADDRESS])
+                return memoryview(b"".join(lists)).cast("Q")
+            lists.append(frame[:_NEXT])
+            list_pa = int.from_bytes(frame[_NEXT:], "little")
+            count -= ENTRIES_PER_PAGE
 
     def find(self, cookie: int) -> SharedMemory | None:
         """The newest object with that cookie, with one more reference on it."""

@@ -141,6 +141,8 @@ class TestFrames:
         expected = known.index(pa) if pa in known else None
         assert frames.page(pa) == expected
         assert frames.find(np.array([pa], dtype=np.uint64))[0] == (-1 if expected is None else expected)
+        assert frames.are_all(np.array([*known, pa, *known], dtype=np.uint64)) == (expected is not None)
+        assert not frames.are_all(np.array([*known, known[0] + 8], dtype=np.uint64))
 
     @pytest.mark.parametrize("base", [0, -4096, 1, 4097])
     def test_no_frame_has_address_0(self, base: int) -> None:
