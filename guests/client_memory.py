@@ -80,10 +80,10 @@ class SharedMemory:
             return
         self._forget(self)
         driver = self._driver
-        with driver.uninterruptible.scope():
-            if self._users:
+        if self._users:
+            with driver.uninterruptible.scope():
                 await self._unused.park()
-            await driver.unregister(shm)
+        await driver.uninterruptible.finish(lambda: driver.unregister(shm))
         if self._allocated:
             driver.allocator.release(shm.buffer.pages)
 

@@ -1,9 +1,12 @@
 """Waits in the guest's kernel that a signal to the process does not end, but that the VM's death does."""
 
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import trio
+
+T = TypeVar("T")
 
 
 class Uninterruptible:
@@ -26,6 +29,16 @@ class Uninterruptible:
                 yield
             finally:
                 self._scopes.discard(scope)
+
+    async def finish(self, operation: Callable[[], Awaitable[T]]) -> T:
+        """Do something to its end, cancelled or not: where `Cancelled` comes out of it nothing was done, so it is done
+        again in a `scope`. Most are not cancelled, and a scope costs more than a call.
+        """
+        try:
+            return await operation()
+        except trio.Cancelled:
+            with self.scope():
+                return await operation()
 
     def lift(self) -> None:
         """The VM is dead: nothing is shielded any more, now and later."""

@@ -9,6 +9,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from guests import Guest, MemoryResult, Supplicant, TeeError, Temporary, Value, boot
 from guests.calls import CallQueue
 from hv_models.conduit import ConduitClosed
+from hv_models.memory import PAGE_SIZE
 from optee.abi.message import Command, Message, Param, ParamType
 from optee.abi.results import Origin, Result
 from optee.abi.rpc import RpcCommand
@@ -229,6 +230,26 @@ async def test_cancelled_before_the_smc_costs_nothing() -> None:
             before = len(side.log)
             await session.invoke(0, Value(1))
         assert scope.cancelled_caught and side.log[before:] == []
+    assert side.idle and guest.driver.allocator.used == 0
+
+
+async def test_memory_of_a_cancelled_process_is_unregistered() -> None:
+    """Even where the conduit lets no call of a cancelled task through."""
+
+    class Checks(SecureSide):
+        async def call(self, vcpu: int, regs: Registers) -> Registers:
+            await trio.lowlevel.checkpoint_if_cancelled()
+            return await super().call(vcpu, regs)
+
+    side = Checks(make_ram())
+    async with boot(side.ram, side) as guest, guest.context() as context:
+        used = guest.driver.allocator.used
+        memory = await context.allocate(3 * PAGE_SIZE)
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await memory.release()
+        assert not scope.cancelled_caught
+        assert guest.driver.allocator.used == used
     assert side.idle and guest.driver.allocator.used == 0
 
 
