@@ -1,7 +1,8 @@
 """A guest's own RAM: its page allocator, and buffers that lie in scattered pages."""
 
+from array import array
 from collections.abc import Iterator, Sequence
-from typing import Final
+from typing import Final, cast
 
 from guests.errors import OutOfGuestMemoryError
 from hv_models.memory import PAGE_SIZE, GuestRam, Ipa
@@ -48,13 +49,11 @@ class PageAllocator:
         used, stacked, stack = self._used, self._stacked, self._stack
         taken: list[int] = []
         while stack and len(taken) < count:
-            start = max(0, len(stack) - (count - len(taken)))
-            for index in reversed(stack[start:]):
-                stacked[index] = 0
-                if not used[index]:
-                    used[index] = 1
-                    taken.append(index)
-            del stack[start:]
+            index = stack.pop()
+            stacked[index] = 0
+            if not used[index]:
+                used[index] = 1
+                taken.append(index)
         while len(taken) < count:
             index = self._fresh * self._stride % self._count
             self._fresh += 1
@@ -63,7 +62,7 @@ class PageAllocator:
                 taken.append(index)
         self.used += count
         base = self._base
-        return tuple([Ipa(base + index * PAGE_SIZE) for index in taken])
+        return cast("tuple[Ipa, ...]", tuple([base + index * PAGE_SIZE for index in taken]))
 
     def run(self, count: int) -> tuple[Ipa, ...]:
         """Take `count` adjacent pages. Raises OutOfGuestMemoryError."""
@@ -93,13 +92,21 @@ class PageAllocator:
 class Buffer:
     """`size` bytes that begin `offset` bytes into the first of `pages`, as a process sees them in one piece."""
 
-    __slots__ = ("_ram", "offset", "pages", "size")
+    __slots__ = ("_addresses", "_ram", "offset", "pages", "size")
 
     def __init__(self, ram: GuestRam, pages: tuple[Ipa, ...], size: int, offset: int = 0) -> None:
         self._ram = ram
         self.pages = pages
         self.size = size
         self.offset = offset
+        self._addresses: bytes | None = None
+
+    @property
+    def addresses(self) -> bytes:
+        """The pages as u64 each, as they stand in a page list: worked out once, for a buffer keeps its pages."""
+        if self._addresses is None:
+            self._addresses = array("Q", self.pages).tobytes()
+        return self._addresses
 
     def _pieces(self, offset: int, size: int) -> Iterator[tuple[Ipa, int]]:
         if offset < 0 or size < 0 or offset + size > self.size:

@@ -84,10 +84,9 @@ def write_page_list(ram: GuestRam, lists: Sequence[Ipa], shm: SharedMemory) -> P
 
     OP-TEE copies a list, so its pages are needed until the call (or RPC) that names them is answered.
     """
-    pages = shm.buffer.pages
+    addresses = shm.buffer.addresses
     for number, page in enumerate(lists):
-        entries = pages[number * ENTRIES_PER_PAGE : (number + 1) * ENTRIES_PER_PAGE]
-        ram.write(page, struct.pack(f"<{len(entries)}Q", *entries))
+        ram.write(page, addresses[number * _NEXT_OFFSET : (number + 1) * _NEXT_OFFSET])
         if number:
             ram.write(lists[number - 1] + _NEXT_OFFSET, _WORD.pack(page))
     address = lists[0] | shm.buffer.offset % LIST_PAGE_SIZE
