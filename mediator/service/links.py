@@ -7,7 +7,7 @@ nobody else notices. What a link may hold is bounded by the constants of `hv_mod
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from enum import StrEnum
 from typing import Final
 
@@ -44,14 +44,25 @@ class Ending(StrEnum):
 
 
 class Link:
-    """One VM's link, from its first message to its last. Its client id is the lowest free one unless given."""
+    """One VM's link, from its first message to its last.
 
-    def __init__(self, board: MediatedMachine, sock: trio.socket.SocketType, client_id: int | None = None) -> None:
+    Its client id is the lowest free one that is not `reserved` unless given.
+    """
+
+    def __init__(
+        self,
+        board: MediatedMachine,
+        sock: trio.socket.SocketType,
+        client_id: int | None = None,
+        *,
+        reserved: Set[int] = frozenset(),
+    ) -> None:
         self.vm: VirtualMachine | None = None
         self.reason = ""
         """Why the link was ended, in one line; empty if it was ended in order."""
         self._board = board
         self._client_id = client_id
+        self._reserved = reserved
         self._link = SocketLink(sock)
         self._busy: set[int] = set()
         self._interrupt = trio.Event()
@@ -137,7 +148,8 @@ class Link:
         if client is None:
             if any(vm.name == name for vm in self._board.machine.vms.values()):
                 raise LinkError(f"START: a VM {name} runs already")
-            client = next((n for n in range(1, MAX_CLIENT_ID + 1) if n not in self._board.machine.vms), 0)
+            taken = self._board.machine.vms.keys() | self._reserved
+            client = next((n for n in range(1, MAX_CLIENT_ID + 1) if n not in taken), 0)
         try:
             self.vm = await self._board.create(flavour.name.lower(), name, ram=blocks, vcpus=vcpus, client_id=client)
         except (ValueError, BoardError) as error:

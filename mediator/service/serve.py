@@ -87,6 +87,9 @@ class Bench:
         self._strangers: deque[ServedGuest] = deque()
         self.images = images(*(ta for ta in BUILT_IN if not ta.is_pseudo))
         self.refused_guests: list[str] = []
+        self._reserved = set(range(1, options.guests + options.host_client + 1))
+        """Client ids of our own guests that are not there yet: no stranger gets one of these."""
+        self._all_started = False
         self.up: float | None = None
         self._recordings: Recordings | None = None
         self._stopping = trio.Event()
@@ -164,16 +167,19 @@ class Bench:
             async with trio.open_nursery() as running:
                 nursery.start_soon(self._cut_power, running.cancel_scope)
                 if self.options.host_client:
-                    await self._start_in_process(ServedGuest("host", _flavour(self.options.hypervisor, 0)), running)
+                    await self._start_in_process(ServedGuest("host", _flavour(self.options.hypervisor, 0)), 1, running)
                 for index in range(self.options.guests):
                     if self._stopping.is_set():
                         break
                     flavour = _flavour(self.options.hypervisor, index)
                     guest = ServedGuest(f"{flavour}-{index + 1}", flavour)
+                    client_id = index + 1 + self.options.host_client
                     if parent is None:
-                        await self._start_in_process(guest, running)
+                        await self._start_in_process(guest, client_id, running)
                     else:
-                        await self._start_process(guest, parent, running)
+                        await self._start_process(guest, client_id, parent, running)
+                else:
+                    self._all_started = True
                 if self.options.external is not None:
                     running.start_soon(self._stopping.wait)
                 if self.options.duration is not None:
@@ -185,7 +191,9 @@ class Bench:
             return None
         return await stack.enter_async_context(open_warm_parent(self.images))
 
-    async def _start_process(self, guest: ServedGuest, parent: WarmParent, running: trio.Nursery) -> None:
+    async def _start_process(
+        self, guest: ServedGuest, client_id: int, parent: WarmParent, running: trio.Nursery
+    ) -> None:
         self.guests.append(guest)
         settings = Settings(guest.name, guest.hypervisor, self.options.workload, DEFAULT_RAM, RAM_BASE, DEFAULT_VCPUS)
         try:
@@ -197,13 +205,14 @@ class Bench:
             return
         if self._stopping.is_set():
             await guest.process.stop()
-        running.start_soon(self._run_process, guest, guest.process, len(self.guests))
+        running.start_soon(self._run_process, guest, guest.process, client_id)
 
-    async def _start_in_process(self, guest: ServedGuest, running: trio.Nursery) -> None:
+    async def _start_in_process(self, guest: ServedGuest, client_id: int, running: trio.Nursery) -> None:
         try:
-            vm = await self.board.create(guest.hypervisor, guest.name)
+            vm = await self.board.create(guest.hypervisor, guest.name, client_id=client_id)
         except BoardError:
             self.refused_guests.append(guest.name)
+            self._reserved.discard(client_id)
             return
         self._born(guest, vm)
         self.guests.append(guest)
@@ -211,6 +220,7 @@ class Bench:
 
     def _born(self, guest: ServedGuest, vm: VirtualMachine) -> None:
         guest.born(vm, self.board)
+        self._reserved.discard(vm.client_id)
         if self._recordings is not None:
             self._recordings.begin(vm)
 
@@ -262,13 +272,14 @@ class Bench:
             process.close()
             guest.buried()
             if guest.accounts is None:  # OP-TEE never knew it
+                self._reserved.discard(client_id)
                 self.guests.remove(guest)
                 if guest.ended == "failed":
                     self.refused_guests.append(guest.name)
 
     async def _serve_external(self, sock: trio.socket.SocketType) -> None:
         """Serve a VM that somebody else started."""
-        link = Link(self.board, sock)
+        link = Link(self.board, sock, reserved=self._reserved)
         guest: ServedGuest | None = None
 
         def born(vm: VirtualMachine) -> None:
@@ -298,9 +309,7 @@ class Bench:
             await self._begun.wait()
         await trio.sleep(seconds)
         if self.options.workload in TOURS:
-            await self._until_or_idle(
-                lambda: all(guest.toured for guest in self.guests if not guest.stranger), TOUR_SECONDS
-            )
+            await self._until_or_idle(self._all_toured, TOUR_SECONDS)
         self.stop()
 
     async def _until_or_idle(self, condition: Callable[[], bool], most: float) -> None:
@@ -353,9 +362,7 @@ class Bench:
             print(f"{len(self.guests)} guests are up after {self.up:.2f} s", file=sys.stderr, flush=True)
 
     def _all_up(self) -> bool:
-        wanted = self.options.guests + self.options.host_client
-        ours = [guest for guest in self.guests if not guest.stranger]
-        return len(ours) + len(self.refused_guests) >= wanted and all(guest.up for guest in ours)
+        return self._all_started and all(guest.up for guest in self.guests if not guest.stranger)
 
     def _all_toured(self) -> bool:
         return all(guest.toured for guest in self.guests if not guest.stranger)

@@ -32,7 +32,7 @@ from hv_models.socket_link import SocketLink
 from mediator.policies import load_policy
 from mediator.service import serve
 from mediator.service.options import ServeOptions
-from mediator.service.processes import NoProcess, WarmParent
+from mediator.service.processes import GuestProcess, NoProcess, WarmParent
 from mediator.service.serve import Bench, run_bench
 from mediator.service.summary import Summary
 from tests.progress import without_progress
@@ -242,6 +242,21 @@ def test_the_shortest_run_shows_the_whole_tour() -> None:
     assert sum(guest.invokes for guest in summary.guests) == summary.ta_invokes
 
 
+async def _start_stranger(sock: trio.socket.SocketType, name: str) -> tuple[SocketLink, int]:
+    """Start a VM over a connected socket: its link, and its client id."""
+    peer = SocketLink(sock)
+    store = PageStore(name, 16)
+    table = link.memory_table([link.MemoryRegion(RAM_BASE, 16 * PAGE_SIZE, 0, 0)])
+    await peer.send(Request.GET_FEATURES)
+    await peer.send(Request.SET_FEATURES, link.number(0))
+    await peer.send(Request.SET_VM, link.vm(Flavour.KVM, 1, name))
+    await peer.send(Request.SET_MEM_TABLE, table, fds=[store.fd])
+    await peer.send(Request.START)
+    *_, started = [await peer.receive() for _ in range(5)]
+    assert started.request == Request.START
+    return peer, link.read_number(started)
+
+
 def test_a_stranger_neither_keeps_the_guests_waiting_nor_makes_the_run_bad(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,16 +275,7 @@ def test_a_stranger_neither_keeps_the_guests_waiting_nor_makes_the_run_bad(
             with suppress(FileNotFoundError, ConnectionRefusedError):
                 await sock.connect(str(door))
                 break
-        peer = SocketLink(sock)
-        store = PageStore("stranger", 16)
-        table = link.memory_table([link.MemoryRegion(RAM_BASE, 16 * PAGE_SIZE, 0, 0)])
-        await peer.send(Request.GET_FEATURES)
-        await peer.send(Request.SET_FEATURES, link.number(0))
-        await peer.send(Request.SET_VM, link.vm(Flavour.KVM, 1, "stranger"))
-        await peer.send(Request.SET_MEM_TABLE, table, fds=[store.fd])
-        await peer.send(Request.START)
-        answers = [(await peer.receive()).request for _ in range(5)]
-        assert answers[-1] == Request.START
+        peer, _ = await _start_stranger(sock, "stranger")
         arrived.set()
         await bench.wait_until_up()
         assert [(guest.name, guest.ended) for guest in bench.guests] == [("kvm-1", ""), ("stranger", "")]
@@ -282,6 +288,45 @@ def test_a_stranger_neither_keeps_the_guests_waiting_nor_makes_the_run_bad(
     _, summary = run(act, guests=1, in_process=True, external=door)
     assert [guest.ended for guest in summary.guests] == ["finished", "failed"]
     assert summary.good and summary.violations == []
+
+
+def test_who_comes_or_dies_while_guests_are_started_takes_no_id_from_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    door = tmp_path / "door"
+    original = WarmParent.spawn
+    dead = trio.Event()
+    ids: list[int] = []
+
+    async def come(name: str) -> SocketLink:
+        sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        await sock.connect(str(door))
+        peer, client_id = await _start_stranger(sock, name)
+        ids.append(client_id)
+        return peer
+
+    async def spawn(self: WarmParent, settings: Settings) -> GuestProcess:
+        process = await original(self, settings)
+        if settings.name == "kvm-1":
+            (await come("early")).close()
+            process.kill()
+        elif settings.name == "xen-2":
+            await dead.wait()
+        return process
+
+    async def act(bench: Bench) -> None:
+        while not ids or any(guest.name == "kvm-1" for guest in bench.guests):
+            await trio.lowlevel.checkpoint()
+        dead.set()
+        await bench.wait_until_up()
+        (await come("late")).close()
+
+    monkeypatch.setattr(WarmParent, "spawn", spawn)
+    monkeypatch.setattr(serve, "UP_SECONDS", float("inf"))
+    _, summary = run(act, guests=3, external=door)
+    assert ids == [4, 1]
+    assert {guest.name: guest.vmid for guest in summary.guests} == {"early": 4, "xen-2": 2, "kvm-3": 3, "late": 1}
+    assert summary.good and summary.violations == [] and summary.left == NOTHING_LEFT
 
 
 def test_the_id_of_a_guest_that_was_killed_is_the_next_ones(tmp_path: Path) -> None:
