@@ -186,7 +186,10 @@ class Mediator:
     # Requests of guests
 
     def submit(self, vm: VmId, vcpu: int, regs: Regs) -> Step:
-        """A guest executed an SMC or HVC with x0..x7. Total: every input has an answer (R2, R25)."""
+        """A guest executed an SMC or HVC with x0..x7. Total: every input has an answer (R2, R25).
+
+        vcpu: which one it was, for whoever looks on; calls are told apart by their tickets.
+        """
         guest = self._guests.get(vm)
         if guest is None:
             return Reply((NOT_HANDLED, *regs[1:]))
@@ -203,9 +206,9 @@ class Mediator:
             step.events = (Event(CALL_DENIED, "info", vm, detail),)
             return step
         if function in _YIELDING:
-            step = yielding.enter(self, guest, vcpu, regs, function)
+            step = yielding.enter(self, guest, regs, function)
         elif function is _RETURN:
-            step = rpc.resume(self, guest, vcpu, regs)
+            step = rpc.resume(self, guest, regs)
         else:
             step = fast.enter(self, guest, regs, function)
         if guest.events:

@@ -203,16 +203,14 @@ class Call(Ticket):
         "turn",
         "undelivered",
         "unregistering",
-        "vcpu",
         "work",
         "written",
     )
 
-    def __init__(self, guest: Guest, vcpu: int, regs: Regs, function: Function, charge: Charge) -> None:
+    def __init__(self, guest: Guest, regs: Regs, function: Function, charge: Charge) -> None:
         guest.next_call += 1
         self.id = guest.next_call
         self.guest = guest
-        self.vcpu = vcpu
         self.regs = regs
         self.function = function
         self.charge = charge

@@ -226,7 +226,7 @@ def _undelivered(core: "Mediator", call: Call, refusal: _Refusal) -> Step:
     return core.forward(call, (_RETURN_FROM_RPC, 0, 0, thread, 0, 0, 0, guest.vm))
 
 
-def resume(core: "Mediator", guest: Guest, vcpu: int, regs: Regs) -> Step:
+def resume(core: "Mediator", guest: Guest, regs: Regs) -> Step:
     """A guest's RETURN_FROM_RPC."""
     thread = ThreadId(regs[3] & LOW)
     call = guest.suspended.get(thread)
@@ -244,7 +244,6 @@ def resume(core: "Mediator", guest: Guest, vcpu: int, regs: Regs) -> Step:
         )
     del guest.suspended[thread]
     call.thread = None
-    call.vcpu = vcpu
     call.regs = regs
     call.undelivered = 0
     if core.flow is not None:

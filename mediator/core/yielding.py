@@ -70,16 +70,16 @@ _WHY: Final = (slice(0, OFFSET_RET_ORIGIN + 4 - OFFSET_RET),)
 """What it gets of a rejection: `ret` and `ret_origin`."""
 
 
-def enter(core: "Mediator", guest: Guest, vcpu: int, regs: Regs, function: Function) -> Step:
+def enter(core: "Mediator", guest: Guest, regs: Regs, function: Function) -> Step:
     """A guest's CALL_WITH_ARG, CALL_WITH_RPC_ARG or CALL_WITH_REGD_ARG."""
     if core.flow is not None:
-        return _enter_in_turn(core, core.flow, guest, vcpu, regs, function)
+        return _enter_in_turn(core, core.flow, guest, regs, function)
     try:
         charge = guest.ledger.charge(0, 0, 0, 1, CALL_MEMORY)
     except OverLimit as over:
         code = ReturnCode.ETHREAD_LIMIT if over.resource == "calls" else ReturnCode.ENOMEM
         return refuse(core, guest, regs, CallRefused(code, over))
-    call = Call(guest, vcpu, regs, function, charge)
+    call = Call(guest, regs, function, charge)
     try:
         message = _take_message(core, call)
         if not call.temporary:
@@ -93,13 +93,13 @@ def enter(core: "Mediator", guest: Guest, vcpu: int, regs: Regs, function: Funct
     return core.work(call)
 
 
-def _enter_in_turn(core: "Mediator", flow: Flow, guest: Guest, vcpu: int, regs: Regs, function: Function) -> Step:
+def _enter_in_turn(core: "Mediator", flow: Flow, guest: Guest, regs: Regs, function: Function) -> Step:
     """The same under flow control: the message is taken, then the call waits until it is let in."""
     try:
         charge = guest.ledger.charge(0, 0, 0, 0, CALL_MEMORY)
     except OverLimit as over:
         return refuse(core, guest, regs, CallRefused(ReturnCode.ENOMEM, over))
-    call = Call(guest, vcpu, regs, function, charge)
+    call = Call(guest, regs, function, charge)
     try:
         message = _take_message(core, call)
     except CallRefused as refused:

@@ -463,7 +463,7 @@ def test_a_fault_of_the_secure_world_is_no_violation_and_a_made_up_one_is(monkey
     assert pair.checker.violations == []
     pair, guest = loose()
 
-    def refused(core, guest, vcpu, regs):
+    def refused(core, guest, regs):
         guest.events.append(Event(SECURE_WORLD_FAULT, "error", guest.vm, {}))
         return Reply((3, *regs[1:]))
 
