@@ -44,6 +44,10 @@ class Answer(NamedTuple):
     status: int
 
 
+def _refused(status: int) -> Answer:
+    return Answer(Result.COMMUNICATION, Origin.COMMS, 0, (), status)
+
+
 class CallQueue:
     """Callers that were told ETHREAD_LIMIT, first come first served (Linux' optee_call_queue).
 
@@ -250,13 +254,17 @@ class Caller:
         data = codec.pack(command, function, session, cancel_id, 0, 0, 0, len(params), *words)
         call = Call(slot.ipa + codec.size if self._rpc_argument else 0)
         try:
-            answer = await self._exchange(call, slot.ipa, slot.regs, codec, data)
+            status = await self._exchange(call, slot.ipa, slot.regs, data)
         except trio.Cancelled:
             if call.ended:
                 self._arguments.put(slot)
             raise
         self._arguments.put(slot)
-        return answer
+        if status != _OK:
+            return _refused(status)
+        found = codec.unpack(self._ram.read(slot.ipa, codec.size))
+        answered = tuple([Param._make(found[at : at + 4]) for at in range(8, len(found), 4)])
+        return Answer(found[5], found[6], found[2], answered, _OK)
 
     async def register(self, shm: SharedMemory) -> Answer:
         """Send REGISTER_SHM, from a page that OP-TEE learns from the call only. Raises OutOfGuestMemoryError."""
@@ -270,26 +278,29 @@ class Caller:
         return await self._private(Command.UNREGISTER_SHM, param, self._allocator.pages(1))
 
     async def _private(self, command: int, param: Param, pages: tuple[Ipa, ...]) -> Answer:
-        """Send a message with one parameter from the last of `pages`; release them when the call has ended."""
+        """Send a message with one parameter from the last of `pages`; release them when the call has ended.
+
+        The answer has no parameters: what OP-TEE is told in this way it does not change.
+        """
         page = pages[-1]
         codec = _CODECS[1]
         data = codec.pack(command, 0, 0, 0, 0, 0, 0, 1, *param)
         call = Call(page + codec.size if self._rpc_argument else 0)
         try:
-            return await self._exchange(call, page, private_call(page, self._rpc_argument), codec, data)
+            status = await self._exchange(call, page, private_call(page, self._rpc_argument), data)
+            if status != _OK:
+                return _refused(status)
+            _, _, session, _, _, ret, origin, _ = HEADER.unpack(self._ram.read(page, HEADER_SIZE))
+            return Answer(ret, origin, session, (), _OK)
         finally:
             if call.ended:
                 self._allocator.release(pages)
 
-    async def _exchange(self, call: Call, ipa: int, regs: Registers, codec: struct.Struct, data: bytes) -> Answer:
+    async def _exchange(self, call: Call, ipa: int, regs: Registers, data: bytes) -> int:
+        """Write a message, make its call, and return a0 when that has ended."""
         self._ram.write(ipa, data + _NO_HEADER if self._rpc_argument else data)
         self.calls += 1
-        status = await self._run(call, regs)
-        if status != _OK:
-            return Answer(Result.COMMUNICATION, Origin.COMMS, 0, (), status)
-        words = codec.unpack(self._ram.read(ipa, codec.size))
-        params = tuple([Param._make(words[at : at + 4]) for at in range(8, len(words), 4)])
-        return Answer(words[5], words[6], words[2], params, _OK)
+        return await self._run(call, regs)
 
     async def _run(self, call: Call, regs: Registers) -> int:
         """Make the call, answer its RPCs, and return a0 when it has ended."""

@@ -40,7 +40,8 @@ class SharedMemory:
         self._shm: KernelMemory | None = shm
         self._allocated = allocated
         self._users = 0
-        self._unused = trio.lowlevel.ParkingLot()
+        self._unused: trio.Event | None = None
+        """Set when nobody uses it any more; there is one once somebody waits for that."""
         self.direction = direction
         self.size = size
 
@@ -66,8 +67,8 @@ class SharedMemory:
     def end_use(self) -> None:
         """Note that an operation is over."""
         self._users -= 1
-        if not self._users:
-            self._unused.unpark_all()
+        if not self._users and self._unused is not None:
+            self._unused.set()
 
     async def release(self) -> None:
         """Take the memory back (TEEC_ReleaseSharedMemory): waits for operations that use it; twice is allowed.
@@ -81,8 +82,9 @@ class SharedMemory:
         self._forget(self)
         driver = self._driver
         if self._users:
+            self._unused = trio.Event()
             with driver.uninterruptible.scope():
-                await self._unused.park()
+                await self._unused.wait()
         await driver.uninterruptible.finish(lambda: driver.unregister(shm))
         if self._allocated:
             driver.allocator.release(shm.buffer.pages)
