@@ -28,7 +28,8 @@ Those for any number of guests take `--guests N`. Those marked *quick* are run o
 
 ## By rule
 
-Which scenario shows which [rule of the mediator](../design.md):
+Which scenario shows which [rule of the mediator](../design.md): it fails where the rule is broken in our code
+(`tests/scenarios/test_rules.py`).
 
 {rules}
 

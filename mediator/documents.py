@@ -6,11 +6,13 @@ true, false, null, everything else text) and the rest is an error.
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path as FilePath
 from typing import Final, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 MAX_SIZE: Final = 4 << 20
 """Characters of one document: stops a file from eating memory before it is looked at."""
@@ -37,6 +39,33 @@ Data = dict[str, "Data"] | list["Data"] | str | int | float | bool | None
 Path = tuple[int | str, ...]
 M = TypeVar("M", bound=BaseModel)
 
+_PLAIN: Final = {
+    "missing": "missing",
+    "extra_forbidden": "no such key",
+    "string_type": "text is wanted",
+    "int_type": "a whole number is wanted",
+    "int_from_float": "a whole number is wanted",
+    "float_type": "a number is wanted",
+    "finite_number": "a finite number is wanted",
+    "bool_type": "true or false is wanted",
+    "dict_type": "a mapping is wanted",
+    "model_type": "a mapping is wanted",
+    "model_attributes_type": "a mapping is wanted",
+    "list_type": "a list is wanted",
+    "literal_error": "{expected} is wanted",
+    "enum": "{expected} is wanted",
+    "greater_than_equal": "{ge} or more is wanted",
+    "less_than_equal": "{le} or less is wanted",
+    "greater_than": "more than {gt} is wanted",
+    "less_than": "less than {lt} is wanted",
+    "string_pattern_mismatch": "text such as {pattern} is wanted",
+    "string_too_short": "{min_length} characters or more are wanted",
+    "string_too_long": "{max_length} characters or less are wanted",
+    "too_short": "{min_length} or more are wanted",
+    "too_long": "{max_length} or less are wanted",
+}
+"""What pydantic's errors say to whoever wrote the document, and does not know what reads it."""
+
 
 class DocumentError(Exception):
     """A document is wrong; `lines` has one clear line for each error."""
@@ -44,6 +73,42 @@ class DocumentError(Exception):
     def __init__(self, lines: list[str]) -> None:
         super().__init__("\n".join(lines))
         self.lines = lines
+
+
+class SchemaError(DocumentError):
+    """The document is YAML, but does not fit its model. wrong: the path of each thing that does not."""
+
+    def __init__(self, lines: list[str], data: Data, wrong: list[Path], places: "Places") -> None:
+        super().__init__(lines)
+        self.data = data
+        self.wrong = wrong
+        self.places = places
+
+
+class Problems(ValueError):
+    """Several things are wrong in a piece of a document: where in it, and what."""
+
+    def __init__(self, found: Sequence[tuple[Path, str]]) -> None:
+        super().__init__("; ".join(f"{_label(path)}: {text}" for path, text in found))
+        self.found = found
+
+    @classmethod
+    def of(cls, error: ValidationError) -> "Problems":
+        """What a model says of such a piece."""
+        return cls([(tuple(each["loc"]), in_words(each)) for each in error.errors(include_url=False)])
+
+
+def in_words(problem: ErrorDetails) -> str:
+    """What is wrong, in the words of the document's writer."""
+    plain = _PLAIN.get(problem["type"])
+    if plain is not None:
+        return plain.format(**problem.get("ctx", {}))
+    text = problem["msg"].removeprefix("Value error, ")
+    return text if text != problem["msg"] else text[:1].lower() + text[1:]
+
+
+def _label(path: Path) -> str:
+    return ".".join(map(str, path))
 
 
 def read_bytes(path: FilePath) -> bytes:
@@ -199,12 +264,17 @@ def load_located(model: type[M], text: str, name: str) -> tuple[M, Places]:
     try:
         document = model.model_validate(data)
     except ValidationError as error:
+        wrong = []
         for problem in error.errors(include_url=False):
-            path = _path(tuple(problem["loc"]), data)
-            label = ".".join(str(part) for part in path)
-            message = problem["msg"].removeprefix("Value error, ")
-            reader.errors.append(reader.at(reader.nearest(path), f"{label}: {message}" if label else message))
-        raise DocumentError(reader.errors) from None
+            whole = _path(tuple(problem["loc"]), data)
+            cause = problem.get("ctx", {}).get("error")
+            pieces = cause.found if isinstance(cause, Problems) else [((), in_words(problem))]
+            for piece, message in pieces:
+                path = (*whole, *piece)
+                label = _label(path)
+                reader.errors.append(reader.at(reader.nearest(path), f"{label}: {message}" if label else message))
+                wrong.append(path)
+        raise SchemaError(reader.errors, data, wrong, Places(reader)) from None
     if reader.errors:
         raise DocumentError(reader.errors)
     return document, Places(reader)

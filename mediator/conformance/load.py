@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from hv_models.memory import PAGE_SHIFT, PAGE_SIZE
 from mediator.conformance import vectors as v
-from mediator.documents import DocumentError
+from mediator.documents import DocumentError, in_words
 
 MAX_SIZE: Final = 1 << 30
 """Bytes of an unpacked file: stops a small compressed file from filling memory."""
@@ -76,7 +76,7 @@ def load_vectors(path: Path) -> v.Document:
     try:
         document = v.Document.model_validate(data)
     except ValidationError as error:
-        found = [(_place(data, problem["loc"]), _words(problem)) for problem in error.errors(include_url=False)]
+        found = [(_place(data, problem["loc"]), in_words(problem)) for problem in error.errors(include_url=False)]
     else:
         found = [
             ((f"{_vector(number, vector.name)}, {where}", field), text)
@@ -92,11 +92,6 @@ def load_vectors(path: Path) -> v.Document:
     if len(lines) > len(told):
         told[-1] = f"{path}: {len(lines) - len(told) + 1} more things are wrong"
     raise DocumentError(told)
-
-
-def _words(problem: Any) -> str:
-    text = str(problem["msg"]).removeprefix("Value error, ").partition(" or instance of ")[0]
-    return text[:1].lower() + text[1:]
 
 
 def _vector(number: int, name: object) -> str:

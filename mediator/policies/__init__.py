@@ -18,7 +18,7 @@ from pydantic import (
 
 from mediator.core.mediator import HANDLED
 from mediator.core.policy import FlowPolicy, Policy, PolicyLimits, Word, Words
-from mediator.documents import DocumentError, load_document, read_document
+from mediator.documents import DocumentError, Problems, load_document, read_document
 from optee.abi.message import META, Attr, Command
 from optee.abi.rpc import RpcCommand
 from optee.abi.smc import Function, NsecCapability, SecCapability
@@ -270,10 +270,18 @@ class PolicyDocument(_Strict):
 def read_quota(data: object) -> QuotaDocument:
     """Check limits that came as data. Raises DocumentError, one line each."""
     try:
+        return check_quota(data)
+    except Problems as problems:
+        lines = [f"quota: {'.'.join(map(str, path))}: {text}" for path, text in problems.found]
+        raise DocumentError(lines) from None
+
+
+def check_quota(data: object) -> QuotaDocument:
+    """The same for a piece of a document. Raises Problems."""
+    try:
         return QuotaDocument.model_validate(data)
     except ValidationError as error:
-        lines = [f"quota: {'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors(include_url=False)]
-        raise DocumentError(lines) from None
+        raise Problems.of(error) from None
 
 
 def policy_text(name: str) -> str:

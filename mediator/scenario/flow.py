@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mediator.scenario.language import AnyStep
 
 MAX_TURNS: Final = 1_000_000
-"""Turns of one loop: stops a file from running for ever."""
+"""Turns of all loops of a run together: stops a file from running for ever."""
 _POLL: Final = 0.001
 
 
@@ -41,6 +41,10 @@ class Flow(Step):
     """
 
     needs_guest: ClassVar[bool] = False
+
+    def turns(self) -> int:
+        """How often the steps inside are done; 1 where that is known only when it runs."""
+        return 1
 
 
 class InOrder(Flow):
@@ -96,9 +100,13 @@ class Repeat(Flow):
     repeat: Annotated[Number, AfterValidator(_constant_turns)]
     do: list[AnyStep]
 
+    def turns(self) -> int:
+        """See `Flow`."""
+        return 1 if self.repeat.constant is None else self.repeat.constant
+
     async def run(self, actor: Actor) -> None:
         """See `Step`."""
-        for _ in range(_turns(actor.number(self.repeat))):
+        for _ in range(actor.run.take_turns(_turns(actor.number(self.repeat)))):
             await actor.run_steps(self.do)
 
 
@@ -127,6 +135,14 @@ class ForEach(Flow):
             _numbers(first, self.last.constant)
         return self
 
+    def turns(self) -> int:
+        """See `Flow`."""
+        if self.values is not None:
+            return len(self.values)
+        first = 1 if self.first is None else self.first.constant
+        last = None if self.last is None else self.last.constant
+        return 1 if first is None or last is None else max(last - first + 1, 0)
+
     async def run(self, actor: Actor) -> None:
         """See `Step`."""
         if self.values is not None:
@@ -136,6 +152,7 @@ class ForEach(Flow):
         else:
             assert self.last is not None
             values = list(_numbers(1 if self.first is None else actor.number(self.first), actor.number(self.last)))
+        actor.run.take_turns(len(values))
         if not self.at_once:
             for value in values:
                 actor.define(self.for_each, value)

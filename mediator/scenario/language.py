@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Final, Self
 
-from pydantic import Field, GetCoreSchemaHandler, PrivateAttr, model_validator
+from pydantic import Field, GetCoreSchemaHandler, PrivateAttr, ValidationError, model_validator
 from pydantic_core import CoreSchema, core_schema
 
-from mediator.documents import DocumentError, Path, Places, load_located
+from mediator.documents import Data, DocumentError, Path, Places, SchemaError, load_located
 from mediator.invariants import TITLES
 from mediator.scenario import client, driver, flow, load, storage, world
 from mediator.scenario.expressions import Expression, Seconds
@@ -34,6 +34,8 @@ VERBS: Final[Mapping[str, type[Step]]] = {step.verb: step for step in STEPS}
 _RESERVED: Final = frozenset({"guest", EVERY})
 
 
+_STEP_LISTS: Final = frozenset({"steps", "sequence", "parallel", "do", "cut_power"})
+"""Keys that hold steps."""
 _ALSO_KEYS: Final = frozenset({"expect", "pages"})
 """Verbs that other steps have as a key."""
 
@@ -150,13 +152,57 @@ def load_scenario(text: str, name: str) -> Scenario:
         DocumentError: with file:line:column for each thing that is wrong.
 
     """
-    scenario, places = load_located(Scenario, text, name)
+    try:
+        scenario, places = load_located(Scenario, text, name)
+    except SchemaError as error:
+        raise DocumentError([*error.lines, *_errors_of_the_rest(error)]) from None
     scenario.stand_at(name)
     scenario._timeout_place = places.line(("timeout",))
     errors = list(_Check(scenario, places).errors())
     if errors:
         raise DocumentError(errors)
     return scenario
+
+
+def _errors_of_the_rest(error: SchemaError) -> list[str]:
+    """What refers to nothing in a file some steps of which are wrong already: so that all is said at once."""
+    rest = _without(error.data, error.wrong)
+    try:
+        scenario = Scenario.model_validate(rest)
+    except ValidationError:
+        return []
+    return list(_Check(scenario, error.places).errors(whole=False))
+
+
+def _without(data: Data, wrong: Sequence[Path]) -> Data:
+    """The scenario with nothing in the place of each step that is wrong."""
+    if not isinstance(data, dict):
+        return None
+    rest: Data = data
+    for path in wrong:
+        at = _innermost_step(path)
+        rest = _replaced(rest, at or path[:1], {"sequence": []} if at else None)
+    return {**rest, "scenario": "x", "purpose": "x"} if isinstance(rest, dict) else None
+
+
+def _innermost_step(path: Path) -> Path:
+    """Where in a document's path its innermost step stands; nothing if it is in none."""
+    ends = [end for end in range(2, len(path) + 1) if isinstance(path[end - 1], int) and path[end - 2] in _STEP_LISTS]
+    return path[: ends[-1]] if ends else ()
+
+
+def _replaced(data: Data, path: Path, new: Data) -> Data:
+    """The same with something else in one place: a mapping has no such key then, if that is None."""
+    if not path:
+        return new
+    if isinstance(data, dict) and path[0] in data:
+        key = str(path[0])
+        if len(path) == 1 and new is None:
+            return {name: value for name, value in data.items() if name != key}
+        return {**data, key: _replaced(data[key], path[1:], new)}
+    if isinstance(data, list) and isinstance(path[0], int) and path[0] < len(data):
+        return [_replaced(item, path[1:], new) if index == path[0] else item for index, item in enumerate(data)]
+    return data
 
 
 class _Check:
@@ -171,8 +217,8 @@ class _Check:
         self._references: list[tuple[Path, tuple[str, ...]]] = []
         self._errors: list[str] = []
 
-    def errors(self) -> Iterator[str]:
-        """One line for each thing that is wrong."""
+    def errors(self, *, whole: bool = True) -> Iterator[str]:
+        """One line for each thing that is wrong; names may be defined by what is missing, where it is not `whole`."""
         self._scenario.machine.stand_at(self._places.line(("machine",)))
         for name in self._specs:
             if name in _RESERVED:
@@ -180,7 +226,7 @@ class _Check:
         yield from self._machine()
         self._steps(self._scenario.steps, ("steps",), self._scenario.only_guest or "")
         yield from self._errors
-        for path, reference in self._references:
+        for path, reference in self._references if whole else ():
             if reference[0] not in self._defined and reference[0] not in {*self._specs, "guest"}:
                 yield self._places.error(path, f"${reference[0]} is defined nowhere")
 
@@ -208,12 +254,18 @@ class _Check:
                 if not own:
                     return
 
-    def _steps(self, steps: list[Step], path: Path, guest: str) -> None:
+    def _steps(self, steps: list[Step], path: Path, guest: str, turns: int = 1) -> None:
         for index, step in enumerate(steps):
-            self._step(step, (*path, index), guest)
+            self._step(step, (*path, index), guest, turns)
 
-    def _step(self, step: Step, path: Path, guest: str) -> None:
+    def _step(self, step: Step, path: Path, guest: str, turns: int) -> None:
+        """`turns`: how often the loops around it have it done."""
         step.stand_at(self._places.line(path))
+        if isinstance(step, flow.Flow):
+            around, turns = turns, turns * step.turns()
+            if turns > flow.MAX_TURNS >= around:
+                what = f"{turns} turns of the loops that hold each other, where {flow.MAX_TURNS} are possible"
+                self._errors.append(self._places.error((*path, step.verb), f"{step.verb}: {what}"))
         if step.guest is not None:
             self._known(step.guest, (*path, "guest"), every=True)
             guest = step.guest
@@ -230,7 +282,7 @@ class _Check:
             value = getattr(step, name)
             place = (*path, field.alias or name)
             if isinstance(value, list) and value and isinstance(value[0], Step):
-                self._steps(value, place, guest)
+                self._steps(value, place, guest, turns)
             else:
                 self._walk(value, place)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from guests import GuestError
 from guests.workloads.burst import Burst, Form, burst
 from mediator.scenario.client import TaName, ta_uuid
-from mediator.scenario.expressions import Number, Record, Seconds
+from mediator.scenario.expressions import EvaluationError, Expression, Number, Record, Seconds
 from mediator.scenario.steps import Expected, Name, Step, StepFailed, Strict, check_number
 
 if TYPE_CHECKING:
@@ -35,6 +36,19 @@ class BurstExpectation(Strict):
     """Bytes that the heaps of the guest's TAs ever had in use together."""
 
 
+def _calls(count: int) -> int:
+    """A number of calls. Raises EvaluationError for what is none."""
+    if not 1 <= count <= MAX_CALLS:
+        raise EvaluationError(f"{count} calls, where 1 to {MAX_CALLS} are possible")
+    return count
+
+
+def _constant_calls(count: Expression) -> Expression:
+    if count.constant is not None:
+        _calls(count.constant)
+    return count
+
+
 class BurstStep(Step):
     """Have 16 clients call command 0 of a TA, with a number; one more is the answer."""
 
@@ -42,7 +56,7 @@ class BurstStep(Step):
     needs_driver: ClassVar[bool] = True
     burst: FormName
     ta: TaName
-    calls: Number
+    calls: Annotated[Number, AfterValidator(_constant_calls)]
     within: Seconds = 0.0
     """Seconds over which the calls come evenly; 0: each client calls again as soon as it has its answer."""
     name: Annotated[Name, Field(alias="as")] = "burst"
@@ -50,9 +64,15 @@ class BurstStep(Step):
 
     async def run(self, actor: Actor) -> None:
         """See `Step`."""
-        guest, calls = actor.guest, min(actor.number(self.calls), MAX_CALLS)
+        guest, calls = actor.guest, _calls(actor.number(self.calls))
         form = Form(self.burst)
-        found = await burst(guest.booted, ta_uuid(self.ta), form, calls=calls, within=self.within)
+        failed: list[BaseException] = []
+        try:
+            found = await burst(guest.booted, ta_uuid(self.ta), form, calls=calls, within=self.within)
+        except* GuestError as errors:
+            failed += errors.exceptions
+        if failed:
+            raise StepFailed("burst", "an answer to each call", str(_innermost(failed[0])))
         board, client = actor.run.board, guest.vm.client_id
         queue = board.core.guests[client].lane.peak if form is Form.BACK_PRESSURE else found.queue
         numbers = _numbers(found) | {"queue": queue, "ta_heap": board.model.ta_heap_peak(client)}
@@ -65,6 +85,10 @@ class BurstStep(Step):
             expected = getattr(self.expect, name)
             if expected is not None:
                 check_number(name, expected, number, actor)
+
+
+def _innermost(error: BaseException) -> BaseException:
+    return _innermost(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
 
 
 def _numbers(found: Burst) -> dict[str, int]:

@@ -10,8 +10,7 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from hv_models.machine import RAM_BASE, RamBlock
 from mediator.core.policy import Policy, PolicyLimits
-from mediator.documents import DocumentError
-from mediator.policies import FlowDocument, PolicyDocument, QuotaDocument, load_policy, read_quota
+from mediator.policies import FlowDocument, PolicyDocument, QuotaDocument, check_quota, load_policy
 from mediator.scenario.client import TaName, ta_uuid
 from mediator.scenario.expressions import NOTHING, Expression, Number, Seconds
 from mediator.scenario.guest import SUPPLICANTS
@@ -59,11 +58,8 @@ def _quotas(quotas: dict[LimitName, Number]) -> dict[LimitName, Number]:
 
 
 def _quota(quotas: Mapping[LimitName, Expression]) -> QuotaDocument:
-    """The same as a policy has it. Raises ValueError."""
-    try:
-        return read_quota({name: value.number(NOTHING) for name, value in quotas.items()})
-    except DocumentError as error:
-        raise ValueError("; ".join(error.lines)) from None
+    """The same as a policy has it. Raises Problems."""
+    return check_quota({name: value.number(NOTHING) for name, value in quotas.items()})
 
 
 class GuestSpec(Strict):

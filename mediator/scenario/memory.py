@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 from pydantic import AfterValidator
 
 from guests import SharedMemory
+from hv_models.descriptor import IPA_BITS
 from mediator.scenario.expressions import (
     EvaluationError,
     Expression,
@@ -26,6 +27,13 @@ def whole_page(address: int) -> int:
     """An address where a page begins. Raises EvaluationError for any other."""
     if address % _PAGE:
         raise EvaluationError(f"{address:#x} is not where a page begins")
+    return address
+
+
+def guest_page(address: int) -> int:
+    """An address that stage-2 tables have an entry for. Raises EvaluationError for any other."""
+    if not 0 <= address < 1 << IPA_BITS:
+        raise EvaluationError(f"{address:#x} is no IPA: they have {IPA_BITS} bits")
     return address
 
 

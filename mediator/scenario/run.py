@@ -35,7 +35,7 @@ from mediator.policies import read_quota
 from mediator.scenario.actor import WORLD, Actor, Scope
 from mediator.scenario.expressions import EvaluationError
 from mediator.scenario.flips import FlippingMemory
-from mediator.scenario.flow import Flow, side_by_side
+from mediator.scenario.flow import MAX_TURNS, Flow, side_by_side
 from mediator.scenario.guest import GuestDied, ScenarioGuest
 from mediator.scenario.language import EVERY, Scenario
 from mediator.scenario.secure_side import PatientWorld, ScriptedWorld, SecureSide
@@ -122,6 +122,7 @@ class Run:
         self.by_client: dict[int, ScenarioGuest] = {}
         self.began = 0.0
         self.steps = 0
+        self.turns = 0
         self.bursts: list[dict[str, Any]] = []
         """What became of each burst of calls, in the order in which they ended."""
         self.guests = {
@@ -289,6 +290,13 @@ class Run:
                 failed = StepFailed("this step and those after it", "done", f"{died} is dead, which ends the sequence")
                 failed.place, failed.step, failed.guest = step.place, step.words(), str(died)
                 raise failed from None
+
+    def take_turns(self, count: int) -> int:
+        """A loop is about to have so many turns. Raises EvaluationError where all loops together have too many."""
+        self.turns += count
+        if self.turns > MAX_TURNS:
+            raise EvaluationError(f"more than {MAX_TURNS} turns of all loops together")
+        return count
 
     async def create(self, guest: ScenarioGuest) -> None:
         """Make a guest's VM. Raises StepFailed if there is no room for it, at OP-TEE or in the pool."""

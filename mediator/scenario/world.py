@@ -12,8 +12,8 @@ from hv_models.memory import PhysicalFault
 from hv_models.stage2 import PageKind
 from mediator.core.ledger import OverLimit
 from mediator.core.steps import Regs
-from mediator.documents import DocumentError
-from mediator.policies import MAX_PAGES, read_quota
+from mediator.documents import Path, Problems
+from mediator.policies import MAX_PAGES, check_quota
 from mediator.scenario.driver import ParamSpec, write_ram
 from mediator.scenario.expressions import (
     EvaluationError,
@@ -27,7 +27,7 @@ from mediator.scenario.expressions import (
     Status,
 )
 from mediator.scenario.guest import PowerCut
-from mediator.scenario.memory import PageAddress, page_addresses, whole_page
+from mediator.scenario.memory import PageAddress, guest_page, page_addresses, whole_page
 from mediator.scenario.secure_side import Conversation
 from mediator.scenario.steps import Name, Octets, Step, StepFailed, Strict, octets
 from optee.abi.message import HEADER_SIZE, OFFSET_NUM_PARAMS, OFFSET_RET, OFFSET_SESSION, PARAM, PARAM_SIZE
@@ -158,12 +158,15 @@ class Resume(OnGuest):
 def _constant_limits(quotas: dict[QuotaName, Number]) -> dict[QuotaName, Number]:
     constants = {name: value.constant for name, value in quotas.items() if value.constant is not None}
     pool = constants.pop("pool_pages", None)
+    found: list[tuple[Path, str]] = []
     if pool is not None and not 1 <= pool <= MAX_PAGES:
-        raise ValueError(f"quota: pool_pages: 1 to {MAX_PAGES} are possible")
+        found.append((("pool_pages",), f"1 to {MAX_PAGES} are possible"))
     try:
-        read_quota(constants)
-    except DocumentError as error:
-        raise ValueError("; ".join(error.lines)) from None
+        check_quota(constants)
+    except Problems as problems:
+        found += problems.found
+    if found:
+        raise Problems(found)
     return quotas
 
 
@@ -189,6 +192,12 @@ class Quota(Step):
                 raise StepFailed("quota", "refused", "changed")
 
 
+def _guest_page(address: Expression) -> Expression:
+    if address.constant is not None:
+        guest_page(address.constant)
+    return address
+
+
 class Stage2(Step):
     """Change stage-2 entries of the guest: the type of pages, or what they map.
 
@@ -197,7 +206,7 @@ class Stage2(Step):
     """
 
     verb = "stage2"
-    stage2: PageAddress
+    stage2: Annotated[PageAddress, AfterValidator(_guest_page)]
     pages: Number | None = None
     becomes: Literal["none", "ram_rw", "ram_ro", "mmio", "grant_rw", "grant_ro", "foreign_rw"] = "ram_rw"
     page: Number | None = None
@@ -207,8 +216,10 @@ class Stage2(Step):
     async def run(self, actor: Actor) -> None:
         """See `Step`."""
         vm, kind = actor.guest.vm, PageKind[self.becomes.upper()]
-        for number, ipa in enumerate(page_addresses(actor, self.stage2, self.pages)):
-            whole_page(ipa)
+        addresses = page_addresses(actor, self.stage2, self.pages)
+        for ipa in (*addresses[:1], *addresses[-1:]):
+            whole_page(guest_page(ipa))
+        for number, ipa in enumerate(addresses):
             if self.source is not None:
                 other = actor.of(self.source)
                 at = 0 if self.from_at is None else whole_page(other.number(self.from_at))

@@ -16,7 +16,7 @@ from mediator.fuzz.story import Story
 from mediator.fuzz.world import THREADS
 from mediator.policies import load_policy
 from mediator.scenario import load_scenario, run_scenario
-from tests.fuzz.test_broken_cores import FAULTS, broken
+from tests.wrong_mediators import FAULTS, broken
 
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 TOLD = (

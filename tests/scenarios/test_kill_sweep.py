@@ -32,7 +32,8 @@ APART = {
 """Scenarios in which a death has consequences of its own."""
 LONG = {
     *("attribute-types", "death-in-rpc", "long-list", "long-message", "page-lists", "register-until-heap-is-full"),
-    *("stack-canary", "stack-smash", "storage-concurrent", "storage-two-guests", "xtest-1007", "xtest-1013"),
+    *("rpc-replies", "stack-canary", "stack-smash", "storage-concurrent", "storage-two-guests"),
+    *("xtest-1004", "xtest-1005", "xtest-1007", "xtest-1013"),
 }
 """Not quick: for the nightly run."""
 SWEPT = [name for name in library() if name not in APART and (find_scenario(name).quick or (NIGHTLY and name in LONG))]

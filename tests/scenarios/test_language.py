@@ -29,7 +29,7 @@ MISTAKES = [
     ("steps:\n- {opn: hello_world}\n", "4:3", "here is opn"),
     ("steps:\n- {open: hello_world, close: 3}\n", "4:3", "here is open and close"),
     ("steps:\n- 5\n", "4:3", "a step is a mapping"),
-    ("steps: []\n", "3:8", "at least 1 item"),
+    ("steps: []\n", "3:8", "steps: 1 or more are wanted"),
     ("steps:\n- {open: hello_wold}\n", "4:10", "no UUID and none of"),
     ("steps:\n- {invoke: FOO}\n", "4:12", "no command of a known TA"),
     ("steps:\n- {invoke: INC_VALUE, session: $s}\n", "4:32", "$s is defined nowhere"),
@@ -41,7 +41,7 @@ MISTAKES = [
     ("steps:\n- {smc: CALL_WITH_ARG, a1: 1 +}\n", "4:28", "a term is missing"),
     ("steps:\n- {smc: CALL_WITH_ARG, a1: OK}\n", "4:28", "no name of the ABI"),
     ("steps:\n- {smc: CALL_WITH_ARG, a1: 1 2}\n", "4:28", "an operator is missing"),
-    ("steps:\n- {smc: CALL_WITH_ARG, vcpu: -1}\n", "4:30", "greater than or equal to 0"),
+    ("steps:\n- {smc: CALL_WITH_ARG, vcpu: -1}\n", "4:30", "0 or more is wanted"),
     ("steps:\n- guest: zoe\n  open: hello_world\n", "4:10", "no guest of this machine"),
     ("steps:\n- {kill: zoe}\n", "4:10", "no guest of this machine"),
     ("machine: {guests: {a: , b: }}\n" + STEP, "5:3", "guest is missing"),
@@ -50,7 +50,7 @@ MISTAKES = [
     ("machine: {guests: {a: {driver: none}}}\n" + STEP, "5:3", "a has no driver"),
     ("machine: {each: {ram: 5000}}\n" + STEP, "3:17", "whole pages"),
     ("machine: {each: {supplicant: lazy}}\n" + STEP, "3:17", "none of usual, none, slow"),
-    ("machine: {policy: {name: x}}\n" + STEP, "3:19", "machine.policy.purpose: Field required"),
+    ("machine: {policy: {name: x}}\n" + STEP, "3:19", "machine.policy.purpose: missing"),
     ("rules: [R30]\n" + STEP, "3:9", "rules.0"),
     ("quick: yes\n" + STEP, "3:8", "different readers"),
     ("timeout: 017\n" + STEP, "3:10", "different readers"),
@@ -58,7 +58,7 @@ MISTAKES = [
     ("timeout: 5 hours\n" + STEP, "3:10", "no time"),
     ("steps:\n- open: hello_world\n  open: hello_world\n", "5:3", "stands here twice"),
     ("steps:\n- parallel:\n  - sequence:\n    - {advance: soon}\n", "6:17", "steps.0.parallel.0.sequence.0.advance"),
-    ("steps:\n- {let: {a: {hex: 0}}}\n", "4:19", "valid string"),
+    ("steps:\n- {let: {a: {hex: 0}}}\n", "4:19", "hex: text is wanted"),
     ("steps:\n- {let: {a: {hex: '0'}}}\n", "4:13", "two for a byte"),
     ("steps:\n- {let: {a: {fill: 1}}}\n", "4:13", "fill and size go together"),
     ("steps:\n- {let: {a: {text: a, zeros: 3}}}\n", "4:13", "bytes are one of"),
@@ -68,7 +68,7 @@ MISTAKES = [
     ("steps:\n- {message: CMD_X}\n", "4:13", "no name of the ABI"),
     ("steps:\n- {message: CANCEL, params: [{attr: TMEM}]}\n", "4:37", "TMEM_INPUT"),
     ("steps:\n- {message: CANCEL, params: [{a: 1, buf_ptr: 3}]}\n", "4:30", "are the same word"),
-    ("steps:\n- {expect: {memory: [{at: 0}]}}\n", "4:22", "content: Field required"),
+    ("steps:\n- {expect: {memory: [{at: 0}]}}\n", "4:22", "content: missing"),
     ("steps:\n- {expect: {events: {call_deny: 0}}}\n", "4:33", "call_denied"),
     ("steps:\n- {expect: {traffic: {FS: 1}}}\n", "4:27", "FS.READ"),
     ("steps:\n- {expect: {forwarded: []}}\n", "4:3", "beside that step"),
@@ -78,18 +78,18 @@ MISTAKES = [
     ("steps: &a [1]\nb: [" + "*a, " * (MAX_ALIASES + 1) + "]\n", "3:8", "aliases"),
     ("steps: [\n", "4:1", "expected node content"),
     ("steps:\n- {advance: \x07}\n", "4:13", "control characters"),
-    ("steps:\n- {advance: -1}\n", "4:13", "greater than or equal to 0"),
-    ("steps:\n- {advance: 1.0e999}\n", "4:13", "less than or equal to"),
+    ("steps:\n- {advance: -1}\n", "4:13", "0 or more is wanted"),
+    ("steps:\n- {advance: 1.0e999}\n", "4:13", "1000000000.0 or less is wanted"),
     ("steps:\n- {pages: " + "9 * " * 300 + "9}\n", "4:11", "1201 characters"),
     ("machine: {each: {ram: -99999999999999999999}}\n" + STEP, "3:23", "more than 64 bits"),
     ("machine: {each: {ram: 16 GiB, ram_base: 511 GiB}}\n" + STEP, "3:17", "beyond 512 GiB"),
-    ("machine: {each: {quotas: {calls: 0}}}\n" + STEP, "3:26", "quota: calls: Input"),
+    ("machine: {each: {quotas: {calls: 0}}}\n" + STEP, "3:34", "quotas.calls: 1 or more is wanted"),
     ("machine: {each: {quotas: {pages: $x}}}\n" + STEP, "3:26", "$x is not known here"),
     ("machine: {each: {quotas: {pages: 5, reserved_pages: 9}}}\n" + STEP, "3:26", "9 of at most 5 pages"),
     ("machine: {each: {quotas: {pool_pages: 5}}}\n" + STEP, "3:39", "'pages', 'reserved_pages'"),
     ("machine: {policy: lax}\n" + STEP, "3:19", "none of default, xen, minimal"),
     ("machine: {rpmb_owner: zoe}\n" + STEP, "3:23", "no guest of this machine"),
-    ("machine: {flow: {queue: 0}}\n" + STEP, "3:25", "greater than or equal to 1"),
+    ("machine: {flow: {queue: 0}}\n" + STEP, "3:25", "queue: 1 or more is wanted"),
     ("machine: {optee: {core_heap: $x}}\n" + STEP, "3:30", "a size such as"),
     ("machine: {optee: {early_tas: [nobody]}}\n" + STEP, "3:31", "early_tas.0: 'nobody' is no UUID"),
     ("machine: {optee: {sizes: {exercise: {heap: 2000000 MiB}}}}\n" + STEP, "3:44", "more than 1 TiB"),
@@ -103,11 +103,18 @@ MISTAKES = [
     ("steps:\n- {repeat: -1, do: []}\n", "4:12", "-1 turns, where 0 to 1000000 are possible"),
     ("steps:\n- {repeat: 100_000 * 1_000_000, do: []}\n", "4:12", "100000000000 turns, where"),
     ("steps:\n- {for_each: x, to: 1000001, do: []}\n", "4:3", "1000001 turns, where"),
-    ("steps:\n- {quota: {calls: 0, buffers: -1}}\n", "4:11", "quota: calls: Input"),
-    ("steps:\n- {quota: {calls: 0, buffers: -1}}\n", "4:11", "quota: buffers: Input"),
-    ("steps:\n- {quota: {pages: $guest.ram, calls: 0}}\n", "4:11", "quota: calls: Input"),
+    ("steps:\n- {quota: {calls: 0, buffers: -1}}\n", "4:19", "quota.calls: 1 or more is wanted"),
+    ("steps:\n- {quota: {calls: 0, buffers: -1}}\n", "4:31", "quota.buffers: 1 or more is wanted"),
+    ("steps:\n- {quota: {pages: $guest.ram, calls: 0}}\n", "4:38", "quota.calls: 1 or more is wanted"),
     ("steps:\n- {for_each: x, to: -1, do: []}\n", "4:3", "from and to are 0 or more"),
-    ("steps:\n- {quota: {pool_pages: -1}}\n", "4:11", "quota: pool_pages: 1 to 4294967296"),
+    ("steps:\n- {stage2: 0x8000000000}\n", "4:12", "0x8000000000 is no IPA: they have 39 bits"),
+    ("steps:\n- {burst: bare, ta: reusing, calls: 1000001}\n", "4:37", "1000001 calls, where 1 to 1000000"),
+    (
+        "steps:\n- {repeat: 1001, do: [{for_each: x, to: 1000, do: []}]}\n",
+        "4:34",
+        "for_each: 1001000 turns of the loops that hold each other, where 1000000 are possible",
+    ),
+    ("steps:\n- {quota: {pool_pages: -1}}\n", "4:24", "quota.pool_pages: 1 to 4294967296"),
     ("steps:\n- {for_each: x, do: []}\n", "4:3", "either in, or to"),
     ("steps:\n- {open: '{8aaaf200-2450-11e4-abe2-0002a5d5c51b}'}\n", "4:10", "no UUID"),
 ]
@@ -125,6 +132,15 @@ def test_all_mistakes_are_told_at_once() -> None:
     with pytest.raises(DocumentError) as raised:
         load_scenario(text, "f.yaml")
     assert [line.split(":")[1] for line in raised.value.lines] == ["1", "4", "5", "6"]
+
+
+def test_what_refers_to_no_guest_is_told_beside_what_does_not_fit() -> None:
+    steps = ("{repeat: x, do: [{open: hello_world, guest: no}]}", "{stage2: 0, from: nobody}", "{let: {a: $b}}")
+    text = HEAD.replace("purpose: p\n", "purpose: 1\n") + "steps:\n" + "".join(f"- {step}\n" for step in steps)
+    with pytest.raises(DocumentError) as raised:
+        load_scenario(text, "f.yaml")
+    assert [line.split(":")[1] for line in raised.value.lines] == ["4", "2", "4", "5"]
+    assert "'nobody' is no guest of this machine" in raised.value.lines[-1]
 
 
 def test_constants_and_guests_that_cannot_be_are_told_at_once() -> None:
@@ -212,8 +228,12 @@ BEYOND = (
         "no user TA",
         "where a page begins",
         "turns, where",
+        "turns of the loops",
+        "calls, where",
+        "is no IPA",
         "are 0 or more",
-        "quota:",
+        "quotas.",
+        "quota.",
         "none of default",
         "either in, or to",
     ),
