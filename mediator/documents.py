@@ -98,6 +98,15 @@ class Problems(ValueError):
         return cls([(tuple(each["loc"]), in_words(each)) for each in error.errors(include_url=False)])
 
 
+def said(value: object) -> str:
+    """What stands in a document, for a message."""
+    if isinstance(value, dict | list):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    if value is None:
+        return "nothing"
+    return repr(value).lower() if isinstance(value, bool) else repr(value)
+
+
 def in_words(problem: ErrorDetails) -> str:
     """What is wrong, in the words of the document's writer."""
     plain = _PLAIN.get(problem["type"])
@@ -287,10 +296,12 @@ def _place(before: str) -> tuple[int, int]:
 
 
 def _path(location: Path, data: Data) -> Path:
-    """The keys and indices of a location: pydantic also names the branch that a union took, in angle brackets."""
+    """The keys and indices of a location. Pydantic also names the branch that a union took: in angle brackets, or
+    where the document has no more keys.
+    """
     kept: list[int | str] = []
     for part in location:
-        if isinstance(part, str) and part.startswith("<") and not (isinstance(data, dict) and part in data):
+        if isinstance(part, str) and not (isinstance(data, dict) and (part in data or not part.startswith("<"))):
             continue
         kept.append(part)
         if isinstance(data, dict) and isinstance(part, str):

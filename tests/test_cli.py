@@ -265,6 +265,17 @@ class TestOtherEnds:
         assert result(capsys, "decode", "0") == (INTERRUPTED, "", "interrupted\n")
 
 
+def test_an_interruption_of_the_first_moments_is_quiet() -> None:
+    code = (
+        "import sys\nfrom mediator.__main__ import main\n"
+        "class Interrupted:\n    def find_spec(self, name, *more):\n"
+        "        if name.startswith('mediator.'):\n            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted())\nmain()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (INTERRUPTED, "", "interrupted\n")
+
+
 def test_a_pipe_that_nobody_reads() -> None:
     reading, writing = os.pipe()
     os.close(reading)

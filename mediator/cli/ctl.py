@@ -21,7 +21,18 @@ TIMEOUT_SECONDS: Final = 10.0
 """For an answer of a `serve` that may be busy."""
 _STRANGER: Final = "whoever serves there is no mediator of this version"
 _QUOTA_KEYS: Final = ("held", "limit", "reserved", "borrowed", "peak")
-_COLUMNS: Final = ("id", "calls", "invokes", "RPCs", "denied", "refused", "errors", "pages pinned", "threads")
+_COLUMNS: Final = (
+    "id",
+    "calls",
+    "invokes",
+    "RPCs",
+    "denied",
+    "refused",
+    "rejected",
+    "errors",
+    "pages pinned",
+    "threads",
+)
 
 app = typer.Typer(help="Look into a running serve, and change it.", no_args_is_help=True)
 
@@ -82,7 +93,10 @@ def _table(status: dict[str, Any]) -> "Table":
         (
             guest["name"],
             guest["hypervisor"],
-            *(str(guest[key]) for key in ("vmid", "calls", "invokes", "rpcs", "denied", "refused", "errors")),
+            *(
+                str(guest[key])
+                for key in ("vmid", "calls", "invokes", "rpcs", "denied", "refused", "rejected", "errors")
+            ),
             f"{guest['pages_pinned']} of {guest['pages_quota']}",
             str(guest["threads"]),
             guest["ended"] or "running",

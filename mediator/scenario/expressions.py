@@ -13,6 +13,7 @@ from typing import Annotated, Any, Final, Protocol
 
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
+from mediator.documents import said
 from optee.abi.message import META, NONCONTIG, Command, Login, ParamType
 from optee.abi.registers import Named
 from optee.abi.results import Origin, Result, StorageId
@@ -119,7 +120,7 @@ class Expression:
             self._rest: list[tuple[str, int | tuple[str, ...]]] = []
             return
         if not isinstance(source, str):
-            raise ValueError(f"a number, a name or $name is wanted, not {source!r}")
+            raise ValueError(f"a number, a name or $name is wanted, not {said(source)}")
         if len(source) > MAX_TEXT:
             raise ValueError(f"{len(source)} characters, where a number or a name is wanted")
         terms, operators = self._scan(source, names)
