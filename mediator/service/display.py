@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 import trio
 
@@ -20,8 +20,9 @@ LINE_SECONDS: Final = 10.0
 MAX_ROWS: Final = 40
 """Guests in the table; the rest is counted below it."""
 _COLUMNS: Final = (
-    "guest", "hypervisor", "VMID", "calls/s", "RPCs", "denied", "refused", "pages pinned", "threads", "errors"
+    "guest", "hyper-\nvisor", "VMID", "calls/s", "RPCs", "denied", "refused", "pages pinned", "threads", "errors"
 )  # fmt: skip
+"""All heads can be read on a terminal of 80 columns."""
 
 
 async def display(guests: Sequence[ServedGuest], duration: float | None) -> None:
@@ -86,10 +87,11 @@ def _table(found: Sequence[tuple[GuestStatus, float]], title: str) -> Table:
     from rich.text import Text
 
     left_out = len(found) - MAX_ROWS
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False, title=title, title_justify="left")
     table.caption = f"and {left_out} more" if left_out > 0 else None
     for column in _COLUMNS:
-        table.add_column(column, justify="left" if column in _COLUMNS[:2] else "right")
+        side: Literal["left", "right"] = "left" if column in _COLUMNS[:2] else "right"
+        table.add_column(column, justify=side, min_width=max(map(len, column.split())), overflow="fold")
     for status, rate in found[:MAX_ROWS]:
         pinned = f"{status.pages_pinned} of {status.pages_quota}"
         numbers = (status.vmid, f"{rate:.0f}", status.rpcs, status.denied, status.refused, pinned, status.threads)

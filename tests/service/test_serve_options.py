@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import socket
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from mediator.cli import run
 from mediator.service import display
@@ -37,6 +39,16 @@ def test_a_socket_that_cannot_be_is_one_line(arguments: str, words: str, tmp_pat
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and words in err
     assert file.read_text() == "mine"
+
+
+def test_the_heads_of_the_table_can_be_read_on_80_columns() -> None:
+    guest = ServedGuest("a-guest-of-a-long-name", "kvm").status()
+    console = Console(width=80, file=StringIO(), record=True)
+    console.print(display._table([(guest, 12345.6)], "3 s"))
+    text = console.export_text()
+    heads = ("guest", "hyper-", "VMID", "calls/s", "RPCs", "denied", "refused", "pinned", "threads", "errors")
+    assert all(head in text for head in heads), text
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_the_table_shows_many_guests_and_counts_the_rest() -> None:
