@@ -71,9 +71,9 @@ def test_what_a_target_does_not_offer_is_skipped_and_what_it_answers_otherwise_f
     assert "smc: CALLS_COUNT: a0: expected bits" in verdicts[3].why
 
 
-def _swap_entries(self: Any, guest: Any) -> None:
+def _swap_entries(self: Any, guest: Any, pins: Any) -> None:
     pages = list(self.lists)
-    _PIN(self, guest)
+    _PIN(self, guest, pins)
     for page in pages:
         page.view[:16] = bytes(page.view[8:16]) + bytes(page.view[:8])
 
