@@ -94,6 +94,7 @@ class Bench:
         self._recordings: Recordings | None = None
         self._stopping = trio.Event()
         self._cut = trio.Event()
+        self._timer = trio.CancelScope()
         self._begun = trio.Event()
         self._is_up = trio.Event()
         self._fault = ""
@@ -305,12 +306,13 @@ class Bench:
 
     async def _stop_after(self, seconds: float) -> None:
         """End the run, but let each guest end its tour."""
-        if not self.options.in_process:
-            await self._begun.wait()
-        await trio.sleep(seconds)
-        if self.options.workload in TOURS:
-            await self._until_or_idle(self._all_toured, TOUR_SECONDS)
-        self.stop()
+        with self._timer:
+            if not self.options.in_process:
+                await self._begun.wait()
+            await trio.sleep(seconds)
+            if self.options.workload in TOURS:
+                await self._until_or_idle(self._all_toured, TOUR_SECONDS)
+            self.stop()
 
     async def _until_or_idle(self, condition: Callable[[], bool], most: float) -> None:
         """Wait for a condition while guests make calls, and so many seconds at most."""
@@ -330,6 +332,7 @@ class Bench:
             self._cut.set()
         for guest in self.guests:
             guest.work.cancel()
+        self._timer.cancel()
         self._stopping.set()
 
     async def _cut_power(self, guests_scope: trio.CancelScope) -> None:

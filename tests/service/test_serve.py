@@ -201,10 +201,14 @@ def test_the_duration_ends_a_run_in_order(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("moment", [0, 0.001, 0.02, 0.1, 0.21])
-@pytest.mark.parametrize("how", ["stop", signal.SIGINT, signal.SIGTERM], ids=str)
-def test_a_stop_at_any_moment_ends_in_order(how: Any, moment: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("how", "duration"), [("stop", None), (signal.SIGINT, 1000.0), (signal.SIGTERM, None)], ids=str
+)
+def test_a_stop_at_any_moment_ends_in_order(
+    how: Any, duration: float | None, moment: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(serve, "WORKLOADS", {"mixed": _for_ever})
-    bench = Bench(ServeOptions(guests=2, workload="mixed", check=True), load_policy("default"))
+    bench = Bench(ServeOptions(guests=2, workload="mixed", check=True, duration=duration), load_policy("default"))
     found: list[Summary] = []
 
     async def main() -> None:
@@ -225,6 +229,7 @@ def test_a_stop_at_any_moment_ends_in_order(how: Any, moment: float, monkeypatch
     assert summary.violations == [] and summary.left == NOTHING_LEFT
     assert {guest.ended for guest in summary.guests} == {"finished"}
     assert summary.good, [guest.notes for guest in summary.guests]
+    assert summary.seconds < serve.IDLE_SECONDS, "nobody waits for the rest of the duration"
 
 
 @pytest.mark.parametrize("workload", ["hello", "mixed"])
