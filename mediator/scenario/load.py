@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal
 
 from pydantic import AfterValidator, Field
 
-from guests import GuestError
+from guests import GuestError, TeeError
 from guests.workloads.burst import Burst, Form, burst
 from mediator.scenario.client import TaName, ta_uuid
 from mediator.scenario.expressions import EvaluationError, Expression, Number, Record, Seconds
@@ -69,7 +69,7 @@ class BurstStep(Step):
         failed: list[BaseException] = []
         try:
             found = await burst(guest.booted, ta_uuid(self.ta), form, calls=calls, within=self.within)
-        except* GuestError as errors:
+        except* (GuestError, TeeError) as errors:
             failed += errors.exceptions
         if failed:
             raise StepFailed("burst", "an answer to each call", str(_innermost(failed[0])))

@@ -63,6 +63,12 @@ def test_bursts_are_told_in_one_table(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "20 in 1 s" in out and "32 at once" in out and "TA command 50 us" in out
 
 
+def test_a_burst_that_does_not_end_well_has_its_line() -> None:
+    outcome = play("steps:\n- {fail: mediator_page, nth: 40}\n- {burst: bare, ta: reusing, calls: 50}\n")
+    assert outcome.failure is not None and outcome.failure.place == "f.yaml:5"
+    assert outcome.failure.got == "COMMUNICATION from COMMS"
+
+
 def test_scenarios_that_begin_with_the_same_words_are_a_group(capsys: pytest.CaptureFixture[str]) -> None:
     for name, group in (("stack", ["stack-canary", "stack-exhaustion", "stack-smash"]), ("fairness", ["fairness"])):
         assert run(["run", name, "--list", "--json"]) == 0
