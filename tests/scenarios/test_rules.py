@@ -561,11 +561,9 @@ MISTAKES: Final[dict[str, tuple[str, str, Fault]]] = {
     ),
 }
 """Mistakes: which rules and classes they break, a quick scenario that notices, and where in the code they are."""
-_NAMED: Final = [
-    (name, scenario)
-    for scenario in library()
-    for name in (*find_scenario(scenario).rules, *find_scenario(scenario).classes)
-]
+_LIBRARY: Final = {name: find_scenario(name) for name in library()}
+_NAMES: Final = {name: (*scenario.rules, *scenario.classes) for name, scenario in _LIBRARY.items()}
+"""The rules and classes that each scenario names."""
 
 
 def notices(scenario: str, fault: Fault) -> bool:
@@ -574,7 +572,7 @@ def notices(scenario: str, fault: Fault) -> bool:
     good = False
     try:
         with broken(fault):
-            good = run_scenario(find_scenario(scenario), 1).good
+            good = run_scenario(_LIBRARY[scenario], 1).good
     except* MediatorBug as bug:
         stopped = bug
     return stopped is not None or not good
@@ -584,23 +582,18 @@ def notices(scenario: str, fault: Fault) -> bool:
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_scenario_that_names_what_is_broken_notices(mistake: str) -> None:
     breaks, scenario, fault = MISTAKES[mistake]
-    assert not set(breaks.split()).isdisjoint((*find_scenario(scenario).rules, *find_scenario(scenario).classes))
+    assert not set(breaks.split()).isdisjoint(_NAMES[scenario])
     assert notices(scenario, fault)
 
 
 def test_each_rule_and_each_class_is_broken_before_a_scenario_that_names_it() -> None:
     made = runpy.run_path(str(DOCS / "library.py"))
-    shown = {
-        name
-        for breaks, scenario, _ in MISTAKES.values()
-        for name in breaks.split()
-        if name in (*find_scenario(scenario).rules, *find_scenario(scenario).classes)
-    }
+    shown = {name for breaks, scenario, _ in MISTAKES.values() for name in breaks.split() if name in _NAMES[scenario]}
     assert shown == {*made["RULES"], *made["CLASSES"]}
 
 
 @pytest.mark.skipif(os.environ.get("HYPOTHESIS_PROFILE") != "nightly", reason="minutes: for the nightly run")
-@pytest.mark.parametrize(("name", "scenario"), _NAMED)
-def test_a_scenario_notices_something_of_all_that_it_names(name: str, scenario: str) -> None:
+@pytest.mark.parametrize(("scenario", "name"), [(scenario, name) for scenario in _NAMES for name in _NAMES[scenario]])
+def test_a_scenario_notices_something_of_all_that_it_names(scenario: str, name: str) -> None:
     faults = [fault for breaks, _, fault in MISTAKES.values() if name in breaks.split()]
     assert any(notices(scenario, fault) for fault in faults)

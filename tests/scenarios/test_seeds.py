@@ -20,8 +20,9 @@ SWEPT = [name for name in library() if NIGHTLY or find_scenario(name).quick]
 @pytest.mark.parametrize("first", range(1, 51, 10))
 @pytest.mark.parametrize("name", SWEPT)
 def test_a_scenario_with_ten_seeds(name: str, first: int) -> None:
+    scenario = find_scenario(name)
     for seed in range(first, first + 10):
-        outcome = run_scenario(find_scenario(name), seed)
+        outcome = run_scenario(scenario, seed)
         assert outcome.good, outcome.as_data()
 
 
