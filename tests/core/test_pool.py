@@ -259,7 +259,7 @@ def test_a_policy_is_adopted_whole_or_not_at_all(make):
     first, second = pair.guest(), pair.guest()
     core = pair.mediator
     old = core.policy
-    other = replace(old, limits=limits(9, 3), pool_pages=7)
+    other = replace(old, limits=limits(9, 3), pool_pages=7, guests={"somebody": limits(5, 1)})
     with pytest.raises(OverLimit):
         core.adopt(replace(other, pool_pages=5), {first.id: other.limits, second.id: other.limits})
     assert core.policy is old and first.limits.pages == 65536 and core.pool.capacity is None
@@ -267,6 +267,7 @@ def test_a_policy_is_adopted_whole_or_not_at_all(make):
         core.adopt(replace(other, cookie_zero=True, rpmb_owner="kvm-1"), {})
     assert str(caught.value) == "policy default: cookie_zero, rpmb_owner cannot change while guests run"
     core.adopt(other, {first.id: other.limits, second.id: other.limits})
+    assert core.policy is other
     assert (first.limits.pages, second.limits.reserved_pages, core.pool.capacity) == (9, 3, 7)
     vm = pair.machine.create_kvm("third", 1 << 20)
     assert pair.drive(pair.checker.create(vm.client_id, vm))[0] == ReturnCode.ENOMEM
