@@ -404,6 +404,16 @@ def test_a_difference_beside_an_intended_one_is_reported(name: str) -> None:
 
 
 @needs_shared
+@pytest.mark.parametrize("register", range(1, 8))
+def test_words_that_no_rule_speaks_of_are_compared_where_the_answer_is_another(register: int) -> None:
+    """R15: ours answers a registration with two parameters itself; a1 to a7 are the guest's in either case."""
+    described = visible("all_cmds")
+    words = described["steps"][6]["out"]["regs"]
+    words[register] = hex(int(words[register], 16) ^ 0x10)
+    assert (6, "regs") in differences(compared(described))
+
+
+@needs_shared
 @pytest.mark.parametrize("name", sorted(R11))
 def test_a_difference_after_an_intended_one_is_reported(name: str) -> None:
     """Fast calls do not depend on what the recorded mediator still holds."""
