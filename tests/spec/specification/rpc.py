@@ -213,6 +213,7 @@ class Rpcs(YieldingCalls):
             previous["lists"] = 0
         call["allocated"] = None
         page["bytes"][base + 32 : base + 64] = reply[32:64]
+        page["lists"].pop(base + 40, None)  # of another call that answered in the same page
         made = []
         try:
             yield from self.translate(guest, call, reply, base, page, made)
