@@ -643,6 +643,18 @@ def test_a_buffer_may_be_unregistered_before_its_registration_ends(make, ret):
     assert guest.register(param).ret == guest.unregister(3).ret == 0
 
 
+def test_a_buffer_that_op_tee_unregisters_holds_no_message_unless_op_tee_refuses(make):
+    pair = make()
+    guest = pair.guest()
+    guest.ram.write(registered_pages(guest), invoke().pack())
+    step = guest.submit(smc(Function.CALL_WITH_ARG, *to_pair(guest.write(unregister(9)))))
+    assert guest.smc(Function.CALL_WITH_REGD_ARG, 0, 9, 0)[0] == ReturnCode.EBADADDR
+    pair.world.script.append(succeed(BAD_PARAMETERS))
+    assert pair.drive(step)[0] == 0
+    assert guest.smc(Function.CALL_WITH_REGD_ARG, 0, 9, 0)[0] == 0
+    assert guest.unregister(9).ret == 0
+
+
 @pytest.mark.parametrize("back", [0, 8, 40, 2000, 4000, 4096])
 def test_a_message_in_a_very_large_buffer_may_cross_what_was_pinned_at_once(make, back):
     """A buffer of more pages than one step handles is pinned in pieces; a message knows nothing of them."""
@@ -667,6 +679,17 @@ def test_a_message_in_a_very_large_buffer_may_cross_what_was_pinned_at_once(make
     assert guest.unregister(9).ret == 0
 
 
+class Whole:
+    """Guest memory that takes fields as the port says they are: with a start and a stop."""
+
+    def __init__(self, memory):
+        self.memory = memory
+
+    def store_fields(self, pinned, base, data, fields):
+        assert all(0 <= field.start <= field.stop <= len(data) for field in fields)
+        self.memory.store_fields(pinned, base, data, fields)
+
+
 def test_bytes_of_a_very_large_buffer_are_those_of_its_pages(make):
     pair = make(policy_of(pages_per_buffer=60000, pages=60000, memory=64 << 20))
     guest = pair.guest()
@@ -686,7 +709,7 @@ def test_bytes_of_a_very_large_buffer_are_those_of_its_pages(make):
         assert buffer.load(guest.vm, start, length) == b"".join(words)
         for fields in ((slice(0, length),), (slice(0, 8), slice(8, length))):
             written = bytes(at % 251 for at in range(start, start + length))
-            buffer.store_fields(guest.vm, start, written, fields)
+            buffer.store_fields(Whole(guest.vm), start, written, fields)
             assert buffer.load(guest.vm, start, length) == written
             buffer.store_fields(guest.vm, start, b"".join(words), fields)
     assert guest.unregister(9).ret == 0

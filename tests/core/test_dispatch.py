@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from hv_models.machine import Machine
+from mediator.core.fast import FORWARDED
 from mediator.core.mediator import Mediator
 from mediator.core.policy import Word
 from mediator.core.steps import Forward, Reply, Ticket
@@ -276,3 +277,33 @@ def test_each_register_of_an_answer_is_passed_kept_or_zeroed_alone(make, last):
         answer = guest.smc(Function.CALLS_UID, *HOSTILE)
         seen = {Word.PASS: guest.pair.world.fast[Function.CALLS_UID], Word.KEEP: (0, *HOSTILE), Word.ZERO: (0,) * 4}
         assert answer[1:] == (*(seen[word][at] for at, word in enumerate(table, 1)), *HOSTILE[3:])
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_of_a_fast_call_only_its_function_is_forwarded(make, name):
+    guest = make(name).guest()
+    for function in sorted(FORWARDED & guest.pair.policy.functions - {Function.EXCHANGE_CAPABILITIES}):
+        guest.smc(function, *HOSTILE)
+        assert guest.pair.world.inbox[-1] == (function, 0, 0, 0, 0, 0, 0, guest.id)
+
+
+def test_what_op_tee_says_beside_its_capabilities_keeps_its_place(make):
+    """a2: the highest notification value; a3: how many parameters an RPC argument has room for."""
+    policy = policy_of()
+    answers = {**policy.answers, "EXCHANGE_CAPABILITIES": (Word.PASS,) * 3}
+    offer = SecCapability.DYNAMIC_SHM | SecCapability.RPC_ARG | SecCapability.ASYNC_NOTIF
+    pair = make(replace(policy, answers=answers, sec_capabilities=offer))
+    pair.world.fast[Function.EXCHANGE_CAPABILITIES] = (0, int(offer), 0x42, 4)
+    assert pair.guest().smc(Function.EXCHANGE_CAPABILITIES)[:4] == (0, int(offer), 0x42, 4)
+
+
+def test_an_answer_of_the_mediators_own_has_nothing_to_pass(make):
+    policy = policy_of()
+    for table in (
+        (Word.PASS, Word.KEEP, Word.ZERO),
+        (Word.ZERO, Word.PASS, Word.KEEP),
+        (Word.KEEP, Word.ZERO, Word.PASS),
+    ):
+        guest = make(replace(policy, answers={**policy.answers, "local": table})).guest()
+        kept = (own if word is Word.KEEP else 0 for word, own in zip(table, HOSTILE[:3], strict=True))
+        assert guest.smc(Function.GET_SHM_CONFIG, *HOSTILE) == (ReturnCode.ENOTAVAIL, *kept, *HOSTILE[3:])

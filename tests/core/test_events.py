@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from hv_models.memory import PAGE_SIZE
 from hv_models.stage2 import PageKind
 from mediator.core.rpc import MAX_UNDELIVERED
 from mediator.core.steps import (
@@ -120,6 +121,13 @@ def read_only_at_the_end(guest: GuestSide) -> None:
     guest.pair.drive(step)
 
 
+def list_that_goes_on_at(guest: GuestSide, ipa: int) -> Message:
+    """A buffer of two list pages, of which the second one is said to be there."""
+    param = guest.tmem(512)
+    guest.ram.write(param.a + PAGE_SIZE - 8, ipa.to_bytes(8, "little"))
+    return guest.invoke(param)
+
+
 def twice(guest: GuestSide) -> None:
     guest.register(guest.tmem(1, cookie=5))
     guest.invoke(guest.tmem(1, cookie=5))
@@ -227,6 +235,8 @@ IN_THE_MESSAGE: list[tuple[In, int, str | None, str, dict[str, Any]]] = [
      "IPA 0x8: not page aligned", {}),
     (lambda g: g.invoke(Param(TMEM_IN, device(g), 8192, 1)), BAD_PARAMETERS, "INVOKE_COMMAND",
      "IPA 0x40001000: device memory", {}),
+    (lambda g: list_that_goes_on_at(g, FIRST + 8), BAD_PARAMETERS, "INVOKE_COMMAND",
+     "IPA 0x40001008: not page aligned", {}),
 ]  # fmt: skip
 
 

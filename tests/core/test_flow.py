@@ -25,6 +25,7 @@ from tests.core.pair import (
     RMEM_IN,
     TMEM_INOUT,
     VALUE_OUT,
+    ask,
     ask_alloc,
     interrupt,
     invoke,
@@ -120,6 +121,34 @@ def test_bounds_hold_and_nobody_waits_for_nothing(data):
             if waiting and lane.ledger.calls < calls[number]:
                 following = flow.next_turn()
                 assert rate is not None and following is not None and now < following <= now + SECOND / rate + 1
+
+
+def test_a_call_that_leaves_gives_its_guest_its_share_of_the_cores_back():
+    model = Model([4, 4], secure_cores=2)
+    model.flow.guests = 2
+    for _ in range(3):
+        place = model.place(0)
+        assert model.flow.enter(place)
+        place.charge.refund()
+        model.flow.leave(place)
+        assert model.lanes[0].inside == 0
+
+
+def test_calls_that_op_tee_has_begun_go_on_one_after_the_other():
+    """The first of them leaves the second in the line, though its guest has no new call."""
+    model = Model([4, 4], secure_cores=1)
+    flow = model.flow
+    begun = [model.place(0), model.place(0)]
+    for place in begun:
+        assert flow.enter(place)
+        flow.leave(place)
+    holder = model.place(1)
+    assert flow.enter(holder)
+    assert not any(flow.resume(place) for place in begun)
+    for place in begun:
+        flow.leave(holder)
+        assert model.turns() == [place]
+        holder = place
 
 
 @given(st.lists(st.integers(0, 40), min_size=2, max_size=4), st.integers(1, 3))
@@ -311,6 +340,80 @@ def test_a_paused_guest_has_no_turn_and_lines_up_behind_the_others():
     assert model.turns() == [] and flow.enter(model.place(1))
 
 
+def test_a_guest_whose_calls_are_all_away_is_passed():
+    model = Model([4, 4], secure_cores=1)
+    flow = model.flow
+    holder, away, other = model.place(1), model.place(0), model.place(1)
+    assert flow.enter(holder)
+    assert not flow.enter(away) and not flow.enter(other)
+    flow.away(away)
+    flow.leave(holder)
+    assert model.turns() == [other]
+    flow.leave(other)
+    assert model.turns() == [] and flow.next_turn() is None
+    assert flow.back(away)
+
+
+def test_who_comes_late_lines_up_with_those_who_wait():
+    """However many rounds there were before it came."""
+    model = Model([100] * 3, secure_cores=1)
+    flow, served = model.flow, Counter()
+    holder = model.place(0)
+    assert flow.enter(holder)
+    assert not any(flow.enter(model.place(number)) for number in (0, 1) * 20)
+    for _ in range(10):
+        flow.leave(holder)
+        (holder,) = model.turns()
+    assert not any(flow.enter(model.place(2)) for _ in range(9))
+    for _ in range(6):
+        flow.leave(holder)
+        (holder,) = model.turns()
+        served[holder.lane] += 1
+    assert [served[lane] for lane in model.lanes] == [2, 2, 2]
+
+
+def test_a_guest_that_wanted_nothing_lines_up_behind_those_that_wait():
+    model = Model([4, 4], secure_cores=1)
+    flow = model.flow
+    holder, first, late = model.place(0), model.place(1), model.place(0)
+    assert flow.enter(holder)
+    assert not flow.enter(first) and not flow.enter(late)
+    flow.leave(holder)
+    assert model.turns() == [first]
+    flow.leave(first)
+    assert model.turns() == [late]
+
+
+def test_a_pause_saves_nothing_up():
+    model = Model([4, 4], secure_cores=1)
+    flow = model.flow
+    holder, mine, other = model.place(1), model.place(0), model.place(1)
+    assert flow.enter(holder)
+    assert not flow.enter(mine) and not flow.enter(other)
+    flow.pause(model.lanes[0])
+    flow.unpause(model.lanes[0])
+    flow.leave(holder)
+    assert model.turns() == [other]
+    flow.leave(other)
+    assert model.turns() == [mine]
+
+
+def test_time_is_named_only_for_calls_that_wait_for_nothing_else():
+    """Not for a guest that has as many calls in flight as it may, nor for one that may go on at once."""
+    model = Model([1], rate=10)
+    assert model.flow.enter(model.place(0)) and not model.flow.enter(model.place(0))
+    assert model.flow.next_turn() is None
+    model = Model([4], rate=10, burst=2, secure_cores=1)
+    flow, (lane,) = model.flow, model.lanes
+    holder, waits = model.place(0), model.place(0)
+    assert flow.enter(holder) and not flow.enter(waits)
+    flow.pause(lane)
+    flow.leave(holder)
+    flow.unpause(lane)
+    assert lane.credit == SECOND // 10 and flow.next_turn() is None
+    assert model.turns() == [waits]
+
+
 def test_no_time_is_named_while_every_core_is_taken():
     """A rate alone would say when; a call that waits for a core is let in by whoever leaves."""
     model = Model([4], secure_cores=1, rate=10, burst=1)
@@ -330,6 +433,7 @@ def test_a_lane_says_how_long_its_calls_waited():
     assert lane.wait_below(0.5) == 1
     holder = model.place(0)
     assert flow.enter(holder)
+    assert (lane.admitted, lane.waited, lane.waited_longest) == (1, 0, 0)
     now = 0
     for pause in (999, 1000, 3_000, 100_000, 1 << 60):
         waits = model.place(0)
@@ -584,7 +688,7 @@ def test_sessions_and_tas_are_told_apart(make):
     meta = [(0x101, int.from_bytes(uuid[:8], "little"), int.from_bytes(uuid[8:], "little"), 0), (0x101, 0, 0, 0)]
     params = [guest.tmem(0)._make(words) for words in meta]
     pair.world.script.append(succeed(session=5))
-    guest.run(Message(Command.OPEN_SESSION, params=params))
+    guest.run(Message(Command.OPEN_SESSION, 0, 0, 0xFF, params=params))  # the word behind the session is another
     guest.run(Message(Command.INVOKE_COMMAND, 0, 5))
     guest.run(Message(Command.INVOKE_COMMAND, 0, 6))
     traffic = guest.record.lane.traffic
@@ -626,6 +730,50 @@ def test_a_call_that_waits_is_in_the_way_once_for_each_call_the_guest_could_go_o
     assert guest.resume()[0] == 0
     assert not core.in_the_way(step.ticket)
     assert turn(pair, step)[0] == 0
+
+
+def test_without_flow_control_sessions_are_not_counted(make):
+    pair = make()
+    guest = pair.guest()
+    pair.world.script.append(succeed(session=5))
+    guest.run(Message(Command.OPEN_SESSION, params=[Param(0x101, 1, 2), Param(0x101)]))
+    guest.run(Message(Command.INVOKE_COMMAND, 0, 5))
+    traffic = guest.record.lane.traffic
+    assert not traffic.sessions and not traffic.tas
+
+
+def test_a_call_whose_request_is_answered_for_the_guest_keeps_its_core(make):
+    """It has not left the secure world: nobody else goes there meanwhile."""
+    pair = make(controlled(secure_cores=1))
+    guest, other = pair.guest(), pair.guest()
+    pair.world.script.append(ask(Message(RpcCommand.RPMB)))
+    step = guest.submit(smc(Function.CALL_WITH_RPC_ARG, *to_pair(guest.write(invoke()))))
+    waits, _ = waiting(other, invoke())
+    step = pair.returned(step.ticket, pair.answer(step))
+    assert isinstance(step, Forward)
+    assert pair.checker.turns(0) == [] and pair.mediator.flow.running == 1
+    assert pair.drive(step)[0] == 0
+    assert turn(pair, waits)[0] == 0
+    assert not {CALL_QUEUED, CALL_ADMITTED} & set(pair.names()), "they are for tracing"
+
+
+def test_a_call_that_is_lost_gives_its_core_back(make):
+    pair = make(controlled(secure_cores=1))
+    pair.errors_expected = True
+    guest, other = pair.guest(), pair.guest()
+    step = guest.submit(smc(Function.CALL_WITH_ARG, *to_pair(guest.write(invoke()))))
+    waits, _ = waiting(other, invoke())
+    assert pair.note(pair.checker.lost(step.ticket, "it is gone")).regs[0] == NOT_HANDLED
+    assert turn(pair, waits)[0] == 0
+
+
+def test_the_core_says_when_the_rate_lets_a_call_go_on(make):
+    pair = make(controlled(rate=10))
+    guest = pair.guest()
+    assert guest.invoke().ret == 0
+    step, _ = waiting(guest, invoke())
+    assert pair.mediator.next_turn() == SECOND // 10
+    assert turn(pair, step, SECOND // 10)[0] == 0
 
 
 def test_without_flow_control_nobody_has_a_turn_or_is_in_the_way(make):

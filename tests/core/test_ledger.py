@@ -4,10 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mediator.core import lifecycle
 from mediator.core.ledger import RESOURCES, Ledger, Limits, OverLimit
 from mediator.core.sharing import PAGES_PER_STEP
 from mediator.core.steps import Forward, Preempt, Reply
 from optee.abi.message import ENTRIES_PER_PAGE, Command, Message, Param
+from optee.abi.rpc import RpcCommand
 from optee.abi.smc import Function, ReturnCode, to_pair
 from tests.core.pair import (
     BAD_PARAMETERS,
@@ -24,8 +26,10 @@ from tests.core.pair import (
     policy_of,
     refuse,
     register,
+    shm_alloc,
     smc,
     succeed,
+    suspended_in_command,
 )
 
 CHARGES = st.lists(st.tuples(*[st.integers(0, 6)] * 5), max_size=40)
@@ -56,6 +60,13 @@ def test_a_ledger_is_the_sum_of_its_live_charges(bounds, wanted, data):
     for _, charge in live:
         charge.refund()
     assert not any(ledger.sums().values())
+
+
+def test_what_is_not_asked_for_is_not_charged():
+    ledger = Ledger(Limits(9, 9, 9, 9, 9, 9))
+    charge = ledger.charge()
+    assert not any(ledger.sums().values()) and not any(ledger.peaks().values())
+    charge.refund()
 
 
 def test_memory_of_a_charge_is_given_back_once():
@@ -266,6 +277,19 @@ def test_the_end_of_a_guest_with_large_buffers_is_bounded_in_pages(make):
     assert pins <= PAGES_PER_STEP
 
 
+def test_the_end_of_a_guest_takes_as_many_pages_in_one_step_as_may_be(make, monkeypatch):
+    monkeypatch.setattr(lifecycle, "PAGES_PER_STEP", 1024)
+    pair = make()
+    guest = pair.guest()
+    for cookie in (1, 2, 3, 4):
+        guest.register(guest.tmem(512, cookie=cookie))
+    step = pair.checker.destroy(guest.id)
+    step = pair.returned(step.ticket, pair.answer(step))
+    assert isinstance(step, Preempt) and guest.pins() == 1024
+    step = pair.note(pair.checker.proceed(step.ticket))
+    assert isinstance(step, Reply) and guest.pins() == 0
+
+
 def test_the_flood_of_one_guest_takes_no_more_steps_of_another(make):
     """B9: in steps between a request and its answer, the other guest's request costs what it did when idle."""
     pair = make()
@@ -316,6 +340,24 @@ def test_counters_tell_denied_refused_and_rejected_apart(make):
     counters = guest.record.counters
     assert (counters.denied, counters.refused, counters.rejected) == (1, 1, 1)
     assert (counters.calls, counters.forwarded) == (4, 1)
+
+
+def test_what_a_guest_does_is_counted_each_time(make):
+    pair = make()
+    guest = pair.guest()
+    pair.world.script += [interrupt(), interrupt()]
+    guest.call(invoke())
+    guest.resume()
+    guest.resume()
+    for pages in (2, 3):
+        guest.invoke(guest.tmem(pages))
+    counters = guest.record.counters
+    assert (counters.calls, counters.forwarded, counters.rpcs, counters.translated) == (5, 5, 2, 5)
+    for rejected in (1, 2):
+        at, _ = suspended_in_command(guest, shm_alloc())
+        guest.write(Message(RpcCommand.SHM_ALLOC, params=[Param(0)] * 2), at)  # replaced by an error
+        guest.resume()
+        assert counters.rejected == rejected
 
 
 def test_what_a_buffer_and_a_call_are_charged_for(make):

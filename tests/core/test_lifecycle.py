@@ -274,12 +274,14 @@ def test_unknown_ids_are_destroyed_without_a_word_and_reset_is_no_creation(pair)
     assert len(pair.world.inbox) == before
 
 
-@pytest.mark.parametrize("kinds", ["fast", "yielding", "both"])
+@pytest.mark.parametrize("kinds", ["fast", "two fast", "yielding", "both"])
 def test_a_destroy_waits_for_the_calls_that_are_with_op_tee(pair, guest, kinds):
     regs = []
     if kinds != "yielding":
         regs.append(smc(Function.GET_OS_UUID))
-    if kinds != "fast":
+    if kinds == "two fast":
+        regs.append(smc(Function.GET_THREAD_COUNT))
+    elif kinds != "fast":
         regs.append(smc(Function.CALL_WITH_ARG, *to_pair(guest.write(invoke(guest.tmem(2))))))
     steps = [guest.submit(words, vcpu) for vcpu, words in enumerate(regs)]
     for step in steps:
@@ -649,6 +651,29 @@ def test_a_guest_that_dies_while_its_call_is_lost_is_answered_all_the_same(make)
     assert isinstance(reply, Reply) and reply.regs[0] == NOT_HANDLED
     assert pair.destroy(guest)[0] == 0  # OP-TEE is back, and lets go of it
     assert guest.pins() == 0
+
+
+def test_the_host_is_answered_in_a0_alone(make):
+    pair = make()
+    vm = pair.machine.create_kvm("new", 1 << 20)
+    nothing = (0,) * 7
+    assert pair.drive(pair.checker.probe()) == (0, *nothing)
+    pair.world.host_script.append((int(ReturnCode.EBUSY), 1, 2, 3))
+    step = pair.checker.create(vm.client_id, vm)
+    record = pair.mediator.guests[vm.client_id]
+    assert pair.drive(step) == (ReturnCode.ENOTAVAIL, *nothing)
+    assert record.state is GuestState.GONE
+    assert pair.create(vm) == (0, *nothing)
+    assert pair.destroy(vm.client_id) == (0, *nothing)
+
+
+def test_a_guest_has_the_rpmb_device_only_if_the_host_says_so(make):
+    pair = make()
+    pair.errors_expected = True
+    vm = pair.machine.create_kvm("new", 1 << 20)
+    step = pair.mediator.create(vm.client_id, vm)
+    assert not pair.mediator.guests[vm.client_id].rpmb
+    pair.mediator.lost(step.ticket, "it is not wanted")
 
 
 OWN_WORDS = tuple(0x1111 * n for n in range(1, 8))

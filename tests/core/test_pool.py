@@ -340,3 +340,11 @@ def test_a_pool_of_exactly_what_is_reserved_is_enough():
     ledgers[1].charge(pages=4)
     pool.leave(ledgers[2])
     assert ledgers[2].lender is None and pool.status() == PoolStatus(10, 4, 10, 0)
+
+
+def test_the_policy_says_how_large_the_pool_is(make):
+    pair = make(replace(policy_of(), pool_pages=3))
+    guest = pair.guest()
+    assert guest.register(guest.tmem(4, cookie=1)).ret == OUT_OF_MEMORY
+    assert guest.register(guest.tmem(3, cookie=2)).ret == 0
+    assert pair.mediator.pool.status() == PoolStatus(3, 3, 0, 3)

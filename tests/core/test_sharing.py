@@ -23,6 +23,8 @@ from tests.core.pair import (
     VALUE_IN,
     VALUE_INOUT,
     Pair,
+    ask_alloc,
+    interrupt,
     invoke,
     policy_of,
     register,
@@ -416,6 +418,20 @@ def test_a_guest_that_writes_while_it_is_read_gains_nothing(make, monkeypatch):
     assert sorted(address for address, _ in reads) == sorted({ipa, place})
 
 
+def test_memory_above_4_gib_is_shared_like_any_other(make):
+    """Messages, page lists, data pages and pages for RPC arguments; addresses come in two halves."""
+    pair = make()
+    guest = pair.guest(ram=[RamBlock(0x3_4000_0000, 8 << 20)])
+    guest.register(guest.tmem(2, cookie=1, kind=TMEM_OUT))
+    assert guest.pins() == 2
+    pair.world.script += [ask_alloc(), interrupt()]
+    guest.call(invoke())
+    _, page = guest.give_page(0xC0)
+    assert guest.record.arguments[0xC0].ipa == page > 1 << 32
+    assert guest.resume()[0] == 0
+    assert guest.unregister(1).ret == 0
+
+
 def test_what_op_tee_wrote_is_reported_dirty_at_completion_and_at_unpin(make):
     """R27; and a page that is write-protected for logging counts as read-write RAM."""
     pair = make()
@@ -444,6 +460,20 @@ def test_what_op_tee_wrote_is_reported_dirty_at_completion_and_at_unpin(make):
     assert set(data[4]) <= dirty()
     guest.unregister(4)
     assert set(data[4]) <= dirty()
+    guest.vm.stop_dirty_logging()
+
+
+def test_each_buffer_of_a_message_may_be_the_one_that_op_tee_writes(make):
+    """R27: all lists of a message are pinned at once."""
+    pair = make()
+    guest = pair.guest("kvm")
+    kinds = (TMEM_IN, TMEM_OUT, TMEM_IN)
+    params = [guest.tmem(1, cookie=n, kind=kind) for n, kind in enumerate(kinds, 1)]
+    (written,) = np.frombuffer(guest.ram.read(params[1].a, 8), np.uint64).tolist()
+    guest.vm.start_dirty_logging()
+    guest.vm.dirty_pages()
+    assert guest.invoke(*params).ret == 0
+    assert written >> 12 in set(guest.vm.dirty_pages())
     guest.vm.stop_dirty_logging()
 
 
