@@ -119,7 +119,7 @@ FAULTS = {
         rpc._allocate_argument, r"guest\.memory\.unpin\(pinned\)", "pass", "exhausted"
     ),
     "a thread in use is not noticed": Fault(rpc.suspended, r"thread in guest\.suspended", "False"),
-    "SHM_FREE frees nothing": Fault(rpc._drop, r"release_buffer\(.*\)", "pass"),
+    "SHM_FREE frees nothing": Fault(rpc._deliver, r"release_buffer\(.*\)", "pass"),
     "a resumed thread can be resumed again": Fault(rpc.resume, r"del guest\.suspended\[thread\]", "pass"),
     "a refused offer stays": Fault(rpc._take_allocated, r"release_buffer\(core, guest, buffer\)", "pass"),
     "a refund gives back pages twice": Fault(

@@ -57,9 +57,7 @@ def probe() -> Step:
     return _ask(Function.CALLS_UID, Lifecycle())
 
 
-def create(
-    core: "Mediator", vm: VmId, memory: GuestMemory, limits: PolicyLimits | None = None, *, rpmb: bool = False
-) -> Step:
+def create(core: "Mediator", vm: VmId, memory: GuestMemory, limits: PolicyLimits | None, *, rpmb: bool) -> Step:
     """Announce a VM to OP-TEE."""
     if not core.threads or not 0 < vm <= MAX_VM or vm in core.guests:
         return _reply(ReturnCode.ENOTAVAIL, Event(GUEST_REFUSED, "info", vm, {"why": "id in use or out of range"}))

@@ -45,9 +45,7 @@ class Guest:
         "vm",
     )
 
-    def __init__(
-        self, vm: VmId, memory: GuestMemory, ledger: Ledger, limits: PolicyLimits, *, rpmb: bool = False
-    ) -> None:
+    def __init__(self, vm: VmId, memory: GuestMemory, ledger: Ledger, limits: PolicyLimits, *, rpmb: bool) -> None:
         self.vm = vm
         self.memory = memory
         self.ledger = ledger

@@ -102,7 +102,6 @@ def suspended(core: "Mediator", call: Call, answer: Regs) -> Step:
     call.thread = thread
     call.rpc = rpc
     call.rpc_words = (answer[1], answer[2])
-    call.argument = None
     if rpc == CMD:
         try:
             refusal = _deliver(core, call, _cookie(answer))
@@ -119,7 +118,7 @@ def suspended(core: "Mediator", call: Call, answer: Regs) -> Step:
     return core.suspended(call.regs, answer)
 
 
-def _request(core: "Mediator", call: Call) -> tuple[SharedPage, int, int] | None:
+def _request(call: Call) -> tuple[SharedPage, int, int] | None:
     """Where the saved request stands: our page, its offset there, the room behind it. None: nowhere any more."""
     if call.rpc_offset:
         assert call.shadow is not None
@@ -145,7 +144,7 @@ def _deliver(core: "Mediator", call: Call, cookie: Cookie) -> _Refusal | None:
         call.argument = guest.arguments.get(cookie)
     elif cookie:
         return _Refusal("a cookie, though the RPC argument stands behind the message")
-    request = _request(core, call)
+    request = _request(call)
     if request is None:
         return _Refusal(f"no RPC argument has the cookie {cookie:#x}")
     page, base, room = request
@@ -170,18 +169,11 @@ def _deliver(core: "Mediator", call: Call, cookie: Cookie) -> _Refusal | None:
         elif header[0] == _SHM_FREE:
             freed = guest.buffers.get(Cookie(b))
             if freed is not None and freed.state in _KEPT:
-                _drop(core, call, freed)
+                release_buffer(core, guest, freed)  # before the guest is told (R20)
         elif header[0] == _SHM_ALLOC:
             call.shm_type = a
     _write(call, data)
     return None
-
-
-def _drop(core: "Mediator", call: Call, buffer: Buffer) -> None:
-    """SHM_FREE: forget the buffer before the guest is told (R20)."""
-    if call.allocated is buffer:
-        call.allocated = None
-    release_buffer(core, call.guest, buffer)
 
 
 def _write(call: Call, data: bytes) -> None:
@@ -209,7 +201,7 @@ def _undelivered(core: "Mediator", call: Call, refusal: _Refusal) -> Step:
     guest.events.append(
         Event(RPC_UNDELIVERED, "info", guest.vm, {"call": call.id, "thread": thread, "why": refusal.why})
     )
-    request = _request(core, call)
+    request = _request(call)
     if request is not None:
         page, base, _ = request
         page.view[base + OFFSET_RET : base + OFFSET_RET_ORIGIN] = refusal.result
@@ -259,7 +251,7 @@ def resume(core: "Mediator", guest: Guest, regs: Regs) -> Step:
 def _resume_plainly(core: "Mediator", call: Call, thread: ThreadId, regs: Regs) -> Step:
     """Go on after anything but a command: what the guest answered stands in `regs`."""
     if call.state is CallState.FREEING:
-        _answer_failed(core, call)
+        _answer_failed(call)
         return _forward(core, call, thread)
     if call.rpc == ALLOC:
         return _resume_alloc(core, call, thread, regs)
@@ -330,7 +322,7 @@ def _allocate_argument(core: "Mediator", guest: Guest, ipa: Ipa, cookie: Cookie)
 
 def _resume_command(core: "Mediator", call: Call, thread: ThreadId) -> Generator[None, None, Step]:
     """The guest answered a request: take over what the saved request lets it answer (R16)."""
-    request = _request(core, call)
+    request = _request(call)
     if request is None:
         return _forward(core, call, thread)
     page, base, _ = request
@@ -340,11 +332,11 @@ def _resume_command(core: "Mediator", call: Call, thread: ThreadId) -> Generator
     try:
         reply = _read(call, size)
     except Stage2Fault as fault:
-        _replace(core, call, str(fault))
+        _replace(call, str(fault))
         return _forward(core, call, thread)
     _, _, _, _, _, ret, _, replied = HEADER.unpack_from(reply)
     if replied != num_params and not (header[0] == _SHM_ALLOC and ret):
-        _replace(core, call, f"{replied} parameters instead of {num_params}")
+        _replace(call, f"{replied} parameters instead of {num_params}")
         return _forward(core, call, thread)
     view = page.view
     view[base + OFFSET_RET : base + OFFSET_RET + 8] = reply[OFFSET_RET : OFFSET_RET + 8]
@@ -366,15 +358,14 @@ def _take_allocated(
     """A reply to SHM_ALLOC with a buffer: translate it, or have the guest free it again (R19)."""
     guest = call.guest
     if len(reply) != HEADER_SIZE + PARAM_SIZE:
-        _replace(core, call, "SHM_ALLOC has one parameter")
+        _replace(call, "SHM_ALLOC has one parameter")
         return None
     param = PARAM.unpack_from(reply, HEADER_SIZE)
     if param[0] != _SHM_ALLOC_REPLY:
-        _replace(core, call, f"SHM_ALLOC answered with attribute {param[0]:#x}")
+        _replace(call, f"SHM_ALLOC answered with attribute {param[0]:#x}")
         return None
     if call.allocated is not None:
         return_lists(core, call.allocated)
-        call.allocated = None
     page.view[base + HEADER_SIZE : base + HEADER_SIZE + PARAM_SIZE] = reply[HEADER_SIZE:]
     made: list[Buffer] = []
     try:
@@ -404,7 +395,7 @@ def _ask_free(
     try:
         _write(call, request)
     except Stage2Fault:
-        _answer_failed(core, call)
+        _answer_failed(call)
         return None
     advance(call, CallEvent.ASK_FREE, CALL_TABLE)
     call.thread = thread
@@ -413,9 +404,9 @@ def _ask_free(
     return core.suspended(call.regs, (CMD, a1, a2, thread))
 
 
-def _answer_failed(core: "Mediator", call: Call) -> None:
+def _answer_failed(call: Call) -> None:
     """Tell OP-TEE that the request failed: ret = GENERIC, no parameters."""
-    request = _request(core, call)
+    request = _request(call)
     if request is not None:
         page, base, _ = request
         view = page.view
@@ -423,9 +414,9 @@ def _answer_failed(core: "Mediator", call: Call) -> None:
         view[base + OFFSET_NUM_PARAMS : base + HEADER_SIZE] = _NO_PARAMS
 
 
-def _replace(core: "Mediator", call: Call, why: str) -> None:
+def _replace(call: Call, why: str) -> None:
     """A reply that does not fit its request is replaced by an error (R16)."""
     guest = call.guest
     guest.counters.rejected += 1
     guest.events.append(Event(RPC_REPLY_REPLACED, "info", guest.vm, {"call": call.id, "why": why}))
-    _answer_failed(core, call)
+    _answer_failed(call)
