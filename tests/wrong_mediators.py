@@ -32,7 +32,7 @@ def pages_are_forwarded_as_ipas(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def pinned(self: VirtualMachine, ipas: npt.NDArray[np.uint64]) -> Pinned:
         found = pin(self, ipas)
-        found.pas[:] = ipas
+        found.pas = ipas.copy()  # the VM knows its own pages still
         return found
 
     monkeypatch.setattr(VirtualMachine, "pin", pinned)
