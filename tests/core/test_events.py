@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hv_models.memory import PAGE_SIZE
-from hv_models.stage2 import PageKind
+from hv_models.stage2 import PageKind, Reason, Stage2Fault
 from mediator.core.rpc import MAX_UNDELIVERED
 from mediator.core.steps import (
     CALL_ADMITTED,
@@ -263,6 +263,25 @@ def test_a_resume_with_another_cookie_says_so(make):
     why = "another RPC argument than the saved one"
     detail = {"call": 1, "function": int(RESUME), "answer": ERESUME, "origin": None, "why": why}
     assert events_of(pair, CALL_REJECTED) == [Event(CALL_REJECTED, "info", guest.id, detail)]
+
+
+def test_a_message_that_cannot_be_read_from_its_pinned_buffer_says_why(make, monkeypatch):
+    """The model's memory always can; what stands behind the port elsewhere may not."""
+
+    def fails(memory, pinned, offset, size):
+        raise Stage2Fault(0x1000, Reason.UNMAPPED)
+
+    pair = make()
+    guest = pair.guest()
+    registered_pages(guest)
+    monkeypatch.setattr(type(guest.vm), "load", fails)
+    assert guest.smc(REGD_ARG, 0, 9, 0)[0] == EBADADDR
+    (event,) = events_of(pair, CALL_REFUSED, CALL_REJECTED)
+    assert (event.name, event.detail["answer"], event.detail["why"]) == (
+        CALL_REJECTED,
+        EBADADDR,
+        "IPA 0x1000: not mapped",
+    )
 
 
 def test_a_denied_call_names_its_function(make):
