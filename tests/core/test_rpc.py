@@ -941,6 +941,21 @@ def test_a_reply_whose_page_was_taken_away_meanwhile_is_dropped(make):
     pair.host.take_back(page)
 
 
+def test_a_page_that_was_taken_away_while_the_guest_frees_its_offer_is_not_written(make):
+    pair = make()
+    guest = pair.guest()
+    at, _ = suspended_in_command(guest, shm_alloc(), behind=False)
+    offer(guest, at, Param(TMEM_OUT, guest.page_list([8]), 77, 0xB0))
+    assert guest.resume(0, *to_pair(0xC0))[0] == RpcReturn.CMD
+    assert guest.read(at).cmd == RpcCommand.SHM_FREE
+    pair.world.fast[Function.DISABLE_SHM_CACHE] = (0, 0, 0xC0, 0)
+    guest.smc(Function.DISABLE_SHM_CACHE)
+    page = pair.host.lend()
+    assert guest.resume(0, *to_pair(0xC0))[0] == 0
+    assert not any(page.view)
+    pair.host.take_back(page)
+
+
 def test_tracing_tells_which_pages_are_pinned_for_what(make):
     pair = make()
     guest = pair.guest()
