@@ -1,6 +1,8 @@
 """The benchmarks: that they measure what they say, and what they print. What they find depends on the machine."""
 
 import dataclasses
+import itertools
+from importlib import import_module
 
 import pytest
 from hypothesis import given
@@ -46,6 +48,17 @@ def test_the_document_has_units_targets_and_ratios(done: Bench) -> None:
             assert baseline["ratio"] == pytest.approx(case["median"] / baseline["median"], rel=0.1, abs=0.01)
     targets = {case["name"]: case["target"] for case in data["cases"]}
     assert targets == {"fast-call": 5, "values": 15, "buffers": 60, "register": 500, "unregister": None}
+
+
+@pytest.mark.parametrize(("rounds", "seconds", "taken"), [(3, 0, 3), (3, 2, 3), (3, 10, 7), (1, 3, 2)])
+def test_samples_are_taken_for_a_while(
+    monkeypatch: pytest.MonkeyPatch, rounds: int, seconds: float, taken: int
+) -> None:
+    clock, samples = itertools.count(0, 2), itertools.count(1)
+    module = import_module("mediator.bench.measure")
+    monkeypatch.setattr(module, "perf_counter", lambda: next(clock))
+    (found,) = module.measure([lambda: next(samples)], rounds, seconds)
+    assert (found.minimum, found.p95) == (1, taken)
 
 
 def test_calls_leave_nothing_behind(done: Bench) -> None:

@@ -34,6 +34,8 @@ NAMES: Final = (
 )
 BATCHES: Final = 400
 """Samples of each measurement. Many short ones: what else the machine does then spoils a few, not the median."""
+SECONDS: Final = 4.0
+"""For how long a case of the core is measured at least: a machine that is shared has slow seconds."""
 CALLS: Final = 200_000
 """Calls over which memory must stay flat."""
 _FAIRNESS: Final = ((True, False), (True, True), (False, False), (False, True))
@@ -109,13 +111,18 @@ class Bench:
         }
 
 
-def run(policy: Policy, wanted: str, progress: Progress, *, batches: int = BATCHES, calls: int = CALLS) -> Bench:
-    """Measure everything whose name contains `wanted`; `progress` is told (name, done, of how many)."""
+def run(policy: Policy, wanted: str, progress: Progress, *, batches: int | None = None, calls: int = CALLS) -> Bench:
+    """Measure everything whose name contains `wanted`; `progress` is told (name, done, of how many).
+
+    batches: samples of each measurement; None for what is enough.
+    """
     bench = Bench()
+    seconds = SECONDS if batches is None else 0
+    batches = batches or BATCHES
     for case in CASES:
         if wanted in case.name:
             progress(case.name, 0, 1)
-            bench.cases.append(_measured(policy, case, batches))
+            bench.cases.append(_measured(policy, case, batches, seconds))
             progress(case.name, 1, 1)
     if wanted in MEMORY:
         stand = Stand(policy)
@@ -153,7 +160,7 @@ def run(policy: Policy, wanted: str, progress: Progress, *, batches: int = BATCH
     return bench
 
 
-def _measured(policy: Policy, case: Case, batches: int) -> Measured:
+def _measured(policy: Policy, case: Case, batches: int, seconds: float) -> Measured:
     """Measure a case and its baselines on a stand of its own, so that no case pays for another's leftovers."""
     stand = Stand(policy)
     try:
@@ -162,7 +169,7 @@ def _measured(policy: Policy, case: Case, batches: int) -> Measured:
         samples = [batch(operation, case.size) if after is None else undone(operation, after)]
         samples += [batch(baseline, case.size) for baseline in ready.baselines.values()]
         measure(samples, max(1, batches // _WARM_UP))
-        timing, *compared = measure(samples, batches)
+        timing, *compared = measure(samples, batches, seconds)
     finally:
         stand.close()
     return Measured(case, timing, dict(zip(ready.baselines, compared, strict=True)))

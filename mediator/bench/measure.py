@@ -5,7 +5,7 @@ import math
 import statistics
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from time import perf_counter_ns
+from time import perf_counter, perf_counter_ns
 from typing import Final
 
 ASYNC_BATCH: Final = 20
@@ -62,10 +62,16 @@ def undone(operation: Operation, after: Operation) -> Sample:
     return sample
 
 
-def measure(samples: Sequence[Sample], rounds: int) -> list[Timing]:
-    """Take one sample of each in turn, `rounds` times: what disturbs one disturbs the others as well."""
+def measure(samples: Sequence[Sample], rounds: int, seconds: float = 0) -> list[Timing]:
+    """Take one sample of each in turn: what disturbs one disturbs the others as well.
+
+    `rounds` times at least, and for so many seconds.
+    """
     gc.collect()
-    taken = [[sample() for sample in samples] for _ in range(rounds)]
+    taken: list[list[float]] = []
+    end = perf_counter() + seconds
+    while len(taken) < rounds or perf_counter() < end:
+        taken.append([sample() for sample in samples])
     return [Timing.of(column) for column in zip(*taken, strict=True)]
 
 

@@ -24,7 +24,10 @@ def bench(
         str, typer.Option("--filter", metavar="NAME", help="Only the measurements whose name contains this.")
     ] = "",
     batches: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Samples of each measurement (400 if not given).")
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Samples of each measurement (400 if not given, of the core's for 4 seconds)."
+        ),
     ] = None,
     calls: Annotated[
         int | None, typer.Option(min=100, metavar="N", help="Calls over which memory must stay flat (200000).")
@@ -32,7 +35,7 @@ def bench(
     json: Json = False,
 ) -> int:
     """Measure the core alone, and whole calls end to end; targets are for a quiet machine with two cores."""
-    from mediator.bench import BATCHES, CALLS, NAMES, run
+    from mediator.bench import CALLS, NAMES, run
 
     if not any(name in known for known in NAMES):
         raise BadInput(f"bench: no measurement's name contains {name!r}; there are {', '.join(NAMES)}")
@@ -41,7 +44,7 @@ def bench(
             policy_of(_POLICY),
             name,
             lambda what, count, total: advance(count, total),
-            batches=batches or BATCHES,
+            batches=batches,
             calls=calls or CALLS,
         )
     if json:
