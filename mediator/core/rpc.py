@@ -366,6 +366,7 @@ def _take_allocated(
         return None
     if call.allocated is not None:
         return_lists(core, call.allocated)
+        call.allocated = None
     page.view[base + HEADER_SIZE : base + HEADER_SIZE + PARAM_SIZE] = reply[HEADER_SIZE:]
     made: list[Buffer] = []
     try:

@@ -67,7 +67,7 @@ def test_a_declaration_covers_its_step_functions_and_fields_only() -> None:
     assert declaration.covers("smc", facts, PINS)
     assert not declaration.covers("relinquish", facts, PINS)
     for field in ("regs", "state.quota_pages", "forwarded", "forwarded[0].pins_during", "mem_changes", "handled"):
-        assert not declaration.covers("smc", facts, Difference(field, 0, 1)), field
+        assert not declaration.covers("smc", facts, Difference(field, (0,) * 8, (1,) * 8)), field
     other = Facts(function=Function.RETURN_FROM_RPC, command=Command.REGISTER_SHM, final_answer=5)
     assert not declaration.covers("smc", other, PINS)
 

@@ -306,7 +306,7 @@ def _set(where: str, value: object) -> Callable[[dict[str, Any]], None]:
 
 
 ONE_LINE: list[tuple[str, object, str]] = [
-    ("steps/6/out/state", None, "vector 0 'by_hand', step 6 (smc), out.state: field required"),
+    ("steps/6/out/state", None, "vector 0 'by_hand', step 6 (smc), out.state: missing"),
     ("setup/max_threads", 0, "vector 0 'by_hand', setup.max_threads: "),
     ("steps/5/mem_writes/0/ipa", "0x1000", "step 5 (smc), mem_writes[0].ipa: domain 1 has no RAM at 0x1000"),
     ("steps/5/mem_writes/0/ipa", "0x4003ffff", "step 5 (smc), mem_writes[0].ipa: domain 1 has no RAM at 0x40040000"),

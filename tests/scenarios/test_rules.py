@@ -323,7 +323,7 @@ MISTAKES: Final[dict[str, tuple[str, str, Fault]]] = {
     "the guest is not asked to free what it offered": (
         "R19",
         "rpc-replies",
-        Fault(rpc._take_allocated, r"return _ask_free\(.*\)", "_answer_failed(core, call); return None"),
+        Fault(rpc._take_allocated, r"return _ask_free\(.*\)", "_answer_failed(call); return None"),
     ),
     "a refused offer stays": ("R19 B3", "rpc-replies", FAULTS["a refused offer stays"]),
     "SHM_FREE frees nothing": ("R20", "xtest-hello-world", FAULTS["SHM_FREE frees nothing"]),
