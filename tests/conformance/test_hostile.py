@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,7 +9,7 @@ from optee.abi.message import HEADER_SIZE, OFFSET_NUM_PARAMS, PARAM_SIZE
 from tests.conformance.documents import Vector, compared, visible
 from tests.shared import needs_shared
 
-pytestmark = [needs_shared, pytest.mark.no_cover]
+pytestmark = needs_shared
 
 VECTORS = (
     "caps_matrix",

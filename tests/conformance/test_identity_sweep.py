@@ -16,8 +16,6 @@ from mediator.scenario.language import EVERY, Scenario
 from mediator.scenario.machine import GuestSpec
 from mediator.scenario.run import Outcome, Run
 
-pytestmark = pytest.mark.no_cover
-
 SEEDS = range(1, 21) if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else (1,)
 ALONE = {"faults", "reset", "pause"}
 """Needs of cases that name their guest, or do something to the whole machine."""

@@ -45,8 +45,6 @@ from tests.conformance.hostile import change
 from tests.conformance.reference import Reference
 from tests.shared import needs_shared
 
-pytestmark = pytest.mark.no_cover
-
 AT, LIST, DATA, RPC = page(0), page(1), page(5), page(8)
 OK = answer(0, writes=[("arg:0", 20, "00000000")])
 GOOD = ("arg:1", 20, "00000000")

@@ -18,8 +18,6 @@ from mediator.scenario.language import Scenario
 from mediator.scenario.run import Outcome, Run
 from mediator.scenario.steps import Step, StepFailed
 
-pytestmark = pytest.mark.no_cover
-
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 POINTS = 1000 if NIGHTLY else 2
 """Failures of each kind in each case."""

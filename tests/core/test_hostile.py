@@ -5,7 +5,6 @@ deaths. No exception leaves the core, all invariants hold, no event is an error,
 """
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,8 +21,6 @@ from optee.abi.smc import Function, ReturnCode, RpcReturn, to_pair
 from tests import strategies
 from tests.core.pair import GENERIC, YIELDING, Conversation, Pair, policy_of
 from tests.strategies import Place
-
-pytestmark = pytest.mark.no_cover
 
 PAGES = 12
 THREADS = 3

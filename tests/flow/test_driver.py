@@ -20,8 +20,6 @@ from mediator.policies import load_policy
 from mediator.shell import NOTIFICATION_INTERRUPT
 from optee.abi.smc import Registers
 
-pytestmark = pytest.mark.no_cover
-
 CALLS = 2
 CLIENTS = 4
 

@@ -24,8 +24,6 @@ from optee.abi.message import HEADER
 from optee.abi.smc import is_rpc
 from tests.shared import SHARED, needs_shared
 
-pytestmark = pytest.mark.no_cover
-
 POLICY = Path(policies.__file__).with_name("default.yaml")
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 

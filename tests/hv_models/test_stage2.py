@@ -77,7 +77,6 @@ class Entry:
     logged: bool = False
 
 
-@pytest.mark.no_cover
 @settings(deadline=None, max_examples=60)
 @given(st.lists(operations, min_size=1, max_size=8))
 def test_tables_walker_and_tlb_agree_with_a_plain_dictionary(steps: list[tuple[object, ...]]) -> None:

@@ -12,8 +12,6 @@ from optee.memory.build import KIB, MIB, Build
 from optee.memory.profile import MAP_OF_7077, SET_UPS, SMALL_TA, TEST_PROGRAM, TaProfile
 from optee.memory.sizing import Load, Sizing, size
 
-pytestmark = pytest.mark.no_cover
-
 builds = st.builds(
     Build,
     threads=st.integers(1, 48),

@@ -20,8 +20,6 @@ from mediator.scenario.run import Outcome, Run
 from mediator.scenario.steps import Step, StepFailed
 from optee.abi.smc import Function
 
-pytestmark = pytest.mark.no_cover
-
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 CUTS = 150 if NIGHTLY else 1
 """Cuts of each guest in each scenario, spread over its SMCs."""

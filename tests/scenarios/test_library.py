@@ -12,8 +12,6 @@ from mediator.cli import run
 from mediator.scenario import find_scenario, library, run_scenario
 from tests.docs.pages import DOCS, TOP, rows
 
-pytestmark = pytest.mark.no_cover
-
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 
 

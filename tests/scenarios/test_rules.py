@@ -578,7 +578,6 @@ def notices(scenario: str, fault: Fault) -> bool:
     return stopped is not None or not good
 
 
-@pytest.mark.no_cover
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_scenario_that_names_what_is_broken_notices(mistake: str) -> None:
     breaks, scenario, fault = MISTAKES[mistake]

@@ -10,13 +10,10 @@ import pytest
 
 from mediator.scenario import find_scenario, library, run_scenario
 
-pytestmark = pytest.mark.no_cover
-
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 SWEPT = [name for name in library() if NIGHTLY or find_scenario(name).quick]
 
 
-@pytest.mark.no_cover
 @pytest.mark.parametrize("first", range(1, 51, 10))
 @pytest.mark.parametrize("name", SWEPT)
 def test_a_scenario_with_ten_seeds(name: str, first: int) -> None:

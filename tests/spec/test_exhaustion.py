@@ -6,8 +6,6 @@ import pytest
 
 from tests.spec.exhaustion import EVERYTHING, ORDER, TABLES, explore
 
-pytestmark = pytest.mark.no_cover
-
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 WALKS = [(2, 3, ORDER, 2775, 20527), (1, 1, EVERYTHING, 892, 3305)]
 """Guests, calls that live at a time, the events that may happen; states, and moves between them."""

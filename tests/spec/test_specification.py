@@ -7,7 +7,6 @@ hostile. After each move both sides hold the same: registers, memory of guests, 
 import os
 import struct
 
-import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
@@ -33,8 +32,6 @@ from tests.spec.moves import (
 )
 from tests.spec.side_by_side import BASES, PAGES, THREADS, SideBySide
 from tests.spec.specification.terms import CMD, OWN_THREADS, PAGE, SERVED, header, outputs
-
-pytestmark = pytest.mark.no_cover
 
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 POLICIES = {

@@ -23,8 +23,6 @@ from tests.shared import SHARED, needs_shared
 from tests.storage import independent
 from tests.storage.rig import Disk, StorageRig
 
-pytestmark = pytest.mark.no_cover
-
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 STORES = SHARED / "stores"
 MASKS = (*(1 << bit for bit in range(8)), 0x06, 0x07, 0xFF)

@@ -20,8 +20,6 @@ from tests.optee.rig import Rpc
 from tests.storage import independent
 from tests.storage.rig import ALL, MANAGED, Client, Disk, StorageError, StorageRig
 
-pytestmark = pytest.mark.no_cover
-
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 MEMORY = {"optee": OPTEE, "managed": MANAGED, "small": replace(MANAGED, block_cache_size=2, htree_node_count=2)}
 OLD = bytes(range(256)) * 80

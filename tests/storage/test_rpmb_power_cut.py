@@ -22,8 +22,6 @@ from tests.storage import independent
 from tests.storage.rig import MANAGED, PRIVATE, RPMB, Client, Disk, StorageError, StorageRig
 from tests.storage.test_power_cut import NIGHTLY, OLD, OPERATIONS, OTHER, create, overwrite, shorten
 
-pytestmark = pytest.mark.no_cover
-
 CONFIG = {"rpmb_fs": True, "rpmb_write_key": True}
 
 

@@ -18,8 +18,6 @@ from tests.xtest.cases import LOADED
 from tests.xtest.programs import Program
 from tests.xtest.test_cases import RAM
 
-pytestmark = pytest.mark.no_cover
-
 SEEDS = 50
 GUESTS = ("kvm", "xen", "kvm", "xen")
 PROGRAMS = 5  # at once in each guest
