@@ -42,8 +42,7 @@ class InProcessConduit:
     def __init__(self, vm: VirtualMachine, mediate: Mediate) -> None:
         self._vm = vm
         self._mediate = mediate
-        self._running = [False for _ in vm.vcpus]
-        self._waiting = tuple(trio.lowlevel.ParkingLot() for _ in vm.vcpus)
+        self._vcpus = tuple(trio.Lock() for _ in vm.vcpus)
         self._interrupted = trio.lowlevel.ParkingLot()
         vm.on_interrupt = self._interrupted.unpark_all
 
@@ -51,10 +50,12 @@ class InProcessConduit:
         """Execute one SMC or HVC; the hypervisor answers what is not the mediator's."""
         if len(regs) != REGISTERS or min(regs) < 0 or max(regs) >> 64:
             raise ValueError(f"a call takes {REGISTERS} registers of 64 bits, not {regs}")
-        waiting = self._waiting[vcpu]
-        if self._running[vcpu]:
-            await waiting.park()
-        self._running[vcpu] = True
+        lock = self._vcpus[vcpu]
+        try:
+            # Acquiring is a checkpoint, and so is what follows: one is enough for a vCPU that is free.
+            lock.acquire_nowait()
+        except trio.WouldBlock:
+            await lock.acquire()
         try:
             if not self._vm.alive:
                 raise ConduitClosed(self._vm.name)
@@ -64,10 +65,7 @@ class InProcessConduit:
             await trio.lowlevel.checkpoint()
             return answer
         finally:
-            if waiting:
-                waiting.unpark()  # who waited has the vCPU now
-            else:
-                self._running[vcpu] = False
+            lock.release()
 
     async def wait_for_interrupt(self) -> int:
         """Wait for the interrupt that has been pending for longest, and acknowledge it."""
