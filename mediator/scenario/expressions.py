@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Protocol
 
-from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
 from mediator.documents import said
 from optee.abi.message import META, NONCONTIG, Command, Login, ParamType
@@ -250,6 +250,17 @@ def _as_seconds(value: object) -> object:
             raise ValueError(f"{value!r} is no time: a number of seconds, or one with us, ms, s, min, h")
         return float(found[1]) * _SECONDS[found[2]]
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def where_constant(check: Callable[[int], object]) -> AfterValidator:
+    """Have a number that does not depend on a `$name` checked when the file is read. `check` raises EvaluationError."""
+
+    def checked(expression: Expression) -> Expression:
+        if expression.constant is not None:
+            check(expression.constant)
+        return expression
+
+    return AfterValidator(checked)
 
 
 Number = Annotated[Expression, *_expression()]

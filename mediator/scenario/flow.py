@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Self
 
 import trio
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from mediator.scenario.expectations import StateExpectation
-from mediator.scenario.expressions import EvaluationError, Expression, Number, Seconds, Value
+from mediator.scenario.expressions import EvaluationError, Expression, Number, Seconds, Value, where_constant
 from mediator.scenario.guest import GuestDied
 from mediator.scenario.steps import Content, Name, Octets, Step, StepFailed, octets
 
@@ -26,12 +26,6 @@ def _turns(count: int) -> int:
     """A number of turns. Raises EvaluationError for what is none."""
     if not 0 <= count <= MAX_TURNS:
         raise EvaluationError(f"{count} turns, where 0 to {MAX_TURNS} are possible")
-    return count
-
-
-def _constant_turns(count: Expression) -> Expression:
-    if count.constant is not None:
-        _turns(count.constant)
     return count
 
 
@@ -97,7 +91,7 @@ class Repeat(Flow):
     """Do steps so many times, one turn after the other."""
 
     verb = "repeat"
-    repeat: Annotated[Number, AfterValidator(_constant_turns)]
+    repeat: Annotated[Number, where_constant(_turns)]
     do: list[AnyStep]
 
     def turns(self) -> int:

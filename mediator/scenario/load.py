@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from guests import GuestError, TeeError
 from guests.workloads.burst import Burst, Form, burst
 from mediator.scenario.client import TaName, ta_uuid
-from mediator.scenario.expressions import EvaluationError, Expression, Number, Record, Seconds
+from mediator.scenario.expressions import EvaluationError, Number, Record, Seconds, where_constant
 from mediator.scenario.steps import Expected, Name, Step, StepFailed, Strict, check_number
 
 if TYPE_CHECKING:
@@ -43,12 +43,6 @@ def _calls(count: int) -> int:
     return count
 
 
-def _constant_calls(count: Expression) -> Expression:
-    if count.constant is not None:
-        _calls(count.constant)
-    return count
-
-
 class BurstStep(Step):
     """Have 16 clients call command 0 of a TA, with a number; one more is the answer."""
 
@@ -56,7 +50,7 @@ class BurstStep(Step):
     needs_driver: ClassVar[bool] = True
     burst: FormName
     ta: TaName
-    calls: Annotated[Number, AfterValidator(_constant_calls)]
+    calls: Annotated[Number, where_constant(_calls)]
     within: Seconds = 0.0
     """Seconds over which the calls come evenly; 0: each client calls again as soon as it has its answer."""
     name: Annotated[Name, Field(alias="as")] = "burst"

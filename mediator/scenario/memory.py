@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Final
 
-from pydantic import AfterValidator
-
 from guests import SharedMemory
 from hv_models.descriptor import IPA_BITS
 from mediator.scenario.expressions import (
@@ -14,6 +12,7 @@ from mediator.scenario.expressions import (
     Expression,
     Number,
     Record,
+    where_constant,
 )
 from mediator.scenario.steps import Expected, Name, Octets, StepFailed, Strict, check_number, octets
 
@@ -37,13 +36,7 @@ def guest_page(address: int) -> int:
     return address
 
 
-def _whole_page(address: Expression) -> Expression:
-    if address.constant is not None:
-        whole_page(address.constant)
-    return address
-
-
-PageAddress = Annotated[Number, AfterValidator(_whole_page)]
+PageAddress = Annotated[Number, where_constant(whole_page)]
 """Where a page begins."""
 
 

@@ -25,6 +25,7 @@ from mediator.scenario.expressions import (
     ResultCode,
     Seconds,
     Status,
+    where_constant,
 )
 from mediator.scenario.guest import PowerCut
 from mediator.scenario.memory import PageAddress, guest_page, page_addresses, whole_page
@@ -192,12 +193,6 @@ class Quota(Step):
                 raise StepFailed("quota", "refused", "changed")
 
 
-def _guest_page(address: Expression) -> Expression:
-    if address.constant is not None:
-        guest_page(address.constant)
-    return address
-
-
 class Stage2(Step):
     """Change stage-2 entries of the guest: the type of pages, or what they map.
 
@@ -206,7 +201,7 @@ class Stage2(Step):
     """
 
     verb = "stage2"
-    stage2: Annotated[PageAddress, AfterValidator(_guest_page)]
+    stage2: Annotated[PageAddress, where_constant(guest_page)]
     pages: Number | None = None
     becomes: Literal["none", "ram_rw", "ram_ro", "mmio", "grant_rw", "grant_ro", "foreign_rw"] = "ram_rw"
     page: Number | None = None
