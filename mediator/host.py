@@ -1,13 +1,13 @@
 """The mediator's own end of a simulated machine: its pages, and what the checker counts there."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import numpy as np
 
 from hv_models.machine import MEDIATOR_BASE, Machine
 from hv_models.memory import PAGE_SIZE, PageArray
-from hv_models.pages import Page
 from hv_models.vm import VirtualMachine
 from mediator.core.ledger import Ledger, Limits
 from mediator.core.ports import SharedPage
@@ -22,7 +22,11 @@ class Host:
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
-        self._pages = machine.pages
+        # Every call needs pages, so these two are the pool's own functions, with nothing between.
+        self.lend: Callable[[], SharedPage | None] = machine.pages.allocate
+        """See `SecureWorld.lend`; a subclass whose pages run out puts another in its place."""
+        self.take_back = cast("Callable[[SharedPage], None]", machine.pages.release)
+        """See `SecureWorld.take_back`."""
         self._changes = -1
         self._addresses: list[tuple[int, int]] = []
 
@@ -30,18 +34,9 @@ class Host:
         """Overridden where a secure world stands behind; a scripted one answers by itself."""
         raise NotImplementedError
 
-    def lend(self) -> SharedPage | None:
-        """See `SecureWorld.lend`."""
-        return self._pages.allocate()
-
     def ledger(self, limits: Limits) -> Ledger:
         """Books for a new guest; overridden where records of it shall fail to be made."""
         return Ledger(limits)
-
-    def take_back(self, page: SharedPage) -> None:
-        """See `SecureWorld.take_back`."""
-        assert isinstance(page, Page)
-        self._pages.release(page)
 
     def pins(self, vm: int) -> Mapping[int, int]:
         """References per physical page of a VM."""

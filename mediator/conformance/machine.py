@@ -149,6 +149,7 @@ class VectorMachine(Host):
         self.memories: dict[int, VectorMemory] = {}
         self.pages = Countdown()
         self.objects = Countdown()
+        self.lend = self._lend
         self._common = domains[0] if domains else Domain(id=0)
         for domain in domains:
             self.memory(domain.id)
@@ -183,9 +184,9 @@ class VectorMachine(Host):
 
     # The secure world's port of the core, with faults
 
-    def lend(self) -> SharedPage | None:
-        """See `SecureWorld`."""
-        return None if self.pages.due() else super().lend()
+    def _lend(self) -> SharedPage | None:
+        """See `SecureWorld.lend`."""
+        return None if self.pages.due() else self.machine.pages.allocate()
 
     def ledger(self, limits: Limits) -> Ledger:
         """See `Host`: records can fail to be allocated."""

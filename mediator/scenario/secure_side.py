@@ -294,10 +294,11 @@ class ScriptedWorld(LocalSecureWorld):
         """The mediator page that is not there."""
         self.records = Countdown()
         """The record (of a call, a buffer, an RPC argument) for which there is no memory."""
+        self.lend = self._lend
 
-    def lend(self) -> SharedPage | None:
+    def _lend(self) -> SharedPage | None:
         """See `SecureWorld.lend`; None when a failure was asked for."""
-        return None if self.pages.due() else super().lend()
+        return None if self.pages.due() else self.machine.pages.allocate()
 
     def ledger(self, limits: Limits) -> Ledger:
         """See `Host.ledger`."""

@@ -68,14 +68,18 @@ class CountedHost(Host):
     left: int | None = None
     on_lend: Callable[[], bool] | None = None
 
-    def lend(self) -> SharedPage | None:
+    def __init__(self, machine: Machine) -> None:
+        super().__init__(machine)
+        self.lend = self._lend
+
+    def _lend(self) -> SharedPage | None:
         if self.on_lend is not None and not self.on_lend():
             return None
         if self.left is not None:
             if self.left == 0:
                 return None
             self.left -= 1
-        return super().lend()
+        return self.machine.pages.allocate()
 
 
 @dataclass
