@@ -258,7 +258,10 @@ class GuestMemory:
         """Pin pages all of which are in the TLB of one region; None if they are not."""
         offsets = ipas - region.base_word
         index = (offsets >> _SHIFT).view(_INT64)
-        pas = region.pas.take(index, mode="clip")
+        try:
+            pas = region.pas[index]
+        except IndexError:
+            return None
         if np.count_nonzero(pas) != len(pas) or np.count_nonzero(offsets & _MASK):
             return None
         region.bank.pin(pas)
