@@ -361,8 +361,8 @@ class Run:
             quota_bufs=guest.ledger.buffers,
             rpc_bufs=guest.ledger.rpc_arguments,
             shm_bufs=[
-                v.SharedBuffer(cookie=buffer.cookie, pages=buffer.pages, has_page_list=bool(buffer.lists))
-                for buffer in guest.buffers.values()
+                v.SharedBuffer(cookie=cookie, pages=shared.pages[cookie], has_page_list=bool(shared.lists))
+                for cookie, shared in guest.buffers.items()
             ],
         )
 

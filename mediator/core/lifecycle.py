@@ -9,7 +9,7 @@ from mediator.core.limits import bounds
 from mediator.core.policy import ANY_GUEST, PolicyLimits
 from mediator.core.ports import GuestMemory
 from mediator.core.records import Guest
-from mediator.core.sharing import PAGES_PER_STEP, release_argument, release_buffer
+from mediator.core.sharing import PAGES_PER_STEP, release_argument, release_shared
 from mediator.core.states import GUEST_TABLE, CallEvent, GuestEvent, GuestState, advance
 from mediator.core.steps import (
     GUEST_CREATED,
@@ -169,12 +169,13 @@ def _release(core: "Mediator", ticket: Lifecycle, guest: Guest, event: GuestEven
     for argument in list(guest.arguments.values()):
         release_argument(core.world, guest, argument)
     done = 0
-    for buffer in list(guest.buffers.values()):
-        if done and done + buffer.pages > PAGES_PER_STEP:
+    for shared in list(guest.buffers.values()):
+        pages = sum(shared.pages.values())
+        if done and done + pages > PAGES_PER_STEP:
             yield
             done = 0
-        release_buffer(core, guest, buffer)
-        done += max(buffer.pages, SMALLEST_RELEASE)
+        release_shared(core, guest, shared)
+        done += max(pages, SMALLEST_RELEASE)
     guest.in_flight -= 1
     advance(guest, event, GUEST_TABLE)
     core.forget(guest)

@@ -21,6 +21,8 @@ from optee.abi.smc import Cookie, Function, ThreadId, VmId
 
 _PINNED: Final = BufferState.PINNED
 _TRANSLATING: Final = CallState.TRANSLATING
+_NO_IPA: Final = Ipa(0)
+_NO_COOKIE: Final = Cookie(0)
 
 
 class Guest:
@@ -56,7 +58,7 @@ class Guest:
         self.state = GuestState.CREATING
         self.calls: dict[int, Call] = {}
         self.suspended: dict[ThreadId, Call] = {}
-        self.buffers: dict[Cookie, Buffer] = {}
+        self.buffers: dict[Cookie, Shared] = {}
         self.arguments: dict[Cookie, RpcArgument] = {}
         self.counters = Counters()
         self.events: deque[Event] = deque()
@@ -86,42 +88,32 @@ class Counters:
         self.translated = 0
 
 
-class Pins:
-    """What was pinned for the page lists of one message. All buffers of it share this, and go together.
+class Shared:
+    """Memory that one message shares with OP-TEE: a buffer that is registered or offered, or its temporary buffers.
 
-    written: those of `pinned` of which OP-TEE may write some pages.
+    They come and go together. `pages` counts those of each buffer, by cookie; all of them are `pinned`, and `written`
+    says that OP-TEE may write some. `lists` are our own page lists, which OP-TEE has for a while, the first `filled` of
+    them filled in. `offset` is that of the first byte in the first page of the last buffer.
     """
 
-    __slots__ = ("pinned", "written")
+    __slots__ = ("charge", "filled", "lists", "offset", "pages", "pinned", "state", "written")
 
     def __init__(self) -> None:
-        self.pinned: list[Pinned] = []
-        self.written: list[Pinned] = []
-
-
-class Buffer:
-    """A shared buffer: `pages` pinned pages of the guest, and for a while a page list of ours for OP-TEE.
-
-    `offset` is that of the first byte in the first page.
-    """
-
-    __slots__ = ("charge", "cookie", "lists", "offset", "pages", "pins", "state")
-
-    def __init__(self, cookie: Cookie, offset: int, pages: int, charge: Charge, pins: Pins) -> None:
-        self.cookie = cookie
-        self.offset = offset
-        self.pages = pages
-        self.charge = charge
-        self.pins = pins
         self.state = _PINNED
+        self.charge: Charge | None = None
+        self.pages: dict[Cookie, int] = {}
+        self.offset = 0
+        self.pinned: list[Pinned] = []
+        self.written = False
         self.lists: list[SharedPage] = []
+        self.filled = 0
 
     def load(self, memory: GuestMemory, offset: int, size: int) -> bytes:
         """Copy bytes of a registered buffer, `offset` counted from its first page; both were checked."""
-        if len(self.pins.pinned) == 1:
-            return memory.load(self.pins.pinned[0], offset, size)
+        if len(self.pinned) == 1:
+            return memory.load(self.pinned[0], offset, size)
         parts = []
-        for pinned in self.pins.pinned:
+        for pinned in self.pinned:
             length = len(pinned.pas) * PAGE_SIZE
             if offset < length and size:
                 part = memory.load(pinned, offset, min(size, length - offset))
@@ -134,7 +126,7 @@ class Buffer:
     def store_fields(self, memory: GuestMemory, base: int, data: bytes, fields: Sequence[slice]) -> None:
         """Write fields of `data`, of a message `base` bytes behind the start of the first page; all was checked."""
         first = 0
-        for pinned in self.pins.pinned:
+        for pinned in self.pinned:
             length = len(pinned.pas) * PAGE_SIZE
             if first <= base and base + len(data) <= first + length:
                 memory.store_fields(pinned, base - first, data, fields)
@@ -162,7 +154,7 @@ class RpcArgument:
 
 
 class Call(Ticket):
-    """A yielding call, from its SMC to its end. It owns the buffers it made (rule R13).
+    """A yielding call, from its SMC to its end. It owns the buffers it made (rule R13): `shared`.
 
     The message has `size` bytes. It lies in the guest page at `ipa`, which is looked up anew for each access (rule
     R14), or else at `place`. `outputs` are the fields of its parameters that the guest gets back, `temporary` the
@@ -176,7 +168,6 @@ class Call(Ticket):
     __slots__ = (
         "allocated",
         "argument",
-        "buffers",
         "charge",
         "command",
         "cookie",
@@ -193,6 +184,7 @@ class Call(Ticket):
         "rpc_room",
         "rpc_words",
         "shadow",
+        "shared",
         "shm_type",
         "size",
         "state",
@@ -214,18 +206,18 @@ class Call(Ticket):
         self.charge = charge
         self.state = _TRANSLATING
         self.command: Command | None = None
-        self.ipa = Ipa(0)
+        self.ipa = _NO_IPA
         self.place: BufferPlace | None = None
         self.size = 0
         self.shadow: SharedPage | None = None
         self.outputs: tuple[slice, ...] = ()
         self.temporary: tuple[int, ...] = ()
         self.written: list[Cookie] = []
-        self.buffers: list[Buffer] = []
-        self.registering: Buffer | None = None
-        self.unregistering: Buffer | None = None
-        self.allocated: Buffer | None = None
-        self.cookie = Cookie(0)
+        self.shared: Shared | None = None
+        self.registering: Shared | None = None
+        self.unregistering: Shared | None = None
+        self.allocated: Shared | None = None
+        self.cookie = _NO_COOKIE
         self.thread: ThreadId | None = None
         self.rpc = 0
         self.rpc_words = (0, 0)
@@ -257,7 +249,7 @@ class BufferPlace:
 
     __slots__ = ("buffer", "offset")
 
-    def __init__(self, buffer: Buffer, offset: int) -> None:
+    def __init__(self, buffer: Shared, offset: int) -> None:
         self.buffer = buffer
         self.offset = offset
 

@@ -12,7 +12,7 @@ from mediator.core.flow import Flow, Stand
 from mediator.core.ledger import OverLimit
 from mediator.core.parameters import RMEM_INOUT, RMEM_INPUT, TMEM_INOUT, TMEM_INPUT, parameters
 from mediator.core.ports import SharedPage
-from mediator.core.records import Buffer, Call, Guest, RpcArgument
+from mediator.core.records import Call, Guest, RpcArgument, Shared
 from mediator.core.sharing import (
     MEDIATOR_PAGES,
     OFFSET_MASK,
@@ -20,7 +20,7 @@ from mediator.core.sharing import (
     RECORD_MEMORY,
     mark_written,
     release_argument,
-    release_buffer,
+    release_shared,
     return_lists,
     translate,
 )
@@ -169,7 +169,7 @@ def _deliver(core: "Mediator", call: Call, cookie: Cookie) -> _Refusal | None:
         elif header[0] == _SHM_FREE:
             freed = guest.buffers.get(Cookie(b))
             if freed is not None and freed.state in _KEPT:
-                release_buffer(core, guest, freed)  # before the guest is told (R20)
+                release_shared(core, guest, freed)  # before the guest is told (R20)
         elif header[0] == _SHM_ALLOC:
             call.shm_type = a
     _write(call, data)
@@ -368,17 +368,16 @@ def _take_allocated(
         return_lists(core, call.allocated)
         call.allocated = None
     page.view[base + HEADER_SIZE : base + HEADER_SIZE + PARAM_SIZE] = reply[HEADER_SIZE:]
-    made: list[Buffer] = []
+    offered = Shared()
     try:
-        yield from translate(core, call, reply, (HEADER_SIZE,), page, base, made)
+        yield from translate(core, call, reply, (HEADER_SIZE,), page, base, offered)
     except MessageRejected as rejected:
         note_rejection(guest, call, rejected)
-        for buffer in made:
-            release_buffer(core, guest, buffer)
+        release_shared(core, guest, offered)
         return _ask_free(core, call, thread, page, base, reply, param[3])
-    for buffer in made:
-        advance(buffer, BufferEvent.KEEP, BUFFER_TABLE)
-        call.allocated = buffer
+    if offered.pages:
+        advance(offered, BufferEvent.KEEP, BUFFER_TABLE)
+        call.allocated = offered
     return None
 
 

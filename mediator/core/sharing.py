@@ -10,8 +10,8 @@ from hv_models.stage2 import Reason, Stage2Fault
 from mediator.core.faults import MessageRejected
 from mediator.core.ledger import OverLimit
 from mediator.core.parameters import TMEM_INPUT
-from mediator.core.ports import GuestMemory, SecureWorld, SharedPage
-from mediator.core.records import Buffer, Call, Guest, Pins, RpcArgument
+from mediator.core.ports import SecureWorld, SharedPage
+from mediator.core.records import Call, Guest, RpcArgument, Shared
 from mediator.core.states import (
     ARGUMENT_TABLE,
     BUFFER_TABLE,
@@ -52,69 +52,9 @@ _BUF_PTR: Final = 8
 """Offset of the address in a parameter."""
 
 Work = Generator[None, None, None]
-
-
-class _Batch:
-    """Page lists that are read but not pinned yet: one pin serves all buffers of a message.
-
-    `entries` are the addresses that stand in the guest's lists, one run of bytes for each of our own `lists`;
-    `written`: OP-TEE may write some of these pages.
-    """
-
-    __slots__ = ("entries", "lists", "written")
-
-    def __init__(self) -> None:
-        self.entries: list[bytes] = []
-        self.lists: list[SharedPage] = []
-        self.written = False
-
-    def read(self, memory: GuestMemory, source: Ipa, left: int, page: SharedPage) -> Ipa:
-        """Copy the guest's list page at `source`, once, for a page of ours; returns the address of the next one.
-
-        The list ends after the `left` entries that are left, by count and never by trust (R7).
-
-        Raises:
-            MessageRejected: there is no such list page.
-
-        """
-        try:
-            if source & OFFSET_MASK:
-                raise Stage2Fault(source, Reason.UNALIGNED)
-            if left <= ENTRIES_PER_PAGE:
-                entries = memory.read(source, left * 8, writable=True)
-            else:
-                data = memory.read(source, PAGE_SIZE, writable=True)
-                entries = data[:-8]
-                source = Ipa(int.from_bytes(data[-8:], "little"))
-        except Stage2Fault as fault:
-            raise MessageRejected(Result.BAD_PARAMETERS, str(fault)) from None
-        self.entries.append(entries)
-        self.lists.append(page)
-        return source
-
-    def pin(self, guest: Guest, pins: Pins) -> None:
-        """Translate and pin what was read, in one step, and fill in our own lists (R6).
-
-        Raises:
-            MessageRejected: some page cannot be shared; nothing of the batch is pinned then.
-
-        """
-        if not self.entries:
-            return
-        try:
-            pinned = guest.memory.pin(np.frombuffer(b"".join(self.entries), _ADDRESSES))
-        except Stage2Fault as fault:
-            raise MessageRejected(Result.BAD_PARAMETERS, str(fault)) from None
-        pins.pinned.append(pinned)
-        if self.written:
-            pins.written.append(pinned)
-        octets = pinned.pas.data.cast("B")
-        at = 0
-        for page, entries in zip(self.lists, self.entries, strict=True):
-            size = len(entries)
-            page.view[:size] = octets[at : at + size]
-            at += size
-        guest.counters.translated += len(pinned.pas)
+_Wanted = tuple[int, Ipa, int, int]
+"""A page list that a message names: offset of the parameter, where the list begins, where the buffer begins in its
+first page, pages of the buffer."""
 
 
 def translate(
@@ -124,118 +64,186 @@ def translate(
     temporary: tuple[int, ...],
     shadow: SharedPage,
     base: int,
-    buffers: list[Buffer],
+    shared: Shared,
 ) -> Work:
     """Replace each page list that a message names by one of ours with physical addresses.
 
-    The parameters at the offsets `temporary` are TMEM references. `shadow` holds the same message at offset `base`;
-    new buffers are appended to `buffers` as they are made, so that whoever catches the exception can undo them.
-    Yields whenever a bounded number of pages is done.
+    The parameters at the offsets `temporary` are TMEM references. `shadow` holds the same message at offset `base`. All
+    that is made is noted in `shared`, so that whoever catches the exception can undo it. Yields whenever a bounded
+    number of pages is done.
 
     Raises:
         MessageRejected: the first parameter that cannot be translated says why.
 
     """
     guest = call.guest
-    pins = Pins()
-    batch = _Batch()
+    memory = guest.memory
+    entries: list[bytes] = []
+    wanted, refused = _open(guest, message, temporary, shared)
     try:
-        for at in temporary:
-            attribute, pointer, size, cookie = PARAM.unpack_from(message, at)
-            if pointer == 0:
-                continue
-            if not attribute & NONCONTIG:
-                raise MessageRejected(Result.BAD_PARAMETERS, "a contiguous buffer outside reserved memory")
-            offset = pointer & OFFSET_MASK
-            written = attribute & TYPE_MASK != TMEM_INPUT
-            buffer = _open(core.world, guest, cookie, offset, size, pins, buffers)
-            source = pointer - offset
-            left = buffer.pages
-            for page in buffer.lists:
-                if len(batch.lists) == LISTS_PER_STEP:
-                    batch.pin(guest, pins)
-                    batch = _Batch()
+        for at, source, offset, pages in wanted:
+            shared.offset = offset
+            left = pages
+            while left > 0:
+                if len(entries) == LISTS_PER_STEP:
+                    _pin(guest, shared, entries)
                     yield
-                batch.written |= written
-                source = batch.read(guest.memory, source, left, page)
+                page = core.world.lend()
+                if page is None:
+                    raise MessageRejected(Result.OUT_OF_MEMORY, OverLimit(MEDIATOR_PAGES, list_pages(left), rule="R22"))
+                if left == pages:
+                    shadow.words[base + at + _BUF_PTR >> 3] = page.pa | offset
+                else:
+                    shared.lists[-1].words[ENTRIES_PER_PAGE] = page.pa
+                shared.lists.append(page)
+                if source & OFFSET_MASK:
+                    raise Stage2Fault(source, Reason.UNALIGNED)
+                # The list ends by count and never by trust (R7); each page of it is copied once.
+                if left <= ENTRIES_PER_PAGE:
+                    entries.append(memory.read(source, left * 8, writable=True))
+                else:
+                    data = memory.read(source, PAGE_SIZE, writable=True)
+                    entries.append(data[:-8])
+                    source = Ipa(int.from_bytes(data[-8:], "little"))
                 left -= ENTRIES_PER_PAGE
-            list_pa = buffer.lists[0].pa | offset
-            shadow.words[base + at + _BUF_PTR >> 3] = list_pa
             if core.tracing:
+                _, pointer, _, cookie = PARAM.unpack_from(message, at)
+                list_pa = shadow.words[base + at + _BUF_PTR >> 3]
                 guest.events.append(
                     Event(
                         PAGES_PINNED,
                         "debug",
                         guest.vm,
-                        {"call": call.id, "cookie": cookie, "pages": buffer.pages, "from": pointer, "to": list_pa},
+                        {"call": call.id, "cookie": cookie, "pages": pages, "from": pointer, "to": list_pa},
                     )
                 )
-    except MessageRejected:
+        if refused is not None:
+            raise refused
+    except (MessageRejected, Stage2Fault) as error:
         # A page of an earlier parameter that cannot be shared comes first.
-        batch.pin(guest, pins)
+        _pin(guest, shared, entries)
+        if isinstance(error, Stage2Fault):
+            raise MessageRejected(Result.BAD_PARAMETERS, str(error)) from None
         raise
-    batch.pin(guest, pins)
+    _pin(guest, shared, entries)
 
 
 def _open(
-    world: SecureWorld, guest: Guest, cookie: Cookie, offset: int, size: int, pins: Pins, buffers: list[Buffer]
-) -> Buffer:
-    """Charge a buffer, give it its name and list pages; limits are looked at before the name, as the reference does."""
-    limits = guest.ledger.limits
-    pages = page_count(size, offset)
-    if pages > limits.pages_per_buffer:
-        over = OverLimit("pages_per_buffer", pages, None, limits.pages_per_buffer)
-        raise MessageRejected(Result.OUT_OF_MEMORY, over)
-    if pages == 0:
-        raise MessageRejected(Result.BAD_PARAMETERS, "a page list for no pages")
-    lists = 1 if pages <= ENTRIES_PER_PAGE else list_pages(pages)
+    guest: Guest, message: bytes, temporary: tuple[int, ...], shared: Shared
+) -> tuple[list[_Wanted], MessageRejected | None]:
+    """Charge and name the buffers of a message: all up to the first that cannot be, and why it cannot.
+
+    Limits are looked at before the name, as the reference does.
+    """
+    ledger = guest.ledger
+    most = ledger.limits.pages_per_buffer
+    wanted: list[_Wanted] = []
+    refused = None
+    pages = lists = 0
+    doubled = False
+    for at in temporary:
+        attribute, pointer, size, cookie = PARAM.unpack_from(message, at)
+        if pointer == 0:
+            continue
+        if not attribute & NONCONTIG:
+            refused = MessageRejected(Result.BAD_PARAMETERS, "a contiguous buffer outside reserved memory")
+            break
+        offset = pointer & OFFSET_MASK
+        count = page_count(size, offset)
+        if count > most:
+            refused = MessageRejected(Result.OUT_OF_MEMORY, OverLimit("pages_per_buffer", count, None, most))
+            break
+        if count == 0:
+            refused = MessageRejected(Result.BAD_PARAMETERS, "a page list for no pages")
+            break
+        if attribute & TYPE_MASK != TMEM_INPUT:
+            shared.written = True
+        pages += count
+        lists += 1 if count <= ENTRIES_PER_PAGE else list_pages(count)
+        wanted.append((at, pointer - offset, offset, count))
+        doubled = cookie in guest.buffers
+        if doubled:
+            break
+        guest.buffers[cookie] = shared
+        shared.pages[cookie] = count
+    while wanted:
+        buffers = len(wanted)
+        memory = buffers * RECORD_MEMORY + pages * PIN_MEMORY + lists * PAGE_SIZE
+        try:
+            charge = ledger.charge(pages, buffers, 0, 0, memory)
+        except OverLimit as over:
+            refused = MessageRejected(Result.OUT_OF_MEMORY, over)
+        else:
+            if not doubled:
+                shared.charge = charge
+                break
+            charge.refund()
+            refused = MessageRejected(Result.BAD_PARAMETERS, "a buffer with this cookie is live")
+        count = wanted.pop()[3]
+        pages -= count
+        lists -= list_pages(count)
+        if doubled:
+            doubled = False
+        else:
+            cookie, _ = shared.pages.popitem()
+            del guest.buffers[cookie]
+    return wanted, refused
+
+
+def _pin(guest: Guest, shared: Shared, entries: list[bytes]) -> None:
+    """Translate and pin what was read, in one step, and fill in our own lists (R6).
+
+    `entries` are the addresses that stand in the guest's lists, one run of bytes for each of ours; none is left then.
+
+    Raises:
+        MessageRejected: some page cannot be shared; none of them is pinned then.
+
+    """
+    if not entries:
+        return
     try:
-        charge = guest.ledger.charge(pages, 1, 0, 0, RECORD_MEMORY + PIN_MEMORY * pages + PAGE_SIZE * lists)
-    except OverLimit as over:
-        raise MessageRejected(Result.OUT_OF_MEMORY, over) from None
-    if cookie in guest.buffers:
-        charge.refund()
-        raise MessageRejected(Result.BAD_PARAMETERS, "a buffer with this cookie is live")
-    buffer = Buffer(cookie, offset, pages, charge, pins)
-    guest.buffers[cookie] = buffer
-    buffers.append(buffer)
-    while lists:
-        page = world.lend()
-        if page is None:
-            raise MessageRejected(Result.OUT_OF_MEMORY, OverLimit(MEDIATOR_PAGES, lists, rule="R22"))
-        if buffer.lists:
-            buffer.lists[-1].words[ENTRIES_PER_PAGE] = page.pa
-        buffer.lists.append(page)
-        lists -= 1
-    return buffer
+        pinned = guest.memory.pin(np.frombuffer(b"".join(entries), _ADDRESSES))
+    except Stage2Fault as fault:
+        raise MessageRejected(Result.BAD_PARAMETERS, str(fault)) from None
+    shared.pinned.append(pinned)
+    guest.counters.translated += len(pinned.pas)
+    octets = pinned.pas.tobytes()
+    at = 0
+    # The last page of ours has no entries where the guest's list page could not be read.
+    for page, run in zip(shared.lists[shared.filled :], entries, strict=False):
+        size = len(run)
+        page.view[:size] = octets[at : at + size]
+        at += size
+    shared.filled += len(entries)
+    entries.clear()
 
 
-def return_lists(core: "Mediator", buffer: Buffer) -> None:
+def return_lists(core: "Mediator", shared: Shared) -> None:
     """Take the page list back before the buffer ends: OP-TEE has read it."""
-    buffer.charge.reduce_memory(len(buffer.lists) * PAGE_SIZE)
-    for page in buffer.lists:
+    assert shared.charge is not None
+    shared.charge.reduce_memory(len(shared.lists) * PAGE_SIZE)
+    for page in shared.lists:
         core.world.take_back(page)
-    buffer.lists.clear()
+    shared.lists.clear()
 
 
-def release_buffer(core: "Mediator", guest: Guest, buffer: Buffer) -> None:
-    """Unpin, refund and forget one buffer."""
-    advance(buffer, _RELEASE, BUFFER_TABLE)
-    pins = buffer.pins
-    if pins.pinned:
-        for pinned in pins.written:
+def release_shared(core: "Mediator", guest: Guest, shared: Shared) -> None:
+    """Unpin, refund and forget what one message shares."""
+    advance(shared, _RELEASE, BUFFER_TABLE)
+    for pinned in shared.pinned:
+        if shared.written:
             guest.memory.mark_dirty(pinned)
-        for pinned in pins.pinned:
-            guest.memory.unpin(pinned)
-        pins.written.clear()
-        pins.pinned.clear()
-    for page in buffer.lists:
+        guest.memory.unpin(pinned)
+    shared.pinned.clear()
+    for page in shared.lists:
         core.world.take_back(page)
-    buffer.lists.clear()
-    buffer.charge.refund()
-    del guest.buffers[buffer.cookie]
-    if core.tracing:
-        guest.events.append(Event(PAGES_UNPINNED, "debug", guest.vm, {"cookie": buffer.cookie, "pages": buffer.pages}))
+    shared.lists.clear()
+    if shared.charge is not None:
+        shared.charge.refund()
+    for cookie, pages in shared.pages.items():
+        del guest.buffers[cookie]
+        if core.tracing:
+            guest.events.append(Event(PAGES_UNPINNED, "debug", guest.vm, {"cookie": cookie, "pages": pages}))
 
 
 def release_argument(world: SecureWorld, guest: Guest, argument: RpcArgument) -> None:
@@ -249,7 +257,7 @@ def release_argument(world: SecureWorld, guest: Guest, argument: RpcArgument) ->
 
 def mark_written(guest: Guest, cookie: Cookie) -> None:
     """Report the pages of the buffer with this cookie dirty: OP-TEE may have written them (R27)."""
-    buffer = guest.buffers.get(cookie)
-    if buffer is not None:
-        for pinned in buffer.pins.pinned:
+    shared = guest.buffers.get(cookie)
+    if shared is not None:
+        for pinned in shared.pinned:
             guest.memory.mark_dirty(pinned)

@@ -10,13 +10,13 @@ from mediator.core.flow import Flow, Place
 from mediator.core.ledger import OverLimit
 from mediator.core.parameters import RMEM_INPUT, parameters
 from mediator.core.policy import Policy
-from mediator.core.records import BufferPlace, Call, Guest
+from mediator.core.records import BufferPlace, Call, Guest, Shared
 from mediator.core.sharing import (
     MEDIATOR_PAGES,
     OFFSET_MASK,
     RECORD_MEMORY,
     mark_written,
-    release_buffer,
+    release_shared,
     return_lists,
     translate,
 )
@@ -148,13 +148,14 @@ def wait(core: "Mediator", call: Call) -> Queue:
 
 def _translate(core: "Mediator", call: Call, message: bytes) -> Generator[None, None, Step]:
     assert call.shadow is not None
+    shared = call.shared = Shared()
     try:
-        yield from translate(core, call, message, call.temporary, call.shadow, 0, call.buffers)
+        yield from translate(core, call, message, call.temporary, call.shadow, 0, shared)
     except MessageRejected as rejected:
         return _reject(core, call, rejected)
     if call.command is _REGISTER:
-        call.registering = call.buffers.pop()
-        advance(call.registering, BufferEvent.REGISTER, BUFFER_TABLE)
+        call.registering, call.shared = shared, None
+        advance(shared, BufferEvent.REGISTER, BUFFER_TABLE)
     return _send(core, call)
 
 
@@ -245,11 +246,12 @@ def _read_registered(call: Call) -> bytes:
     """The message of CALL_WITH_REGD_ARG: as much as one page of the registered, pinned buffer it lies in."""
     guest = call.guest
     regs = call.regs
-    buffer = guest.buffers.get(Cookie((regs[1] & LOW) << 32 | regs[2] & LOW))
+    cookie = Cookie((regs[1] & LOW) << 32 | regs[2] & LOW)
+    buffer = guest.buffers.get(cookie)
     if buffer is None or buffer.state is not BufferState.REGISTERED:
         raise CallRefused(ReturnCode.EBADADDR, "no registered buffer has this cookie")
     start = buffer.offset + (regs[3] & LOW)
-    room = buffer.pages * PAGE_SIZE - start
+    room = buffer.pages[cookie] * PAGE_SIZE - start
     if start & 7 or room < HEADER_SIZE:
         raise CallRefused(ReturnCode.EBADADDR, "the message does not lie in its buffer, 8-byte aligned")
     place = BufferPlace(buffer, start)
@@ -340,19 +342,18 @@ def _unregistered(core: "Mediator", call: Call) -> None:
     call.unregistering = None
     buffer = call.guest.buffers.get(call.cookie)
     if buffer is not None and buffer.state is not BufferState.PINNED:
-        release_buffer(core, call.guest, buffer)
+        release_shared(core, call.guest, buffer)
 
 
 def end(core: "Mediator", call: Call, event: CallEvent) -> None:
     """End a call and free exactly what it made (R12, R13)."""
     advance(call, event, CALL_TABLE)
     guest = call.guest
-    if call.buffers:
-        for buffer in call.buffers:
-            release_buffer(core, guest, buffer)
+    if call.shared is not None:
+        release_shared(core, guest, call.shared)
     if call.registering is not None:
         if call.registering.state is BufferState.REGISTERING:
-            release_buffer(core, guest, call.registering)
+            release_shared(core, guest, call.registering)
     elif call.unregistering is not None and call.unregistering.state is BufferState.UNREGISTERING:
         advance(call.unregistering, BufferEvent.UNREGISTER_REFUSED, BUFFER_TABLE)
     if call.shadow is not None:

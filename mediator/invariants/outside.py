@@ -225,10 +225,10 @@ class Outside:
         for cookie, named in list(self.buffers.items()):
             if named.kept and cookie not in guest.buffers:
                 self._forget(cookie)
-        for cookie, buffer in guest.buffers.items():
+        for cookie, shared in guest.buffers.items():
             if cookie not in self.buffers:
-                self.buffers[cookie] = Named(buffer.pages, None, kept=True)
-                self.pages += buffer.pages
+                self.buffers[cookie] = Named(shared.pages[cookie], None, kept=True)
+                self.pages += shared.pages[cookie]
 
     def _ended(self, ticket: Ticket, call: OutsideCall, a0: int) -> None:
         frame = self._frame(call.message)

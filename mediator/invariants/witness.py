@@ -12,7 +12,7 @@ from hv_models.memory import PAGE_SIZE
 from hv_models.stage2 import Pinned
 from mediator.core.fast import FastCall
 from mediator.core.flow import Flow
-from mediator.core.records import Buffer, Call, Guest
+from mediator.core.records import Call, Guest, Shared
 from mediator.core.states import GuestState
 from mediator.core.steps import Forward, Preempt, Queue, Regs, Reply, Step, Ticket
 from mediator.invariants.lifecycles import ARGUMENT_EDGES, BUFFER_EDGES, CALL_EDGES, GUEST_EDGES, LifeCycle, Move
@@ -284,9 +284,10 @@ class Witness:
         self._wrong(self._calls.examine(guest.calls.values()))
         self._wrong(self._buffers.examine(guest.buffers.values()))
         self._wrong(self._arguments.examine(guest.arguments.values()))
-        for cookie, buffer in guest.buffers.items():
-            if buffer.cookie != cookie:
-                self._report(5, f"the buffer {cookie:#x}", f"{buffer.cookie:#x}")
+        shared = set(guest.buffers.values())
+        names = sorted(cookie for each in shared for cookie in each.pages)
+        if names != sorted(guest.buffers):
+            self._report(5, f"buffers {_in_words(names)}", _in_words(sorted(guest.buffers)))
         for cookie, argument in guest.arguments.items():
             if argument.cookie != cookie:
                 self._report(5, f"the RPC argument {cookie:#x}", f"{argument.cookie:#x}")
@@ -295,11 +296,15 @@ class Witness:
         held = {
             "buffers": len(guest.buffers),
             "rpc_arguments": len(guest.arguments),
-            "pages": sum(buffer.pages for buffer in guest.buffers.values()),
+            "pages": sum(sum(each.pages.values()) for each in shared),
             "memory": sum(
-                held.charge.memory
-                for objects in (guest.calls, guest.buffers, guest.arguments)
-                for held in objects.values()
+                charge.memory
+                for charge in (
+                    *(call.charge for call in guest.calls.values()),
+                    *(each.charge for each in shared),
+                    *(argument.charge for argument in guest.arguments.values()),
+                )
+                if charge is not None
             ),
         }
         for name, count in held.items():
@@ -400,13 +405,16 @@ def in_flight(guest: Guest, flow: Flow | None) -> int:
     return sum(call.turn is None or call.turn.counted for call in guest.calls.values())
 
 
-def _buffers_of(call: Call) -> list[Buffer]:
-    """The buffers that a call has to do with."""
-    others = (call.registering, call.unregistering, call.allocated)
-    return [*call.buffers, *(buffer for buffer in others if buffer is not None)]
+def _buffers_of(call: Call) -> list[Shared]:
+    """The buffers that a call has to do with; a message of NULL references shares none."""
+    shared = (call.shared, call.registering, call.unregistering, call.allocated)
+    return [each for each in shared if each is not None and each.pages]
 
 
 def _pinned(guest: Guest) -> list[Pinned]:
     """What was pinned for the live buffers, each pin once."""
-    each = {id(pinned): pinned for buffer in guest.buffers.values() for pinned in buffer.pins.pinned}
-    return list(each.values())
+    return [pinned for shared in set(guest.buffers.values()) for pinned in shared.pinned]
+
+
+def _in_words(cookies: Iterable[int]) -> str:
+    return ", ".join(f"{cookie:#x}" for cookie in cookies)

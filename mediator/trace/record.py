@@ -172,7 +172,7 @@ class Recorder:
         if buffer is None:
             return None
         page, within = divmod(buffer.offset + offset, PAGE_SIZE)
-        pas = [pa for pinned in buffer.pins.pinned for pa in pinned.pas[: page + 1].tolist()]
+        pas = [pa for pinned in buffer.pinned for pa in pinned.pas[: page + 1].tolist()]
         ipa = self._vm.find(pas[page]) if page < len(pas) else None
         return None if ipa is None else ipa + within
 

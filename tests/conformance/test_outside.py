@@ -71,14 +71,14 @@ def test_what_a_target_does_not_offer_is_skipped_and_what_it_answers_otherwise_f
     assert "smc: CALLS_COUNT: a0: expected bits" in verdicts[3].why
 
 
-def _swap_entries(self: Any, guest: Any, pins: Any) -> None:
-    pages = list(self.lists)
-    _PIN(self, guest, pins)
-    for page in pages:
+def _swap_entries(guest: Any, shared: Any, entries: Any) -> None:
+    first = shared.filled
+    _PIN(guest, shared, entries)
+    for page in shared.lists[first:]:
         page.view[:16] = bytes(page.view[8:16]) + bytes(page.view[:8])
 
 
-_PIN = sharing._Batch.pin
+_PIN = sharing._pin
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ _PIN = sharing._Batch.pin
     [
         (yielding, "_PRESET", bytes(4), "result-preset"),
         (yielding, "_ANSWER", (slice(0, 32),), "results-only"),
-        (sharing._Batch, "pin", _swap_entries, "register"),
+        (sharing, "_pin", _swap_entries, "register"),
     ],
 )
 def test_a_broken_target_is_noticed(

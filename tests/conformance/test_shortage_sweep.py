@@ -79,11 +79,11 @@ def test_nothing_is_left_behind_whatever_there_is_too_little_of(case: str) -> No
 
 def test_the_sweep_notices_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """A buffer that is half made keeps its pages."""
-    release = sharing.release_buffer
+    release = sharing.release_shared
 
-    def keep(core: object, guest: object, buffer: sharing.Buffer) -> None:
-        buffer.lists.clear()
-        release(core, guest, buffer)
+    def keep(core: object, guest: object, shared: sharing.Shared) -> None:
+        shared.lists.clear()
+        release(core, guest, shared)
 
-    monkeypatch.setattr("mediator.core.yielding.release_buffer", keep)
+    monkeypatch.setattr("mediator.core.yielding.release_shared", keep)
     assert any(not play("list-lengths", "page", nth)[1].good for nth in range(4, 12))

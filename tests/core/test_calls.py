@@ -698,7 +698,7 @@ def test_bytes_of_a_very_large_buffer_are_those_of_its_pages(make):
     size = len(large) * PAGE_SIZE
     assert guest.register(Param(TMEM_OUT, guest.page_list(large), size, 9)).ret == 0
     buffer = guest.record.buffers[9]
-    assert len(buffer.pins.pinned) == 3
+    assert len(buffer.pinned) == 3
     for ipa in pages:
         guest.ram.write(ipa, ipa.to_bytes(8, "little") * 512)
     first, second = PAGES_PER_STEP * PAGE_SIZE, 2 * PAGES_PER_STEP * PAGE_SIZE

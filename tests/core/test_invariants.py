@@ -165,12 +165,12 @@ def suspension(pair, guest):
 
 
 BREAKAGES = {
-    "an unpin is removed": (1, sharing.release_buffer, r"guest\.memory\.unpin\(.*\)", "pass", shared_buffer),
-    "an unpin is removed, registered": (1, sharing.release_buffer, r"guest\.memory\.unpin\(.*\)", "pass", registration),
-    "an unpin is removed, at the end": (2, sharing.release_buffer, r"guest\.memory\.unpin\(.*\)", "pass", end_of_guest),
+    "an unpin is removed": (1, sharing.release_shared, r"guest\.memory\.unpin\(.*\)", "pass", shared_buffer),
+    "an unpin is removed, registered": (1, sharing.release_shared, r"guest\.memory\.unpin\(.*\)", "pass", registration),
+    "an unpin is removed, at the end": (2, sharing.release_shared, r"guest\.memory\.unpin\(.*\)", "pass", end_of_guest),
     "an RPC page stays pinned": (1, sharing.release_argument, r"guest\.memory\.unpin\(.*\)", "pass", argument),
-    "a refund is skipped": (2, sharing.release_buffer, r"buffer\.charge\.refund\(\)", "pass", shared_buffer),
-    "a refund is skipped at the end": (2, sharing.release_buffer, r"buffer\.charge\.refund\(\)", "pass", end_of_guest),
+    "a refund is skipped": (2, sharing.release_shared, r"shared\.charge\.refund\(\)", "pass", shared_buffer),
+    "a refund is skipped at the end": (2, sharing.release_shared, r"shared\.charge\.refund\(\)", "pass", end_of_guest),
     "a call's refund is skipped": (2, yielding.end, r"call\.charge\.refund\(\)", "pass", values),
     "an RPC page's refund is skipped": (2, sharing.release_argument, r"argument\.charge\.refund\(\)", "pass", argument),
     "a call ends that OP-TEE holds": (
@@ -184,9 +184,9 @@ BREAKAGES = {
     "an IPA is forwarded in a reply": (4, sharing.translate, r"shadow\.words\[.*\] = .*", "pass", offered_buffer),
     "a list of IPAs is forwarded": (
         4,
-        sharing._Batch.pin,
+        sharing._pin,
         r"= octets\[at : at \+ size\]",
-        "= b''.join(self.entries)[at : at + size]",
+        "= b''.join(entries)[at : at + size]",
         shared_buffer,
     ),
     "the guest's RPC page is forwarded": (4, rpc._allocate_argument, r"return page\.pa", "return ipa", argument),
@@ -211,12 +211,12 @@ BREAKAGES = {
         "tuple(slice(field.start - 8, field.stop) for field in call.outputs))",
         shared_buffer,
     ),
-    "a live cookie is taken again": (5, sharing._open, r"if cookie in guest\.buffers", "if False", two_of_one_name),
+    "a live cookie is taken again": (5, sharing._open, r"doubled = cookie .*", "doubled = False", two_of_one_name),
     "a live cookie is taken again, in a reply": (
         5,
         sharing._open,
-        r"if cookie in guest\.buffers",
-        "if False",
+        r"doubled = cookie .*",
+        "doubled = False",
         offered_twice,
     ),
     "a live RPC argument is replaced": (
@@ -271,9 +271,9 @@ BREAKAGES = {
     ),
     "more pages are translated than are named": (
         10,
-        sharing._Batch.pin,
+        sharing._pin,
         r"octets = ",
-        "[guest.memory.unpin(guest.memory.pin(np.frombuffer(self.entries[0], 'u8'))) for _ in range(3)]; octets = ",
+        "[guest.memory.unpin(guest.memory.pin(np.frombuffer(entries[0], 'u8'))) for _ in range(3)]; octets = ",
         shared_buffer,
     ),
     "a message is read twice": (
@@ -329,9 +329,9 @@ BREAKAGES = {
     ),
     "a list page is read very often": (
         10,
-        sharing._Batch.read,
-        r"self\.lists\.append\(page\)",
-        "self.lists.append(page); [memory.read(source, 8, writable=True) for _ in range(2000)]",
+        sharing.translate,
+        r"shared\.lists\.append\(page\)",
+        "shared.lists.append(page); [memory.read(source, 8, writable=True) for _ in range(2000)]",
         long_list,
     ),
     "a refusal is an error event": (11, yielding._count, '"info"', '"error"', refused),

@@ -19,8 +19,9 @@ FAULTS = {
     ),
     "IPAs in page lists": (
         "from mediator.core import sharing as s; import numpy as n; "
-        "f = s._Batch.pin; s._Batch.pin = lambda self, *where: f(self, *where) or "
-        "[p.view.__setitem__(slice(0, len(e)), e) for p, e in zip(self.lists, self.entries)] and None",
+        "f = s._pin; s._pin = lambda guest, shared, runs: (lambda first, kept: f(guest, shared, runs) or "
+        "[p.view.__setitem__(slice(0, len(e)), e) for p, e in zip(shared.lists[first:], kept)] and None)"
+        "(shared.filled, list(runs))",
         "invariant 4",
     ),
     "RPCs that are forgotten": (

@@ -132,9 +132,9 @@ def test_a_guest_may_die_at_any_call(name: str) -> None:
 
 
 def test_the_sweep_notices_what_a_dead_guest_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    release, scenario = lifecycle.release_buffer, find_scenario("same-cookies")
+    release, scenario = lifecycle.release_shared, find_scenario("same-cookies")
     monkeypatch.setattr(
-        lifecycle, "release_buffer", lambda core, guest, one: guest.vm == 2 or release(core, guest, one)
+        lifecycle, "release_shared", lambda core, guest, one: guest.vm == 2 or release(core, guest, one)
     )
     assert play(KillRun(scenario)).good, "in order it takes its buffer back itself"
     outcome = play(KillRun(scenario, "bob", 1, answered=True))

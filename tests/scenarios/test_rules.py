@@ -99,19 +99,19 @@ MISTAKES: Final[dict[str, tuple[str, str, Fault]]] = {
     "the guest's page list is forwarded": (
         "R6 B8",
         "same-cookies",
-        Fault(sharing.translate, r"= list_pa\n", "= pointer\n"),
+        Fault(sharing.translate, r"= page\.pa \| offset", "= source | offset"),
     ),
     "entries of a list go through as they are": (
         "R6",
         "same-cookies",
-        Fault(sharing._Batch.pin, r"= octets\[at : at \+ size\]", "= entries"),
+        Fault(sharing._pin, r"= octets\[at : at \+ size\]", "= run"),
     ),
     "the guest's RPC page is forwarded": ("R6", "rpc-replies", FAULTS["the guest's RPC page is forwarded"]),
     "an address of a list page is masked": (
         "R7",
         "page-lists",
         Fault(
-            sharing._Batch.read,
+            sharing.translate,
             r"(?s)if source & OFFSET_MASK:\n\s+raise .*?\n",
             "source = Ipa(source & ~OFFSET_MASK)\n",
         ),
@@ -119,12 +119,12 @@ MISTAKES: Final[dict[str, tuple[str, str, Fault]]] = {
     "an entry is masked": (
         "R7 B2",
         "page-lists",
-        Fault(sharing._Batch.pin, r"_ADDRESSES\)\)", "_ADDRESSES) & ~np.uint64(4095))"),
+        Fault(sharing._pin, r"_ADDRESSES\)\)", "_ADDRESSES) & ~np.uint64(4095))"),
     ),
     "a list may lie in memory that is not RAM": (
         "R7",
         "page-lists",
-        Fault(sharing._Batch.read, r", writable=True", ""),
+        Fault(sharing.translate, r", writable=True", ""),
     ),
     "read-only pages are shared": (
         "R7 B5",
@@ -144,14 +144,14 @@ MISTAKES: Final[dict[str, tuple[str, str, Fault]]] = {
     "a buffer may be of any size": (
         "R8 B2",
         "sizes",
-        Fault(sharing._open, r"if pages > limits\.pages_per_buffer:", "if False:"),
+        Fault(sharing._open, r"if count > most:", "if False:"),
     ),
     "the limit of a buffer is one too many": (
         "R8 B2",
         "sizes",
-        Fault(sharing._open, r"if pages > limits\.pages_per_buffer:", "if pages > limits.pages_per_buffer + 1:"),
+        Fault(sharing._open, r"if count > most:", "if count > most + 1:"),
     ),
-    "a list of no pages is a list": ("R8 B15", "sizes", Fault(sharing._open, r"if pages == 0:", "if False:")),
+    "a list of no pages is a list": ("R8 B15", "sizes", Fault(sharing._open, r"if count == 0:", "if False:")),
     "the page at IPA 0 is shared": (
         "R9 B15",
         "ram-at-zero",
@@ -200,7 +200,7 @@ MISTAKES: Final[dict[str, tuple[str, str, Fault]]] = {
         Fault(
             yielding._reject,
             r"end\(core, call, CallEvent\.REJECT\)",
-            "call.buffers.clear(); end(core, call, CallEvent.REJECT)",
+            "call.shared = None; end(core, call, CallEvent.REJECT)",
         ),
     ),
     "a call frees whatever its guest has": (
@@ -208,8 +208,8 @@ MISTAKES: Final[dict[str, tuple[str, str, Fault]]] = {
         "all-or-nothing",
         Fault(
             yielding.end,
-            r"(?s)if call\.buffers:\n(\s+)for buffer in call\.buffers:",
-            r"if True:\n\1for buffer in list(guest.buffers.values()):",
+            r"if call\.shared is not None:\n(\s+)release_shared\(core, guest, call\.shared\)",
+            r"for each in set(guest.buffers.values()):\n\1release_shared(core, guest, each)",
         ),
     ),
     "a live cookie is taken again": ("R13 R15 B5", "cookies", FAULTS["a live cookie is taken again"]),
@@ -253,7 +253,7 @@ MISTAKES: Final[dict[str, tuple[str, str, Fault]]] = {
         Fault(
             yielding._take_message,
             r"(_begin_unregister\(.*\))",
-            r"\1; call.unregistering and release_buffer(core, guest, call.unregistering)",
+            r"\1; call.unregistering and release_shared(core, guest, call.unregistering)",
         ),
     ),
     "a good registration is dropped": ("R15", "cookies", FAULTS["a good registration is dropped"]),
@@ -380,7 +380,7 @@ MISTAKES: Final[dict[str, tuple[str, str, Fault]]] = {
     "a long list is handled in one go": (
         "R23 B9",
         "long-message",
-        Fault(sharing.translate, r"if len\(batch\.lists\) == LISTS_PER_STEP:", "if False:"),
+        Fault(sharing.translate, r"if len\(entries\) == LISTS_PER_STEP:", "if False:"),
     ),
     "a guest that OP-TEE refused is created": (
         "R24",
@@ -395,7 +395,7 @@ MISTAKES: Final[dict[str, tuple[str, str, Fault]]] = {
     "a dead guest's buffers stay": (
         "R24 B10",
         "storage-power-cut-managed",
-        Fault(lifecycle._release, r"release_buffer\(core, guest, buffer\)", "pass"),
+        Fault(lifecycle._release, r"release_shared\(core, guest, shared\)", "pass"),
     ),
     "a dead guest's RPC arguments stay": (
         "R24 B10",
@@ -461,7 +461,7 @@ MISTAKES: Final[dict[str, tuple[str, str, Fault]]] = {
     "what OP-TEE wrote is not reported at unpin": (
         "R27",
         "dirty-logging",
-        Fault(sharing.release_buffer, r"guest\.memory\.mark_dirty\(.*\)", "pass"),
+        Fault(sharing.release_shared, r"guest\.memory\.mark_dirty\(.*\)", "pass"),
     ),
     "what OP-TEE wrote is not reported at completion": (
         "R27",
@@ -509,7 +509,7 @@ MISTAKES: Final[dict[str, tuple[str, str, Fault]]] = {
     "contiguous memory goes through": (
         "R7 R10 B7 B15",
         "attribute-types",
-        Fault(sharing.translate, r"if not attribute & NONCONTIG:", "if False:"),
+        Fault(sharing._open, r"if not attribute & NONCONTIG:", "if False:"),
     ),
     "nobody may wait": (
         "R29 B9",
@@ -524,7 +524,7 @@ MISTAKES: Final[dict[str, tuple[str, str, Fault]]] = {
     "a list page has room for 512 pages": (
         "R8 B2",
         "page-lists",
-        Fault(sharing._open, r"lists = .*", "lists = pages // 512 + 1"),
+        Fault(sharing.translate, r"left (<=|-=) ENTRIES_PER_PAGE", r"left \1 512"),
     ),
     "OP-TEE's a3 is lost": (
         "R3 B12",
@@ -543,13 +543,13 @@ MISTAKES: Final[dict[str, tuple[str, str, Fault]]] = {
     "a NULL reference is a page list": (
         "B15",
         "xtest-1017",
-        Fault(sharing.translate, r"if pointer == 0:", "if False:"),
+        Fault(sharing._open, r"if pointer == 0:", "if False:"),
     ),
     "a NULL reference is refused": (
         "B15",
         "xtest-1017",
         Fault(
-            sharing.translate,
+            sharing._open,
             r"if pointer == 0:\n\s+continue",
             'if pointer == 0:\n                raise MessageRejected(Result.BAD_PARAMETERS, "NULL")',
         ),

@@ -363,6 +363,6 @@ def test_only_a_guest_in_quarantine_is_abandoned() -> None:
 
 def test_a_core_that_breaks_down_after_a_violation_is_told_by_the_violation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mediator.core.sharing.release_argument", lambda world, guest, argument: None)
-    monkeypatch.setattr("mediator.core.yielding.release_buffer", lambda core, guest, buffer: None)
+    monkeypatch.setattr("mediator.core.yielding.release_shared", lambda core, guest, shared: None)
     outcome = play("steps:\n- {open: hello_world}\n- {invoke: INC_VALUE, params: [{value: 1}]}\n- {allocate: 4096}\n")
     assert outcome.violations and outcome.failure is not None and outcome.failure.what.startswith("invariant")

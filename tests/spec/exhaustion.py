@@ -279,12 +279,12 @@ class Walk:
             if guest is None:
                 assert pins == 0
                 continue
-            partly = [each for call in guest.calls.values() if call.state is TRANSLATING for each in call.buffers]
+            partly = [call.shared for call in guest.calls.values() if call.state is TRANSLATING]
             held = 0
-            for buffer in guest.buffers.values():
-                held += buffer.pages
-                pinned = sum(len(each.pas) for each in buffer.pins.pinned)
-                assert pinned == buffer.pages or buffer in partly
+            for shared in set(guest.buffers.values()):
+                held += sum(shared.pages.values())
+                pinned = sum(len(each.pas) for each in shared.pinned)
+                assert pinned == sum(shared.pages.values()) or shared in partly
                 pins -= pinned
             assert pins == len(guest.arguments)
             counts = (held, len(guest.buffers), len(guest.arguments), len(guest.calls))
@@ -292,7 +292,7 @@ class Walk:
             assert tuple(sums[name] for name in ("pages", "buffers", "rpc_arguments", "calls")) == counts
             assert set(guest.suspended.values()) <= set(guest.calls.values())
             pages += sum(call.shadow is not None for call in guest.calls.values()) + len(guest.arguments)
-            pages += sum(len(buffer.lists) for buffer in guest.buffers.values())
+            pages += sum(len(shared.lists) for shared in set(guest.buffers.values()))
             for call in guest.calls.values():
                 waits = [call in self.away, call in self.turns, call.thread is not None]
                 assert sum(waits) == 1 or guest.state not in (GuestState.LIVE, GuestState.PAUSED), call.state
@@ -312,21 +312,21 @@ class Walk:
             return ("GONE", vm in self.away)
         calls = sorted(self._call(call) for call in guest.calls.values())
         buffers = sorted(
-            (cookie, each.state.name, len(each.lists), len(each.pins.pinned)) for cookie, each in guest.buffers.items()
+            (cookie, each.state.name, len(each.lists), len(each.pinned)) for cookie, each in guest.buffers.items()
         )
         return (guest.state.name, vm in self.away, guest.in_flight, tuple(calls), tuple(buffers), len(guest.arguments))
 
     def _call(self, call):
-        def of(buffer):
-            if buffer is None or buffer.state is BufferState.RELEASED:
+        def of(shared):
+            if shared is None or shared.state is BufferState.RELEASED:
                 return "none"
-            return f"{buffer.cookie} {buffer.state.name} {len(buffer.lists)}"
+            return f"{sorted(shared.pages)} {shared.state.name} {len(shared.lists)}"
 
         where = "away" if call in self.away else "turn" if call in self.turns else ""
         own = call.thread is not None and call.work is not None
         waits = call.thread is not None and not own
         rpc = (call.rpc, call.shadow.view[call.rpc_offset] if call.rpc_offset else 0) if waits else ()
-        buffers = tuple(map(of, (call.registering, call.unregistering, call.allocated, *call.buffers)))
+        buffers = tuple(map(of, (call.registering, call.unregistering, call.allocated, call.shared)))
         return (call.command.name, call.function.name, call.state.name, where, own, rpc, call.work is not None, buffers)
 
 

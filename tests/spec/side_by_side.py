@@ -276,9 +276,12 @@ class SideBySide:
         }
         assert {name: getattr(record.counters, name) for name in guest["counters"]} == guest["counters"]
         assert record.notifications == guest["notifications"]
-        assert sorted((each.cookie, each.state.name, each.offset, each.pages) for each in record.buffers.values()) == (
-            sorted((each["cookie"], each["state"], each["offset"], each["pages"]) for each in guest["buffers"].values())
-        )
+        buffers = {each["cookie"]: each for each in guest["buffers"].values()}
+        assert {cookie: (each.state.name, each.pages[cookie]) for cookie, each in record.buffers.items()} == {
+            cookie: (each["state"], each["pages"]) for cookie, each in buffers.items()
+        }
+        for cookie, each in record.buffers.items():
+            assert len(each.pages) > 1 or each.offset == buffers[cookie]["offset"]
         assert {cookie: each.ipa for cookie, each in record.arguments.items()} == {
             cookie: each["ipa"] for cookie, each in guest["arguments"].items()
         }
