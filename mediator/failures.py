@@ -32,6 +32,8 @@ class FaultyLedger(Ledger):
         """See `Ledger.charge`."""
         if calls and self.calls + calls > self.limits.calls:
             raise OverLimit("calls", calls, self.calls, self.limits.calls)
+        if buffers > 1:
+            raise OverLimit("memory")  # then they are asked for one by one, and each can be the one that fails
         if (calls or buffers or rpc_arguments) and self._objects.due():
             raise OverLimit("memory")
         return super().charge(pages, buffers, rpc_arguments, calls, memory)

@@ -77,6 +77,16 @@ class Charge:
             self.memory -= size
             self._ledger.memory -= size
 
+    def join(self, other: "Charge") -> "Charge":
+        """Take another charge of the same ledger over: it is refunded with this one."""
+        other._ledger = None
+        self.pages += other.pages
+        self.buffers += other.buffers
+        self.rpc_arguments += other.rpc_arguments
+        self.calls += other.calls
+        self.memory += other.memory
+        return self
+
     @property
     def refunded(self) -> bool:
         """Whether everything was given back."""

@@ -52,9 +52,9 @@ _BUF_PTR: Final = 8
 """Offset of the address in a parameter."""
 
 Work = Generator[None, None, None]
-_Wanted = tuple[int, Ipa, int, int]
+_Wanted = tuple[int, Ipa, int, int, int, Cookie]
 """A page list that a message names: offset of the parameter, where the list begins, where the buffer begins in its
-first page, pages of the buffer."""
+first page, pages of the buffer, pages of the list, cookie."""
 
 
 def translate(
@@ -81,21 +81,23 @@ def translate(
     entries: list[bytes] = []
     wanted, refused = _open(guest, message, temporary, shared)
     try:
-        for at, source, offset, pages in wanted:
+        for at, source, offset, pages, lists, cookie in wanted:
             shared.offset = offset
+            for number in range(lists):
+                page = core.world.lend()
+                if page is None:
+                    over = OverLimit(MEDIATOR_PAGES, lists - number, rule="R22")
+                    raise MessageRejected(Result.OUT_OF_MEMORY, over)
+                if number:
+                    shared.lists[-1].words[ENTRIES_PER_PAGE] = page.pa
+                else:
+                    shadow.words[base + at + _BUF_PTR >> 3] = page.pa | offset
+                shared.lists.append(page)
             left = pages
             while left > 0:
                 if len(entries) == LISTS_PER_STEP:
                     _pin(guest, shared, entries)
                     yield
-                page = core.world.lend()
-                if page is None:
-                    raise MessageRejected(Result.OUT_OF_MEMORY, OverLimit(MEDIATOR_PAGES, list_pages(left), rule="R22"))
-                if left == pages:
-                    shadow.words[base + at + _BUF_PTR >> 3] = page.pa | offset
-                else:
-                    shared.lists[-1].words[ENTRIES_PER_PAGE] = page.pa
-                shared.lists.append(page)
                 if source & OFFSET_MASK:
                     raise Stage2Fault(source, Reason.UNALIGNED)
                 # The list ends by count and never by trust (R7); each page of it is copied once.
@@ -107,7 +109,7 @@ def translate(
                     source = Ipa(int.from_bytes(data[-8:], "little"))
                 left -= ENTRIES_PER_PAGE
             if core.tracing:
-                _, pointer, _, cookie = PARAM.unpack_from(message, at)
+                _, pointer, _, _ = PARAM.unpack_from(message, at)
                 list_pa = shadow.words[base + at + _BUF_PTR >> 3]
                 guest.events.append(
                     Event(
@@ -131,16 +133,12 @@ def translate(
 def _open(
     guest: Guest, message: bytes, temporary: tuple[int, ...], shared: Shared
 ) -> tuple[list[_Wanted], MessageRejected | None]:
-    """Charge and name the buffers of a message: all up to the first that cannot be, and why it cannot.
-
-    Limits are looked at before the name, as the reference does.
-    """
+    """Charge and name the buffers of a message, at once if all can be: all up to the first that cannot, and why not."""
     ledger = guest.ledger
     most = ledger.limits.pages_per_buffer
     wanted: list[_Wanted] = []
     refused = None
     pages = lists = 0
-    doubled = False
     for at in temporary:
         attribute, pointer, size, cookie = PARAM.unpack_from(message, at)
         if pointer == 0:
@@ -158,36 +156,47 @@ def _open(
             break
         if attribute & TYPE_MASK != TMEM_INPUT:
             shared.written = True
+        needed = 1 if count <= ENTRIES_PER_PAGE else list_pages(count)
         pages += count
-        lists += 1 if count <= ENTRIES_PER_PAGE else list_pages(count)
-        wanted.append((at, pointer - offset, offset, count))
-        doubled = cookie in guest.buffers
-        if doubled:
-            break
-        guest.buffers[cookie] = shared
+        lists += needed
+        wanted.append((at, pointer - offset, offset, count, needed, cookie))
         shared.pages[cookie] = count
-    while wanted:
-        buffers = len(wanted)
+    buffers = len(wanted)
+    if buffers > 1 and len(shared.pages) == buffers and guest.buffers.keys().isdisjoint(shared.pages):
         memory = buffers * RECORD_MEMORY + pages * PIN_MEMORY + lists * PAGE_SIZE
         try:
-            charge = ledger.charge(pages, buffers, 0, 0, memory)
+            shared.charge = ledger.charge(pages, buffers, 0, 0, memory)
+        except OverLimit:
+            pass
+        else:
+            for cookie in shared.pages:
+                guest.buffers[cookie] = shared
+            return wanted, refused
+    return wanted, _open_singly(guest, wanted, shared) or refused
+
+
+def _open_singly(guest: Guest, wanted: list[_Wanted], shared: Shared) -> MessageRejected | None:
+    """Do it one by one: the first that cannot be says why, and is left out with those behind it.
+
+    Limits are looked at before the name, as the reference does.
+    """
+    shared.pages.clear()
+    for number, (_, _, _, count, needed, cookie) in enumerate(wanted):
+        try:
+            charge = guest.ledger.charge(count, 1, 0, 0, RECORD_MEMORY + count * PIN_MEMORY + needed * PAGE_SIZE)
         except OverLimit as over:
             refused = MessageRejected(Result.OUT_OF_MEMORY, over)
         else:
-            if not doubled:
-                shared.charge = charge
-                break
+            if cookie not in guest.buffers:
+                shared.charge = charge if shared.charge is None else shared.charge.join(charge)
+                guest.buffers[cookie] = shared
+                shared.pages[cookie] = count
+                continue
             charge.refund()
             refused = MessageRejected(Result.BAD_PARAMETERS, "a buffer with this cookie is live")
-        count = wanted.pop()[3]
-        pages -= count
-        lists -= list_pages(count)
-        if doubled:
-            doubled = False
-        else:
-            cookie, _ = shared.pages.popitem()
-            del guest.buffers[cookie]
-    return wanted, refused
+        del wanted[number:]
+        return refused
+    return None
 
 
 def _pin(guest: Guest, shared: Shared, entries: list[bytes]) -> None:
@@ -209,7 +218,6 @@ def _pin(guest: Guest, shared: Shared, entries: list[bytes]) -> None:
     guest.counters.translated += len(pinned.pas)
     octets = pinned.pas.tobytes()
     at = 0
-    # The last page of ours has no entries where the guest's list page could not be read.
     for page, run in zip(shared.lists[shared.filled :], entries, strict=False):
         size = len(run)
         page.view[:size] = octets[at : at + size]
@@ -230,6 +238,7 @@ def return_lists(core: "Mediator", shared: Shared) -> None:
 def release_shared(core: "Mediator", guest: Guest, shared: Shared) -> None:
     """Unpin, refund and forget what one message shares."""
     advance(shared, _RELEASE, BUFFER_TABLE)
+    told = core.tracing and bool(shared.pinned)
     for pinned in shared.pinned:
         if shared.written:
             guest.memory.mark_dirty(pinned)
@@ -242,7 +251,7 @@ def release_shared(core: "Mediator", guest: Guest, shared: Shared) -> None:
         shared.charge.refund()
     for cookie, pages in shared.pages.items():
         del guest.buffers[cookie]
-        if core.tracing:
+        if told:
             guest.events.append(Event(PAGES_UNPINNED, "debug", guest.vm, {"cookie": cookie, "pages": pages}))
 
 

@@ -261,6 +261,23 @@ def test_what_follows_a_declared_difference_is_no_other_difference(name: str) ->
     assert report.differ == [] and report.violations == []
 
 
+@pytest.mark.parametrize("shape", ["good", "a bad entry in the first", "the second twice"])
+@pytest.mark.parametrize("lacking", ["page", "record"])
+def test_each_allocation_for_a_message_of_three_buffers_may_fail(lacking: str, shape: str) -> None:
+    for nth in range(8):
+        first = 1 << 40 if shape.startswith("a bad") else DATA
+        third = 0x78 if shape.startswith("the second") else 0x79
+        params = (TMEM_INOUT, LIST, 4096, 0x77), (TMEM_INOUT, page(2), 4096, 0x78), (TMEM_INOUT, page(4), 4096, third)
+        lists = page_list(LIST, [first]), page_list(page(2), [DATA]), page_list(page(4), [DATA])
+        vector = story(
+            fault(**{lacking: nth}),
+            call(AT, message(INVOKE, *params), *lists, answers=[answer(0, writes=[GOOD])]),
+            call(page(3), message(INVOKE, (1, 2, 3, 4)), answers=[OK]),
+        )
+        report = compared(Reference(vector).run())
+        assert report.differ == [] and report.violations == [], nth
+
+
 @needs_shared
 def test_the_model_of_the_reference_reproduces_what_was_recorded() -> None:
     for name in names():

@@ -495,3 +495,60 @@ def host_words(pair, guest):
         word for word in suspicious if any(bank.frames.page(word) is not None for bank in pair.machine.memory.banks)
     ]
     return found + words[words == 0xA5A5A5A5A5A5A5A5].tolist()
+
+
+def mistaken_buffers(guest):
+    """One parameter per mistake, as the guest's second one: (what is wrong, parameter)."""
+    unreadable = guest.tmem(600)
+    guest.ram.write(unreadable.a + PAGE_SIZE - 8, (8).to_bytes(8, "little"))
+    entry = guest.tmem(2)
+    guest.ram.write(entry.a, bytes(8))
+    return {
+        "contiguous": Param(TMEM_INOUT & ~NONCONTIG, guest.page(), 64, 2),
+        "too large": Param(TMEM_INOUT, guest.page(), 2000 * PAGE_SIZE, 2),
+        "empty": Param(TMEM_INOUT, guest.page(), 0, 2),
+        "over the limit": Param(TMEM_INOUT, guest.page(), 900 * PAGE_SIZE, 2),
+        "live": Param(TMEM_INOUT, guest.page_list([guest.page()]), PAGE_SIZE, 77),
+        "over the limit and live": Param(TMEM_INOUT, guest.page(), 900 * PAGE_SIZE, 77),
+        "no list": Param(TMEM_INOUT, 1 << 38, PAGE_SIZE, 2),
+        "no second list page": unreadable._replace(c=2),
+        "not to be shared": entry._replace(c=2),
+    }
+
+
+def test_of_two_mistakes_the_first_one_is_told(make):
+    """By the event: what is wrong, apart from how much was asked for in all."""
+    pair = make(policy_of(pages=800, pages_per_buffer=1000))
+    guest = pair.guest()
+    assert guest.register(guest.tmem(1, cookie=77)).ret == 0
+    good = guest.tmem(1, cookie=1)
+    mistakes = mistaken_buffers(guest)
+
+    def told(*params):
+        pair.events.clear()
+        message = guest.invoke(*params)
+        (event,) = (event for event in pair.events if event.name in ("call_rejected", "call_refused"))
+        assert guest.record.ledger.sums()["buffers"] == 1
+        detail = {key: event.detail.get(key) for key in ("answer", "rule", "resource")}
+        return message.ret, detail | ({} if "resource" in event.detail else {"why": event.detail["why"]})
+
+    alone = {name: told(good, param) for name, param in mistakes.items()}
+    assert alone["over the limit and live"] == alone["over the limit"] != alone["live"]
+    for first, second in itertools.permutations(mistakes, 2):
+        param = mistakes[second]
+        later = param if param.c == 77 else param._replace(c=3)
+        assert told(good, mistakes[first], later) == alone[first], (first, second)
+    assert guest.unregister(77).ret == 0
+    pair.settle(guest)
+
+
+def test_our_own_list_comes_before_the_guest_s(make):
+    """No page of ours is left for the second page of a list whose first entry cannot be shared either."""
+    pair = make()
+    guest = pair.guest()
+    param = guest.tmem(600)
+    guest.ram.write(param.a, bytes(8))
+    assert guest.invoke(param).ret == BAD_PARAMETERS
+    pair.host.left = 2
+    assert guest.invoke(param).ret == OUT_OF_MEMORY
+    pair.settle(guest)
