@@ -23,34 +23,24 @@ class Buffers(Books):
 
     def translate(self, guest, call, data, base, page, made):
         """Replace each page list by one of the mediator's own (R6 to R8). Nothing is left of one that fails (R12)."""
-        done = 0
-        for n, (attribute, pointer, size, cookie) in enumerate(params(data)):
-            if attribute & 0xFF not in TMEM or pointer == 0:
+        opened, failed = [], None
+        for n, param in enumerate(params(data)):
+            if param[0] & 0xFF not in TMEM or param[1] == 0:
                 continue
-            if not attribute & NONCONTIG:
-                raise Rejected(BAD_PARAMETERS, False)
-            offset = pointer % PAGE
-            pages = (size + offset + PAGE - 1) // PAGE
-            lists = (pages + 510) // 511
-            if pages > guest["limits"]["pages_per_buffer"]:
-                raise Rejected(OUT_OF_MEMORY, True)
-            if pages == 0:
-                raise Rejected(BAD_PARAMETERS, False)
-            memory = RECORD + PIN * pages + PAGE * lists
-            if not self.allows(guest, buffers=1, pages=pages, memory=memory) or not self.pool_allows(guest, pages):
-                raise Rejected(OUT_OF_MEMORY, True)
-            if self.find(guest, cookie) is not None:
-                raise Rejected(BAD_PARAMETERS, False)
-            guest["objects"] += 1
-            buffer = {"cookie": cookie, "state": "PINNED", "offset": offset, "written": False}
-            buffer |= {"pages": pages, "lists": 0, "pinned": [], "output": attribute & 0xFF in SIZE_BACK}
-            guest["buffers"][guest["objects"]] = buffer
+            try:
+                opened.append((n, self.open(guest, *param)))
+            except Rejected as rejected:
+                failed = rejected  # but what is wrong with the lists before it comes first
+                break
             made.append(guest["objects"])
-            for _ in range(lists):
+        done = 0
+        for n, buffer in opened:
+            pages = buffer["pages"]
+            for _ in range((pages + 510) // 511):
                 if not self.lend():
                     raise Rejected(OUT_OF_MEMORY, True)
                 buffer["lists"] += 1
-            at = pointer - offset
+            at = params(data)[n][1] - buffer["offset"]
             while len(buffer["pinned"]) < pages:  # a list ends by count (R7)
                 if done == self.lists_per_turn:
                     yield
@@ -70,8 +60,32 @@ class Buffers(Books):
             place = base + 40 + 32 * n
             page["bytes"][place : place + 8] = bytes(8)
             page["lists"][place] = buffer
+        if failed is not None:
+            raise failed
         for number in made:  # from now on OP-TEE may write it
             guest["buffers"][number]["written"] = guest["buffers"][number]["output"]
+
+    def open(self, guest, attribute, pointer, size, cookie):
+        """A buffer with its name: the limits are looked at first, as the reference does."""
+        if not attribute & NONCONTIG:
+            raise Rejected(BAD_PARAMETERS, False)
+        offset = pointer % PAGE
+        pages = (size + offset + PAGE - 1) // PAGE
+        lists = (pages + 510) // 511
+        if pages > guest["limits"]["pages_per_buffer"]:
+            raise Rejected(OUT_OF_MEMORY, True)
+        if pages == 0:
+            raise Rejected(BAD_PARAMETERS, False)
+        memory = RECORD + PIN * pages + PAGE * lists
+        if not self.allows(guest, buffers=1, pages=pages, memory=memory) or not self.pool_allows(guest, pages):
+            raise Rejected(OUT_OF_MEMORY, True)
+        if self.find(guest, cookie) is not None:
+            raise Rejected(BAD_PARAMETERS, False)
+        guest["objects"] += 1
+        buffer = {"cookie": cookie, "state": "PINNED", "offset": offset, "written": False}
+        buffer |= {"pages": pages, "lists": 0, "pinned": [], "output": attribute & 0xFF in SIZE_BACK}
+        guest["buffers"][guest["objects"]] = buffer
+        return buffer
 
     def find(self, guest, cookie, *states):
         """The number of the one live buffer with a cookie (R13), if it is in one of these states."""
