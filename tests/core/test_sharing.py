@@ -542,6 +542,24 @@ def test_of_two_mistakes_the_first_one_is_told(make):
     pair.settle(guest)
 
 
+@pytest.mark.parametrize("sizes", [(1,), (1, 1), (16, 16, 16, 16), (3, 512, 511), (1022, 1, 1100)])
+def test_all_buffers_of_a_message_are_charged_and_named_while_op_tee_has_them(make, sizes):
+    pair = make()
+    guest = pair.guest()
+    message = invoke(*[guest.tmem(pages, cookie=n) for n, pages in enumerate(sizes, 1)])
+    step = guest.submit(smc(Function.CALL_WITH_ARG, *to_pair(guest.write(message))))
+    sums = guest.record.ledger.sums()
+    lists = sum(map(list_pages, sizes))
+    assert (sums["calls"], sums["buffers"], sums["pages"]) == (1, len(sizes), sum(sizes))
+    assert sums["memory"] == 256 + PAGE_SIZE + 256 * len(sizes) + 16 * sum(sizes) + PAGE_SIZE * lists
+    for cookie in range(1, len(sizes) + 1):
+        assert guest.invoke(guest.tmem(1, cookie=cookie)).ret == BAD_PARAMETERS
+        assert guest.invoke(guest.tmem(1, cookie=9), guest.tmem(1, cookie=cookie)).ret == BAD_PARAMETERS
+    pair.checker.scan()
+    assert pair.drive(step)[0] == 0
+    pair.settle(guest)
+
+
 def test_our_own_list_comes_before_the_guest_s(make):
     """No page of ours is left for the second page of a list whose first entry cannot be shared either."""
     pair = make()
